@@ -1,0 +1,133 @@
+"""What Triton sees: the name, dtype and dims of every tensor of every model. No I/O.
+
+`model_repository/*/config.pbtxt` are static files that carry the comments; tests/contract holds each of them against
+the tables here. Ensemble tensors share one name space, so no output of `flux` may be called like an input of it:
+hence `images` beside `image`, `seeds` beside `seed`, `image_size` beside `height` and `width`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_BATCH_SIZE = 4
+"""Requests of equal size, steps and task that `generate` may take in one batch."""
+
+MAX_WAITING = 64
+"""Requests that may wait for the GPU; one more is refused with UNAVAILABLE."""
+
+QUEUE_TIMEOUT_S = 120
+"""How long a request may wait for the GPU before Triton answers it UNAVAILABLE."""
+
+PRIORITY_LEVELS = 3
+"""1 is the most urgent; a request that says nothing gets the middle one."""
+
+DEFAULT_PRIORITY = 2
+
+OUTPUT_FORMATS = ("png", "jpeg", "webp", "raw")
+
+ANY = -1
+"""A dimension that differs from request to request, as Triton writes it."""
+
+
+@dataclass(frozen=True)
+class TensorContract:
+    """One tensor. `dims` are without the batch dimension; `meaning` is what a caller reads."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    meaning: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class ModelContract:
+    """One model of the repository. `max_batch_size` 0 means that its tensors carry no batch dimension."""
+
+    name: str
+    inputs: tuple[TensorContract, ...]
+    outputs: tuple[TensorContract, ...]
+    max_batch_size: int = 0
+
+    def dtype_of(self, name: str) -> str:
+        return next(t.dtype for t in (*self.inputs, *self.outputs) if t.name == name)
+
+
+def _tensor(name: str, dtype: str, dims: Sequence[int], meaning: str, optional: bool = False) -> TensorContract:
+    return TensorContract(name, dtype, tuple(dims), meaning, optional)
+
+
+REQUEST_INPUTS = (
+    _tensor("prompt", "BYTES", [1], "UTF-8, 1 to 4,096 bytes"),
+    _tensor("height", "INT32", [1], "pixels, a multiple of 16", optional=True),
+    _tensor("width", "INT32", [1], "pixels, a multiple of 16", optional=True),
+    _tensor("num_inference_steps", "INT32", [1], "1 to 100", optional=True),
+    _tensor("guidance_scale", "FP32", [1], "distilled guidance", optional=True),
+    _tensor("seed", "INT64", [1], "-1 draws one; image k gets seed + k", optional=True),
+    _tensor("num_images", "INT32", [1], "1 to 8", optional=True),
+    _tensor("image", "BYTES", [1], "image-to-image: a PNG, JPEG or WebP file", optional=True),
+    _tensor("strength", "FP32", [1], "image-to-image: 0 < strength <= 1, how much is redrawn", optional=True),
+    _tensor("output_format", "BYTES", [1], "png, jpeg, webp or raw (height x width x 3 bytes)", optional=True),
+    _tensor("quality", "INT32", [1], "1 to 100, of jpeg and webp", optional=True),
+)
+
+_ANSWER = (
+    _tensor("images", "BYTES", [ANY], "one encoded image for each of num_images"),
+    _tensor("seeds", "INT64", [ANY], "the seed of each image"),
+    _tensor("timings", "BYTES", [1], "JSON: milliseconds by stage"),
+    _tensor("image_size", "INT32", [2], "height and width of the images, pixels"),
+)
+
+FLUX = ModelContract("flux", REQUEST_INPUTS, _ANSWER)
+
+# What crosses from `prepare` to `generate`. Triton batches requests whose shapes are equal, so whatever has to be equal
+# in a batch is a shape here: the size and the task (channels) in `pixels`, the number of steps in `sigmas`.
+_JOB = (
+    _tensor("clip_ids", "INT64", [ANY], "CLIP's tokens"),
+    _tensor("t5_ids", "INT64", [ANY], "T5's tokens"),
+    _tensor("pixels", "UINT8", [ANY, ANY, ANY], "[height, width, channels]: 0 channels for text-to-image, else 3"),
+    _tensor("sigmas", "FP32", [ANY], "noise levels, one more than there are steps to run"),
+    _tensor("guidance", "FP32", [1], "distilled guidance"),
+    _tensor("noise_seeds", "INT64", [ANY], "one for each image"),
+    _tensor("ticket", "INT64", [1], "the request's place in the in-flight table"),
+)
+
+_FORMAT = (
+    _tensor("resolved_format", "BYTES", [1], "output_format or its default"),
+    _tensor("resolved_quality", "INT32", [1], "quality or its default"),
+)
+
+
+def _batch_of_one(tensors: Sequence[TensorContract]) -> tuple[TensorContract, ...]:
+    """The same tensors as a model without batching sees them: the batch dimension, of size 1, is written out."""
+    return tuple(_tensor(t.name, t.dtype, (ANY, *t.dims), t.meaning, t.optional) for t in tensors)
+
+
+PREPARE = ModelContract("prepare", REQUEST_INPUTS, (*_batch_of_one(_JOB), *_FORMAT))
+
+_DRAWN = (
+    _tensor("pixels_out", "UINT8", [ANY, ANY, ANY, 3], "[num_images, height, width, RGB]"),
+    _tensor("stage_timings", "BYTES", [1], "JSON: milliseconds by stage, on the device's clock"),
+)
+
+GENERATE = ModelContract("generate", _JOB, _DRAWN, max_batch_size=MAX_BATCH_SIZE)
+
+ENCODE_IMAGE = ModelContract(
+    "encode_image",
+    (*_batch_of_one((*_DRAWN, next(t for t in _JOB if t.name == "noise_seeds"))), *_FORMAT),
+    _ANSWER,
+)
+
+CONTROL = ModelContract(
+    "control",
+    (
+        _tensor("request_id", "BYTES", [1], "the id a request to `flux` was sent with"),
+        _tensor("action", "BYTES", [1], "status or cancel"),
+    ),
+    (
+        _tensor("state", "BYTES", [1], "unknown, queued, running or cancelling"),
+        _tensor("step", "INT32", [1], "steps done"),
+        _tensor("steps", "INT32", [1], "steps in all; 0 when unknown"),
+    ),
+)
+
+MODELS = {m.name: m for m in (FLUX, PREPARE, GENERATE, ENCODE_IMAGE, CONTROL)}

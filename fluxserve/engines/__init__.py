@@ -1,0 +1,1 @@
+"""One seam, several strategies: see base.py for the protocols and open.py for the choice."""

@@ -1,0 +1,126 @@
+"""The seam: an Engine is bound to shapes once and then run many times at fixed addresses.
+
+Orthogonal to what runs inside: TensorRT and CUDA graphs both want inputs and outputs that never move, a CPU engine does
+not mind. `signature` says what can be bound; `bind` allocates and warms up; `run` enqueues on the current stream (a CPU
+engine runs inline) and neither allocates nor waits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from fluxserve.errors import ShapeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+FLOATING = "floating"
+"""The dtype of a tensor that is in whatever precision the engine computes in."""
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A dimension that may vary: `scale` × the value of `symbol`, which is from `least` to `most`."""
+
+    symbol: str
+    least: int
+    most: int
+    scale: int = 1
+
+    def __str__(self) -> str:
+        return self.symbol if self.scale == 1 else f"{self.scale}*{self.symbol}"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of an engine: dtype as torch spells it ("int64", "float32", or FLOATING), fixed and varying dims."""
+
+    name: str
+    dtype: str
+    dims: tuple[int | Dim, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} [{', '.join(map(str, self.dims))}]"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What an engine takes and gives."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def resolve(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Check the shapes of all inputs and derive those of the outputs.
+
+        Raises:
+            ShapeError: an input is missing, unknown, of another rank, out of range, or contradicts another.
+        """
+        names = {t.name for t in self.inputs}
+        if set(shapes) != names:
+            raise ShapeError(f"inputs: got {sorted(shapes)}; expected {sorted(names)}")
+        values: dict[str, int] = {}
+        for tensor in self.inputs:
+            _match(tensor, shapes[tensor.name], values)
+        return {t.name: _shape(t, values) for t in (*self.inputs, *self.outputs)}
+
+
+def _match(tensor: TensorSpec, shape: tuple[int, ...], values: dict[str, int]) -> None:
+    """Read the symbols' values off a shape into `values`, refusing what does not fit."""
+    if len(shape) != len(tensor.dims):
+        raise ShapeError(f"{tensor}: got {shape}; expected {len(tensor.dims)} dimensions")
+    for size, dim in zip(shape, tensor.dims, strict=True):
+        if isinstance(dim, int):
+            if size != dim:
+                raise ShapeError(f"{tensor}: got {shape}; expected {dim} where it has {size}")
+            continue
+        value, rest = divmod(size, dim.scale)
+        if rest or not dim.least <= value <= dim.most:
+            raise ShapeError(f"{tensor}: got {shape}; expected {dim.symbol} from {dim.least} to {dim.most}")
+        if values.setdefault(dim.symbol, value) != value:
+            raise ShapeError(f"{tensor}: got {shape}; {dim.symbol} is {values[dim.symbol]} in another input")
+
+
+def _shape(tensor: TensorSpec, values: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(d if isinstance(d, int) else d.scale * values[d.symbol] for d in tensor.dims)
+
+
+class Bound(Protocol):
+    """An engine at given shapes."""
+
+    inputs: Mapping[str, "Tensor"]
+    """Fixed addresses: write into them before `run`."""
+    outputs: Mapping[str, "Tensor"]
+    """Fixed addresses: valid after `run`, until the next."""
+
+    def run(self) -> None:
+        """Enqueue one pass on the current stream."""
+
+
+class Engine(Protocol):
+    """One component of a model, ready to be bound."""
+
+    signature: Signature
+
+    def bind(self, shapes: Shapes) -> Bound:
+        """Allocate for these input shapes and warm up. Raises ShapeError."""
+
+    def close(self) -> None:
+        """Free the weights. Bounds of this engine must not be run afterwards."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """The engines of one model, opened together on one device."""
+
+    clip: Engine
+    t5: Engine
+    transformer: Engine
+    vae_encoder: Engine
+    vae_decoder: Engine
+
+    def close(self) -> None:
+        for engine in (self.clip, self.t5, self.transformer, self.vae_encoder, self.vae_decoder):
+            engine.close()

@@ -1,0 +1,72 @@
+"""The signature of each component of FLUX.1: what every engine, whatever it runs on, takes and gives."""
+
+from fluxserve.engines.base import FLOATING, Dim, Signature, TensorSpec
+from fluxserve.spec import PATCH, ModelSpec
+
+MAX_ROWS = 64
+_RGB = 3
+_AXES = 3
+
+
+def _rows(most: int = MAX_ROWS) -> Dim:
+    return Dim("rows", 1, most)
+
+
+def clip(spec: ModelSpec) -> Signature:
+    """Token ids → the pooled embedding, taken at the end-of-text token."""
+    tokens = Dim("tokens", 1, spec.text.clip_tokens)
+    return Signature(
+        inputs=(TensorSpec("input_ids", "int64", (_rows(), tokens)),),
+        outputs=(TensorSpec("pooled", FLOATING, (_rows(), spec.transformer.pooled_projection_dim)),),
+    )
+
+
+def t5(spec: ModelSpec) -> Signature:
+    """Token ids → the last hidden state of every token."""
+    tokens = Dim("tokens", 1, spec.text.t5_tokens)
+    return Signature(
+        inputs=(TensorSpec("input_ids", "int64", (_rows(), tokens)),),
+        outputs=(TensorSpec("sequence", FLOATING, (_rows(), tokens, spec.transformer.joint_attention_dim)),),
+    )
+
+
+def transformer(spec: ModelSpec) -> Signature:
+    """Packed latents, conditioning, timestep (σ, in 0..1) → velocity. `guidance` is ignored by a model without it."""
+    shape, rows = spec.transformer, _rows()
+    most = spec.limits.max_pixels // spec.size_multiple**2
+    image, text = Dim("image_tokens", 1, most), Dim("text_tokens", 1, spec.text.t5_tokens)
+    return Signature(
+        inputs=(
+            TensorSpec("hidden_states", FLOATING, (rows, image, shape.in_channels)),
+            TensorSpec("encoder_hidden_states", FLOATING, (rows, text, shape.joint_attention_dim)),
+            TensorSpec("pooled_projections", FLOATING, (rows, shape.pooled_projection_dim)),
+            TensorSpec("timestep", FLOATING, (rows,)),
+            TensorSpec("guidance", "float32", (rows,)),
+            TensorSpec("img_ids", "float32", (image, _AXES)),
+            TensorSpec("txt_ids", "float32", (text, _AXES)),
+        ),
+        outputs=(TensorSpec("velocity", FLOATING, (rows, image, shape.in_channels)),),
+    )
+
+
+def _sides(spec: ModelSpec, scale: int) -> tuple[Dim, Dim]:
+    """Height and width in units of a latent pixel."""
+    most = spec.limits.max_side // spec.vae.downscale
+    return Dim("latent_height", PATCH, most, scale), Dim("latent_width", PATCH, most, scale)
+
+
+def vae_decoder(spec: ModelSpec) -> Signature:
+    """Latents as the VAE has them (already unscaled) → pixels in −1..1."""
+    return Signature(
+        inputs=(TensorSpec("latents", FLOATING, (_rows(), spec.vae.latent_channels, *_sides(spec, 1))),),
+        outputs=(TensorSpec("pixels", FLOATING, (_rows(), _RGB, *_sides(spec, spec.vae.downscale))),),
+    )
+
+
+def vae_encoder(spec: ModelSpec) -> Signature:
+    """Pixels in −1..1 → mean and standard deviation of the latents, as the VAE has them."""
+    latents = (_rows(), spec.vae.latent_channels, *_sides(spec, 1))
+    return Signature(
+        inputs=(TensorSpec("pixels", FLOATING, (_rows(), _RGB, *_sides(spec, spec.vae.downscale))),),
+        outputs=(TensorSpec("mean", FLOATING, latents), TensorSpec("std", FLOATING, latents)),
+    )

@@ -1,0 +1,100 @@
+"""The tree of errors. Every error names what it got and what it expected.
+
+FluxserveError
+├── InvalidRequest         the caller's input; names the field              → INVALID_ARG
+├── Refused                the request is fine, this server can't take it
+│   ├── QueueFull                                                           → UNAVAILABLE
+│   ├── Draining                                                            → UNAVAILABLE
+│   └── RequestIdInUse                                                      → ALREADY_EXISTS
+├── Cancelled              the caller asked for it                          → CANCELLED
+├── CheckpointError        a folder of weights that can't be served
+│   ├── UnsafeWeights      pickled weights where safetensors are required
+│   └── UnsupportedArchitecture
+├── EngineError
+│   ├── UnknownEngine
+│   └── ShapeError         a tensor outside an engine's signature
+├── SettingsError          an environment variable or a Triton parameter
+└── ServerError            tritonserver could not be started, reached or stopped
+
+`serving/errors.py` maps the tree onto Triton's status codes, once, at the border.
+"""
+
+from collections.abc import Iterable
+
+
+class FluxserveError(Exception):
+    """Root of everything fluxserve raises on purpose."""
+
+
+class InvalidRequest(FluxserveError):
+    """A field of a request is not acceptable.
+
+    Args:
+        field: the contract's name of the input.
+        got: what came, already fit to print.
+        allowed: what would have been accepted.
+    """
+
+    def __init__(self, field: str, got: str, allowed: str) -> None:
+        super().__init__(f"{field}: got {got}; allowed: {allowed}")
+        self.field, self.got, self.allowed = field, got, allowed
+
+
+class Refused(FluxserveError):
+    """The server can't take this request now."""
+
+
+class QueueFull(Refused):
+    def __init__(self, waiting: int, allowed: int) -> None:
+        super().__init__(f"queue: {waiting} requests are waiting; at most {allowed} may. Try again later")
+
+
+class Draining(Refused):
+    def __init__(self) -> None:
+        super().__init__("server: it is shutting down and takes no new requests")
+
+
+class RequestIdInUse(Refused):
+    def __init__(self, request_id: str, state: str) -> None:
+        super().__init__(f"request_id: {request_id!r} is in use by a {state} request; ids must be unique in flight")
+
+
+class Cancelled(FluxserveError):
+    def __init__(self, request_id: str, step: int, steps: int) -> None:
+        super().__init__(f"request {request_id!r} was cancelled at step {step} of {steps}")
+
+
+class CheckpointError(FluxserveError):
+    """A checkpoint folder is missing, incomplete or damaged."""
+
+
+class UnsafeWeights(CheckpointError):
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path}: pickled weights are never loaded; expected .safetensors files")
+
+
+class UnsupportedArchitecture(CheckpointError):
+    def __init__(self, where: str, got: object, expected: str) -> None:
+        super().__init__(f"{where}: got {got!r}; expected {expected}")
+
+
+class EngineError(FluxserveError):
+    """An engine can't be opened, bound or run."""
+
+
+class UnknownEngine(EngineError):
+    def __init__(self, got: str, known: Iterable[str]) -> None:
+        super().__init__(f"engine: got {got!r}; known engines: {', '.join(sorted(known))}")
+
+
+class ShapeError(EngineError):
+    """A tensor's shape lies outside the engine's signature."""
+
+
+class SettingsError(FluxserveError):
+    def __init__(self, name: str, got: object, allowed: str) -> None:
+        super().__init__(f"{name}: got {got!r}; allowed: {allowed}")
+
+
+class ServerError(FluxserveError):
+    """tritonserver could not be found, started, reached or stopped."""

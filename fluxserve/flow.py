@@ -1,0 +1,94 @@
+"""Flow matching for FLUX.1: schedule, shift, Euler step, latent packing, position ids. Pure functions.
+
+x_σ = σ·noise + (1 − σ)·x₀, and the transformer predicts the velocity noise − x₀; one Euler step from σ to σ' is
+x + (σ' − σ)·v. The schedule is arithmetic in float32 on the host, in the order diffusers does it
+(FlowMatchEulerDiscreteScheduler.set_timesteps, pipeline_flux.calculate_shift), so that sigmas are equal bit for bit.
+Everything below is either NumPy on the host or methods of the tensors that come in: `prepare` imports it without torch.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxserve.spec import PATCH, ScheduleSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FloatArray = npt.NDArray[np.float32]
+
+
+def shift_mu(image_tokens: int, schedule: ScheduleSpec) -> float:
+    """μ of the resolution-dependent shift: linear in the number of image tokens (pipeline_flux.calculate_shift)."""
+    run = schedule.max_image_seq_len - schedule.base_image_seq_len
+    slope = (schedule.max_shift - schedule.base_shift) / run
+    return image_tokens * slope + (schedule.base_shift - slope * schedule.base_image_seq_len)
+
+
+def sigmas(num_inference_steps: int, image_tokens: int, schedule: ScheduleSpec) -> FloatArray:
+    """Noise levels from 1 down to 0, float32 [num_inference_steps + 1].
+
+    Dynamic shifting: e^μ / (e^μ + 1/s − 1); static: shift·s / (1 + (shift − 1)·s); s = linspace(1, 1/n, n).
+    """
+    n = num_inference_steps
+    s = np.linspace(1.0, 1.0 / n, n).astype(np.float32)
+    if schedule.use_dynamic_shifting:
+        e_mu = np.float32(math.exp(shift_mu(image_tokens, schedule)))
+        s = e_mu / (e_mu + (1 / s - 1))
+    else:
+        shift = np.float32(schedule.shift)
+        s = shift * s / (1 + (shift - 1) * s)
+    return np.append(s, np.float32(0.0)).astype(np.float32)
+
+
+def image_to_image_start(num_inference_steps: int, strength: float) -> int:
+    """How many steps an input image skips (FluxImg2ImgPipeline.get_timesteps)."""
+    return int(max(num_inference_steps - min(num_inference_steps * strength, num_inference_steps), 0))
+
+
+def timesteps(sigmas: "Tensor", schedule: ScheduleSpec, dtype: "object") -> "Tensor":
+    """What the transformer is told, [..] in `dtype`: the sigma, rounded as diffusers does (σ·1000, cast, /1000)."""
+    n = schedule.num_train_timesteps
+    return (sigmas * n).to(dtype) / n  # type: ignore[call-overload, no-any-return]
+
+
+def euler_step_(latents: "Tensor", velocity: "Tensor", dsigma: "Tensor") -> "Tensor":
+    """latents += (σ' − σ)·velocity, in place.
+
+    latents: float32 [B, S, C]; velocity: any float dtype [B, S, C]; dsigma: float32 [B, 1, 1] on the same device.
+    The state stays float32 from step to step whatever the engine computes in.
+    """
+    return latents.addcmul_(velocity, dsigma)
+
+
+def blend_(clean: "Tensor", noise: "Tensor", sigma: float) -> "Tensor":
+    """The start of image-to-image: σ·noise + (1 − σ)·clean, in place of `noise` [B, C, h, w]."""
+    return noise.mul_(sigma).add_(clean * (1 - sigma))
+
+
+def pack(latents: "Tensor") -> "Tensor":
+    """[B, C, h, w] → [B, (h/2)(w/2), 4C]: each 2×2 square becomes a token (FluxPipeline._pack_latents)."""
+    b, c, h, w = latents.shape
+    squares = latents.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
+
+
+def unpack(tokens: "Tensor", height: int, width: int) -> "Tensor":
+    """[B, (h/2)(w/2), 4C] → [B, C, h, w]; `height`, `width` in latent pixels. Inverse of `pack`."""
+    b, _, c = tokens.shape
+    squares = tokens.reshape(b, height // PATCH, width // PATCH, c // (PATCH * PATCH), PATCH, PATCH)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(b, c // (PATCH * PATCH), height, width)
+
+
+def image_ids(height: int, width: int) -> FloatArray:
+    """Positions (0, y, x) of the image tokens, float32 [(h/2)(w/2), 3]; `height`, `width` in latent pixels."""
+    ys, xs = np.mgrid[0 : height // PATCH, 0 : width // PATCH]
+    ids: FloatArray = np.stack([np.zeros_like(ys), ys, xs], axis=-1).reshape(-1, 3).astype(np.float32)
+    return ids
+
+
+def text_ids(tokens: int) -> FloatArray:
+    """Text tokens have no position: zeros, float32 [tokens, 3]."""
+    return np.zeros((tokens, 3), dtype=np.float32)

@@ -1,0 +1,88 @@
+"""Encoded images ↔ pixels. The border where a stranger's bytes are decoded; sizes are checked before a pixel is.
+
+PNG goes through fpng, which writes the same pixels 20–90 times faster than zlib at its usual levels and somewhat
+larger; JPEG and WebP through Pillow.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import fpng
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from fluxserve.errors import InvalidRequest
+from fluxserve.spec import Limits
+
+Pixels = npt.NDArray[np.uint8]
+
+_READABLE = ("PNG", "JPEG", "WEBP")
+
+
+@dataclass(frozen=True)
+class InputImage:
+    """A decoded RGB image, upright, alpha laid over white."""
+
+    picture: Image.Image
+
+    @property
+    def height(self) -> int:
+        return self.picture.height
+
+    @property
+    def width(self) -> int:
+        return self.picture.width
+
+    def resized(self, height: int, width: int) -> Pixels:
+        """uint8 [height, width, 3], by Lanczos as diffusers' VaeImageProcessor does it."""
+        if (self.height, self.width) == (height, width):
+            return np.asarray(self.picture)
+        return np.asarray(self.picture.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def read_image(data: bytes, limits: Limits) -> InputImage:
+    """Decode a PNG, JPEG or WebP file.
+
+    Raises:
+        InvalidRequest: too large, of another format, truncated, or a bomb: its header is read before its pixels are.
+    """
+    if len(data) > limits.max_image_bytes:
+        raise InvalidRequest("image", f"{len(data)} bytes", f"at most {limits.max_image_bytes} bytes")
+    allowed = f"a whole {', '.join(_READABLE)} file of at most {limits.max_image_pixels} pixels"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows, on the header
+            picture = Image.open(io.BytesIO(data), formats=_READABLE)
+    except Image.DecompressionBombError as error:
+        raise InvalidRequest("image", "an image of far too many pixels", allowed) from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InvalidRequest("image", f"{len(data)} bytes of no known image format", allowed) from error
+    if picture.width * picture.height > limits.max_image_pixels:
+        raise InvalidRequest("image", f"an image of {picture.width} x {picture.height} pixels", allowed)
+    try:
+        return InputImage(_upright_rgb(picture))
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise InvalidRequest("image", f"a damaged or truncated {picture.format} file ({error})", allowed) from error
+
+
+def _upright_rgb(picture: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        rgba = upright.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return upright.convert("RGB")
+
+
+def write_image(pixels: Pixels, output_format: str, quality: int) -> bytes:
+    """Encode uint8 [height, width, 3] as one of contract.OUTPUT_FORMATS. PNG and raw are exact, WebP and JPEG lossy."""
+    height, width, channels = pixels.shape
+    if output_format == "raw":
+        return pixels.tobytes()
+    if output_format == "png":
+        png: bytes = fpng.from_bytes(pixels.tobytes(), width, height, channels)
+        return png
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format=output_format, quality=quality)
+    return out.getvalue()

@@ -1,0 +1,245 @@
+"""Text encoders → noise → denoise loop → VAE, over bound engines. The loop is ours; the engines are behind the seam.
+
+Precision: latents are float32 from the noise to the last step, whatever the engines compute in; velocities, embeddings
+and the VAE's tensors are in the engine's dtype. Noise is drawn on the CPU in float32 from the request's seed alone, as
+diffusers does with `torch.Generator("cpu")`, so that an image does not depend on the device, on the other requests of
+its batch, or on its place among `num_images`.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fluxserve import flow
+from fluxserve.device import DeviceClock, Pacer
+from fluxserve.engines.base import Bound, Components, Engine, Shapes
+from fluxserve.job import Job
+from fluxserve.spec import ModelSpec
+
+Watch = Callable[[int], bool]
+"""Called with a job's index after each of its steps; False says that nobody wants the job any more."""
+
+_BOUNDS_KEPT = 24
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """images: uint8 [num_images, height, width, 3]; timings: milliseconds by stage on the device's clock."""
+
+    images: npt.NDArray[np.uint8]
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the prompts say.
+
+    pooled [rows, pooled_projection_dim], sequence [rows, t5_tokens, joint_attention_dim], guidance float32 [rows].
+    """
+
+    pooled: Tensor
+    sequence: Tensor
+    guidance: Tensor
+
+    @staticmethod
+    def stack(rows: Sequence["Conditioning"]) -> "Conditioning":
+        return Conditioning(
+            torch.cat([r.pooled for r in rows]),
+            torch.cat([r.sequence for r in rows]),
+            torch.cat([r.guidance for r in rows]),
+        )
+
+
+class Pipeline:
+    """One model on one device. Not thread-safe: one GPU worker owns it.
+
+    Args:
+        max_rows: images that go through the transformer together. With 1, an image has the same bytes alone and in a
+            batch; with more, matrix products of another height may round differently in the last place.
+    """
+
+    def __init__(self, spec: ModelSpec, components: Components, device: str = "cpu", max_rows: int = 1) -> None:
+        self.spec, self._engines, self._max_rows = spec, components, max_rows
+        self.device = torch.device(device)
+        self._bounds: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
+
+    def close(self) -> None:
+        self._bounds.clear()
+        self._engines.close()
+
+    @torch.inference_mode()
+    def draw(self, jobs: Sequence[Job], watch: Watch = lambda _: True) -> list[Drawing | None]:
+        """Draw jobs of one likeness. None stands for a job that `watch` called off.
+
+        The timings of every drawing are those of the whole batch: that is how long each of them took.
+        """
+        assert len({job.likeness for job in jobs}) == 1, "jobs of a batch must be alike"
+        clock = DeviceClock(self.device)
+        with clock.stage("encode"):
+            batch = _Batch(jobs, watch, [self.encode(job) for job in jobs])
+        height, width = jobs[0].height, jobs[0].width
+        canvas = torch.empty(len(batch.rows), height, width, 3, dtype=torch.uint8)
+        for first in range(0, len(batch.rows), self._max_rows):
+            rows = batch.rows[first : first + self._max_rows]
+            latents = self._denoise_watched(batch, rows, clock)
+            if latents is not None:
+                with clock.stage("decode"):
+                    canvas[first : first + len(rows)] = self.decode(latents, height, width).cpu()
+        timings = clock.milliseconds()
+        timings["total"] = sum(timings.values())
+        return [Drawing(images, timings) if images is not None else None for images in batch.share(canvas)]
+
+    def _denoise_watched(self, batch: "_Batch", rows: Sequence["_Row"], clock: DeviceClock) -> Tensor | None:
+        """Run the loop for some rows, telling the watch after each step; None once nobody wants any of them."""
+        members = sorted({row.job for row in rows})
+        if not batch.any_wanted(members):
+            return None
+        jobs = batch.jobs
+        with clock.stage("encode"):
+            latents = torch.cat([self.start(jobs[row.job], row.seed) for row in rows])
+        conditioning = Conditioning.stack([batch.conditionings[row.job] for row in rows])
+        size = self.spec.latent_size(jobs[0].height, jobs[0].width)
+        with clock.stage("denoise"):
+            for _ in self.denoise(latents, conditioning, jobs[0].sigmas, size):
+                batch.tell(members)
+                if not batch.any_wanted(members):
+                    return None
+        return latents
+
+    def encode(self, job: Job) -> Conditioning:
+        """Prompt tokens → embeddings of one row."""
+        clip = self._bind(self._engines.clip, {"input_ids": (1, len(job.clip_ids))})
+        t5 = self._bind(self._engines.t5, {"input_ids": (1, len(job.t5_ids))})
+        for bound, ids in ((clip, job.clip_ids), (t5, job.t5_ids)):
+            bound.inputs["input_ids"].copy_(torch.from_numpy(ids)[None])
+            bound.run()
+        guidance = torch.full((1,), job.guidance, dtype=torch.float32, device=self.device)
+        return Conditioning(clip.outputs["pooled"].clone(), t5.outputs["sequence"].clone(), guidance)
+
+    def start(self, job: Job, seed: int) -> Tensor:
+        """Where the loop begins: noise, or noise mixed with the input image; packed, float32 [1, image_tokens, C].
+
+        The generator's order is diffusers': with an input image it first draws the sample of the VAE's posterior.
+        """
+        height, width = self.spec.latent_size(job.height, job.width)
+        shape = (1, self.spec.vae.latent_channels, height, width)
+        generator = torch.Generator("cpu").manual_seed(seed)
+
+        def draw() -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.device)
+
+        if not job.is_image_to_image:
+            return flow.pack(draw())
+        clean = self._encode_pixels(job, draw())
+        return flow.pack(flow.blend_(clean, draw(), float(job.sigmas[0])))
+
+    def _encode_pixels(self, job: Job, sample: Tensor) -> Tensor:
+        """The input image as latents, float32 [1, C, h, w]: mean + std·sample, shifted and scaled."""
+        bound = self._bind(self._engines.vae_encoder, {"pixels": (1, 3, job.height, job.width)})
+        pixels = torch.from_numpy(job.pixels).to(self.device, torch.float32) / 255.0
+        bound.inputs["pixels"].copy_((2.0 * pixels - 1.0).permute(2, 0, 1)[None])
+        bound.run()
+        mean, std = bound.outputs["mean"].float(), bound.outputs["std"].float()
+        return (mean + std * sample - self.spec.vae.shift_factor) * self.spec.vae.scaling_factor
+
+    def denoise(
+        self,
+        latents: Tensor,
+        conditioning: Conditioning,
+        sigmas: npt.NDArray[np.float32],
+        size: tuple[int, int],
+    ) -> Iterator[Tensor]:
+        """Euler steps along `sigmas`; yields the latents after each of them (the same tensor, updated in place).
+
+        Args:
+            latents: packed, float32 [rows, image_tokens, C]; overwritten.
+            size: height and width in latent pixels.
+        """
+        bound = self._bind_transformer(latents, conditioning, size)
+        x, timestep, velocity = (
+            bound.inputs["hidden_states"],
+            bound.inputs["timestep"],
+            bound.outputs["velocity"],
+        )
+        levels = torch.from_numpy(sigmas).to(self.device)
+        times = flow.timesteps(levels, self.spec.schedule, timestep.dtype)
+        dsigmas = levels.diff()[:, None, None, None]
+        pacer = Pacer(self.device)
+        for step in range(len(sigmas) - 1):
+            x.copy_(latents)
+            timestep.copy_(times[step].expand_as(timestep))
+            bound.run()
+            flow.euler_step_(latents, velocity, dsigmas[step])
+            pacer.step()
+            yield latents
+
+    def _bind_transformer(self, latents: Tensor, conditioning: Conditioning, size: tuple[int, int]) -> Bound:
+        """Bind for these rows and write everything that stays the same from step to step."""
+        image, text = flow.image_ids(*size), flow.text_ids(conditioning.sequence.shape[1])
+        fixed = {
+            "encoder_hidden_states": conditioning.sequence,
+            "pooled_projections": conditioning.pooled,
+            "guidance": conditioning.guidance,
+            "img_ids": torch.from_numpy(image),
+            "txt_ids": torch.from_numpy(text),
+        }
+        shapes = {name: tuple(value.shape) for name, value in fixed.items()}
+        shapes |= {"hidden_states": tuple(latents.shape), "timestep": (latents.shape[0],)}
+        bound = self._bind(self._engines.transformer, shapes)
+        for name, value in fixed.items():
+            bound.inputs[name].copy_(value)
+        return bound
+
+    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Packed latents → uint8 [rows, height, width, 3] on the device."""
+        z = flow.unpack(latents, *self.spec.latent_size(height, width))
+        bound = self._bind(self._engines.vae_decoder, {"latents": tuple(z.shape)})
+        bound.inputs["latents"].copy_(z / self.spec.vae.scaling_factor + self.spec.vae.shift_factor)
+        bound.run()
+        pixels = (bound.outputs["pixels"].float() / 2 + 0.5).clamp_(0, 1)
+        return (pixels * 255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def _bind(self, engine: Engine, shapes: Shapes) -> Bound:
+        """An engine bound to shapes, from the few that were used last."""
+        key = (id(engine), *sorted(shapes.items()))
+        if key in self._bounds:
+            self._bounds.move_to_end(key)
+        else:
+            self._bounds[key] = engine.bind(shapes)
+            if len(self._bounds) > _BOUNDS_KEPT:
+                self._bounds.popitem(last=False)
+        return self._bounds[key]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One image of one job."""
+
+    job: int
+    seed: int
+
+
+class _Batch:
+    """The jobs of one call: their rows, and which of them are still wanted."""
+
+    def __init__(self, jobs: Sequence[Job], watch: Watch, conditionings: Sequence[Conditioning]) -> None:
+        self.jobs, self.conditionings, self._watch = jobs, conditionings, watch
+        self.rows = [_Row(index, seed) for index, job in enumerate(jobs) for seed in job.noise_seeds]
+        self._wanted = [True] * len(jobs)
+
+    def tell(self, members: Sequence[int]) -> None:
+        for member in members:
+            self._wanted[member] = self._wanted[member] and self._watch(member)
+
+    def any_wanted(self, members: Sequence[int]) -> bool:
+        return any(self._wanted[member] for member in members)
+
+    def share(self, canvas: Tensor) -> list[npt.NDArray[np.uint8] | None]:
+        """Every wanted job's rows of the canvas [rows, height, width, 3]."""
+        parts = torch.split(canvas, [len(job.noise_seeds) for job in self.jobs])
+        return [part.numpy() if wanted else None for part, wanted in zip(parts, self._wanted, strict=True)]

@@ -1,0 +1,155 @@
+"""User input → a validated, frozen Request. No tensors here; every refusal names field, value and range."""
+
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fluxserve.contract import OUTPUT_FORMATS
+from fluxserve.errors import InvalidRequest
+from fluxserve.imaging import InputImage, read_image
+from fluxserve.spec import ModelSpec
+
+DRAWN_SEEDS = 2**32
+"""A seed that is drawn is below this: short enough to read out and to type again."""
+
+MAX_SEED = 2**63 - 1
+DEFAULT_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request with nothing left to default. Sizes in pixels; `image` is decoded when present."""
+
+    prompt: str
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    num_images: int
+    image: InputImage | None
+    strength: float | None
+    output_format: str
+    quality: int
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Image k is drawn from seed + k."""
+        return tuple(self.seed + k for k in range(self.num_images))
+
+
+def parse(fields: Mapping[str, Any], spec: ModelSpec) -> Request:
+    """Validate the fields of one request against a model.
+
+    Args:
+        fields: by contract name: bytes for BYTES inputs, int and float for the rest; absent ones get their default.
+        spec: the model that will draw it.
+
+    Raises:
+        InvalidRequest: names the field, what came and what is allowed.
+    """
+    limits, defaults = spec.limits, spec.defaults
+    image = read_image(fields["image"], limits) if "image" in fields else None
+    num_images = _integer(fields, "num_images", 1, 1, limits.max_images)
+    height, width = _size(fields, spec, image)
+    return Request(
+        prompt=_prompt(fields["prompt"], limits.max_prompt_bytes),
+        height=height,
+        width=width,
+        num_inference_steps=_integer(
+            fields, "num_inference_steps", defaults.num_inference_steps, 1, limits.max_inference_steps
+        ),
+        guidance_scale=_guidance(fields, spec),
+        seed=_seed(fields, num_images),
+        num_images=num_images,
+        image=image,
+        strength=_strength(fields, defaults.strength, image),
+        output_format=_format(fields),
+        quality=_integer(fields, "quality", DEFAULT_QUALITY, 1, 100),
+    )
+
+
+def _prompt(raw: bytes, most: int) -> str:
+    allowed = f"1 to {most} bytes of UTF-8 text"
+    if len(raw) > most:
+        raise InvalidRequest("prompt", f"{len(raw)} bytes", allowed)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("prompt", f"bytes that are not UTF-8 (at byte {error.start})", allowed) from error
+    if not text.strip():
+        raise InvalidRequest("prompt", "no text" if text else "0 bytes", allowed)
+    if "\x00" in text:
+        raise InvalidRequest("prompt", "a NUL character", allowed)
+    return text
+
+
+def _integer(fields: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:
+    value = int(fields.get(name, default))
+    if not least <= value <= most:
+        raise InvalidRequest(name, str(value), f"{least} to {most}")
+    return value
+
+
+def _size(fields: Mapping[str, Any], spec: ModelSpec, image: InputImage | None) -> tuple[int, int]:
+    """Height and width; one that is missing comes from the input image, or else from the model's default."""
+    limits, multiple = spec.limits, spec.size_multiple
+    natural = (spec.defaults.side, spec.defaults.side) if image is None else _fit(image, spec)
+    size = []
+    for name, default in zip(("height", "width"), natural, strict=True):
+        value = int(fields.get(name, default))
+        if not limits.min_side <= value <= limits.max_side or value % multiple:
+            allowed = f"a multiple of {multiple} from {limits.min_side} to {limits.max_side}"
+            raise InvalidRequest(name, str(value), allowed)
+        size.append(value)
+    height, width = size
+    if height * width > limits.max_pixels:
+        got, allowed = f"{height} x {width}", f"at most {limits.max_pixels} pixels in all"
+        raise InvalidRequest("height, width", got, allowed)
+    return height, width
+
+
+def _fit(image: InputImage, spec: ModelSpec) -> tuple[int, int]:
+    """The image's own size, scaled into the model's limits and rounded down to its multiple."""
+    limits, multiple = spec.limits, spec.size_multiple
+    area = image.height * image.width
+    scale = min(1.0, limits.max_side / max(image.height, image.width), math.sqrt(limits.max_pixels / area))
+    height, width = (int(side * scale) // multiple * multiple for side in (image.height, image.width))
+    return max(height, limits.min_side), max(width, limits.min_side)
+
+
+def _guidance(fields: Mapping[str, Any], spec: ModelSpec) -> float:
+    value = float(fields.get("guidance_scale", spec.defaults.guidance_scale))
+    most = spec.limits.max_guidance_scale
+    if not (math.isfinite(value) and 0.0 <= value <= most):
+        raise InvalidRequest("guidance_scale", str(value), f"a finite number from 0 to {most:g}")
+    return value
+
+
+def _seed(fields: Mapping[str, Any], num_images: int) -> int:
+    seed = int(fields.get("seed", -1))
+    most = MAX_SEED - num_images + 1
+    if not -1 <= seed <= most:
+        raise InvalidRequest("seed", str(seed), f"-1 (draw one) or 0 to {most}")
+    return secrets.randbelow(DRAWN_SEEDS) if seed == -1 else seed
+
+
+def _strength(fields: Mapping[str, Any], default: float, image: InputImage | None) -> float | None:
+    if image is None:
+        if "strength" in fields:
+            raise InvalidRequest("strength", str(fields["strength"]), "only beside an image")
+        return None
+    value = float(fields.get("strength", default))
+    if not (math.isfinite(value) and 0.0 < value <= 1.0):
+        raise InvalidRequest("strength", str(value), "0 < strength <= 1")
+    return value
+
+
+def _format(fields: Mapping[str, Any]) -> str:
+    raw: bytes = fields.get("output_format", b"png")
+    name = raw.decode("utf-8", errors="replace").lower()
+    if name not in OUTPUT_FORMATS:
+        raise InvalidRequest("output_format", repr(name[:40]), ", ".join(OUTPUT_FORMATS))
+    return name

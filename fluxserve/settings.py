@@ -1,0 +1,94 @@
+"""The only reader of environment variables and of Triton's model parameters.
+
+A parameter in a config.pbtxt (or in `--model-config` overrides) wins over the environment, which wins over the default.
+`fluxserve doctor` prints the table.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fluxserve.errors import SettingsError
+
+_PREFIX = "FLUXSERVE_"
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def default_checkpoint() -> Path:
+    """checkpoints/tiny of the source tree that this package was installed from."""
+    return _PACKAGE.parent / "checkpoints" / "tiny"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set from outside. Field `x` is FLUXSERVE_X in the environment, `x` in a config.pbtxt."""
+
+    checkpoint: str = ""
+    """A diffusers-format folder; empty: the tiny model."""
+    engine: str = "torch_eager"
+    """Which engine runs the modules; see fluxserve/engines/open.py."""
+    dtype: str = "auto"
+    """float32, bfloat16, float16; auto: bfloat16 on a GPU, float32 on a CPU."""
+    threads: int = 0
+    """CPU threads of the GPU worker's process; 0: as many as there are cores."""
+    max_rows: int = 1
+    """Images that go through the transformer together; 1 keeps an image's bytes the same alone and in a batch."""
+    inflight: str = ""
+    """The in-flight table's file; empty: one for each tritonserver process, in shared memory."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise SettingsError("dtype", self.dtype, "auto, float32, bfloat16, float16")
+        for name, least in (("threads", 0), ("max_rows", 1)):
+            if getattr(self, name) < least:
+                raise SettingsError(name, getattr(self, name), f"{least} or more")
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return Path(self.checkpoint) if self.checkpoint else default_checkpoint()
+
+    @property
+    def inflight_path(self) -> Path:
+        """Every model of one server must agree on it: their common parent is the tritonserver process."""
+        if self.inflight:
+            return Path(self.inflight)
+        return Path(f"/dev/shm/fluxserve-inflight-{os.getppid()}")  # noqa: S108 (opened with care: serving/inflight.py)
+
+
+def load(parameters: Mapping[str, Any] | None = None) -> Settings:
+    """Read the settings.
+
+    Args:
+        parameters: the `parameters` of a Triton model configuration, {name: {"string_value": value}}.
+
+    Raises:
+        SettingsError: a value that can't be read or is not allowed; the name says which.
+    """
+    values: dict[str, Any] = {}
+    for field in fields(Settings):
+        raw = _raw(field.name, parameters or {})
+        if raw is not None:
+            values[field.name] = _convert(field.name, raw, field.default)
+    return Settings(**values)
+
+
+def _raw(name: str, parameters: Mapping[str, Any]) -> str | None:
+    if name in parameters:
+        return str(parameters[name]["string_value"])
+    return os.environ.get(_PREFIX + name.upper())
+
+
+def _convert(name: str, raw: str, default: object) -> object:
+    if not isinstance(default, int):
+        return raw
+    try:
+        return int(raw)
+    except ValueError as error:
+        raise SettingsError(name, raw, "an integer") from error
+
+
+def environment(**values: str) -> dict[str, str]:
+    """The process environment with the given settings in it: what a server is started with."""
+    return {**os.environ, **{_PREFIX + k.upper(): v for k, v in values.items()}}

@@ -1,0 +1,206 @@
+"""What a model IS: frozen facts about each member of the FLUX.1 family. No I/O, no torch.
+
+The numbers are those of the published diffusers configurations (transformer/config.json, vae/config.json,
+scheduler/scheduler_config.json of FLUX.1-dev and FLUX.1-schnell) and of the pipelines' defaults.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+PATCH = 2
+"""Side of the square of latent pixels that becomes one token of the transformer."""
+
+
+@dataclass(frozen=True)
+class TransformerSpec:
+    """FluxTransformer2DModel: `num_layers` double and `num_single_layers` single blocks."""
+
+    num_layers: int
+    num_single_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    joint_attention_dim: int
+    pooled_projection_dim: int
+    guidance_embeds: bool
+    in_channels: int = 64
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+
+    def __post_init__(self) -> None:
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must sum to {self.attention_head_dim}")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass(frozen=True)
+class VaeSpec:
+    """AutoencoderKL: `downscale` pixels to a latent pixel; latents are (z - shift) * scaling."""
+
+    latent_channels: int
+    downscale: int
+    scaling_factor: float
+    shift_factor: float
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """FlowMatchEulerDiscreteScheduler: a static `shift`, or one that grows with the number of image tokens."""
+
+    use_dynamic_shifting: bool
+    shift: float = 1.0
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    num_train_timesteps: int = 1000
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Tokens given to CLIP (pooled) and to T5 (sequence); both padded to the full length."""
+
+    clip_tokens: int = 77
+    t5_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets that says nothing."""
+
+    side: int
+    num_inference_steps: int
+    guidance_scale: float
+    strength: float = 0.6
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for. Sides and areas are in pixels."""
+
+    min_side: int
+    max_side: int
+    max_pixels: int
+    max_inference_steps: int = 100
+    max_images: int = 8
+    max_guidance_scale: float = 100.0
+    max_prompt_bytes: int = 4096
+    max_image_bytes: int = 32 * 2**20
+    max_image_pixels: int = 64 * 10**6
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One member of the family, whole."""
+
+    name: str
+    transformer: TransformerSpec
+    vae: VaeSpec
+    schedule: ScheduleSpec
+    text: TextSpec
+    defaults: Defaults
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        packed = self.vae.latent_channels * PATCH * PATCH
+        if self.transformer.in_channels != packed:
+            raise ValueError(f"in_channels {self.transformer.in_channels} must be {packed} for this VAE")
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels a side must be a multiple of: one token."""
+        return self.vae.downscale * PATCH
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Pixels to latent pixels."""
+        return height // self.vae.downscale, width // self.vae.downscale
+
+    def image_tokens(self, height: int, width: int) -> int:
+        return (height // self.size_multiple) * (width // self.size_multiple)
+
+
+_FLUX1 = TransformerSpec(
+    num_layers=19,
+    num_single_layers=38,
+    num_attention_heads=24,
+    attention_head_dim=128,
+    joint_attention_dim=4096,
+    pooled_projection_dim=768,
+    guidance_embeds=True,
+)
+_FLUX1_VAE = VaeSpec(latent_channels=16, downscale=8, scaling_factor=0.3611, shift_factor=0.1159)
+_FLUX1_LIMITS = Limits(min_side=64, max_side=2048, max_pixels=2048 * 2048)
+
+FLUX1_DEV = ModelSpec(
+    name="flux.1-dev",
+    transformer=_FLUX1,
+    vae=_FLUX1_VAE,
+    schedule=ScheduleSpec(use_dynamic_shifting=True, shift=3.0),
+    text=TextSpec(t5_tokens=512),
+    defaults=Defaults(side=1024, num_inference_steps=28, guidance_scale=3.5),
+    limits=_FLUX1_LIMITS,
+)
+FLUX1_SCHNELL = ModelSpec(
+    name="flux.1-schnell",
+    transformer=replace(_FLUX1, guidance_embeds=False),
+    vae=_FLUX1_VAE,
+    schedule=ScheduleSpec(use_dynamic_shifting=False, shift=1.0),
+    text=TextSpec(t5_tokens=256),
+    defaults=Defaults(side=1024, num_inference_steps=4, guidance_scale=0.0),
+    limits=_FLUX1_LIMITS,
+)
+TINY = ModelSpec(
+    name="tiny",
+    transformer=TransformerSpec(
+        num_layers=2,
+        num_single_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=128,
+        joint_attention_dim=128,
+        pooled_projection_dim=128,
+        guidance_embeds=True,
+    ),
+    vae=VaeSpec(latent_channels=16, downscale=8, scaling_factor=1.0, shift_factor=0.0),
+    schedule=ScheduleSpec(use_dynamic_shifting=True, shift=3.0),
+    text=TextSpec(t5_tokens=32),
+    defaults=Defaults(side=128, num_inference_steps=20, guidance_scale=3.0),
+    limits=Limits(min_side=64, max_side=512, max_pixels=512 * 512),
+)
+
+FAMILY: tuple[ModelSpec, ...] = (FLUX1_DEV, FLUX1_SCHNELL, TINY)
+
+
+def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> ModelSpec:
+    """Read a ModelSpec out of a diffusers folder's three config.json files.
+
+    A fine-tune keeps its base's transformer shape, and with it the base's defaults and limits; the VAE's scale and
+    the schedule are always the folder's own. A shape nobody published gets FLUX.1-dev's or -schnell's defaults,
+    by whether it has a guidance embedding.
+
+    Raises:
+        ValueError: the numbers contradict each other.
+        KeyError: a number is missing.
+    """
+    shape = TransformerSpec(**_pick(TransformerSpec, transformer))
+    base = next((m for m in FAMILY if m.transformer == shape), None)
+    if base is None:
+        base = replace(FLUX1_DEV if shape.guidance_embeds else FLUX1_SCHNELL, name="custom")
+    return replace(
+        base,
+        transformer=shape,
+        vae=VaeSpec(
+            latent_channels=vae["latent_channels"],
+            downscale=2 ** (len(vae["block_out_channels"]) - 1),
+            scaling_factor=vae["scaling_factor"],
+            shift_factor=vae["shift_factor"],
+        ),
+        schedule=ScheduleSpec(**_pick(ScheduleSpec, scheduler)),
+    )
+
+
+def _pick(spec: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `config` that `spec` has fields for; lists become tuples so that specs compare and hash."""
+    named = {f.name: config[f.name] for f in fields(spec) if config.get(f.name) is not None}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
