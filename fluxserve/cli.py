@@ -1,0 +1,276 @@
+"""fluxserve serve | demo | generate | doctor: the command line. Of the library, only this prints."""
+
+import argparse
+import logging
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from fluxserve import __version__, settings
+from fluxserve.errors import FluxserveError, ServerError
+from fluxserve.server import DRAIN_TIMEOUT_S, LOOPBACK, Installation, Ports, TritonServer, bundled
+from fluxserve.settings import Settings
+
+_EPILOG = """\
+examples:
+  fluxserve serve                                      the tiny model on 127.0.0.1, until Ctrl-C
+  fluxserve serve --checkpoint /models/FLUX.1-dev      another model, from a diffusers-format folder
+  fluxserve serve --server /opt/tritonserver/bin/tritonserver
+  fluxserve demo "a fox on a blue background"          start a server, draw one picture, stop
+  fluxserve demo --server grpc://gpu-box:8001 "a fox"  draw it on a server that runs already
+  fluxserve generate "a red apple" -o apple.png        without a server, in this process
+  fluxserve doctor                                     what this machine can run, and every setting
+"""
+_REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
+_LOG_LINES = 12
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 1 for an error with a message, 2 for usage, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    logging.captureWarnings(True)
+    try:
+        status: int = options.command(options)
+    except FluxserveError as error:
+        print(f"fluxserve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fluxserve",
+        description="The FLUX family of text-to-image models behind Triton Inference Server.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve", help="run Triton until Ctrl-C or SIGTERM; admitted requests are finished first"
+    )
+    _server_options(serve)
+    serve.add_argument("--http-port", type=int, default=Ports.http, help="default: %(default)s")
+    serve.add_argument("--grpc-port", type=int, default=Ports.grpc, help="default: %(default)s")
+    serve.add_argument("--metrics-port", type=int, default=Ports.metrics, help="default: %(default)s")
+    serve.add_argument("--address", default=LOOPBACK, help="what to listen on; default: %(default)s, this machine only")
+    serve.add_argument(
+        "--drain-timeout", type=float, default=DRAIN_TIMEOUT_S, metavar="S", help="default: %(default)s s"
+    )
+    serve.set_defaults(command=_serve)
+
+    demo = commands.add_parser("demo", help="start a server on free ports, draw one picture through the client, stop")
+    demo.add_argument("prompt", nargs="?", default="a fox on a blue background")
+    demo.add_argument("-o", "--output", type=Path, default=Path("demo.png"), help="default: %(default)s")
+    demo.add_argument("--seed", type=int, default=-1, help="default: -1, draw one")
+    _server_options(demo)
+    demo.set_defaults(command=_demo)
+
+    generate = commands.add_parser("generate", help="draw one picture in this process, without a server")
+    generate.add_argument("prompt")
+    generate.add_argument("-o", "--output", type=Path, default=Path("image.png"), help="default: %(default)s")
+    for name, kind in (("height", int), ("width", int), ("num-inference-steps", int), ("guidance-scale", float)):
+        generate.add_argument(f"--{name}", type=kind, help="default: the model's own")
+    generate.add_argument("--seed", type=int, default=-1, help="default: -1, draw one")
+    _model_options(generate)
+    generate.set_defaults(command=_generate)
+
+    doctor = commands.add_parser("doctor", help="check what this machine can run; print every setting")
+    _model_options(doctor)
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", help="a diffusers-format folder; default: the tiny model that is shipped")
+    parser.add_argument("--engine", help=f"default: {Settings.engine}")
+
+
+def _server_options(parser: argparse.ArgumentParser) -> None:
+    _model_options(parser)
+    parser.add_argument(
+        "--server",
+        default="",
+        metavar="PATH|URL",
+        help="a tritonserver binary, or the URL (http://, grpc://) of a server that runs already; "
+        "default: the one in the wheel nvidia-pytriton",
+    )
+    parser.add_argument("--repository", type=Path, default=_REPOSITORY, help="model repository; default: %(default)s")
+
+
+def _chosen(options: argparse.Namespace) -> dict[str, str]:
+    """The settings that were given on the command line."""
+    return {name: getattr(options, name) for name in ("checkpoint", "engine") if getattr(options, name)}
+
+
+def _installation(server: str) -> Installation:
+    return Installation(Path(server)) if server else bundled()
+
+
+class _Ticker:
+    """One line that shows how long something takes: rewritten on a terminal, every five seconds elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._shown = what, -1
+
+    def __call__(self, seconds: float) -> None:
+        if sys.stdout.isatty():
+            print(f"\r{self._what} … {seconds:.1f} s", end="", flush=True)
+        elif int(seconds) // 5 != self._shown // 5 or self._shown < 0:
+            print(f"{self._what} … {seconds:.0f} s", flush=True)
+        self._shown = int(seconds)
+
+    def done(self, seconds: float) -> None:
+        print(f"{chr(13) if sys.stdout.isatty() else ''}{self._what}: {seconds:.1f} s ", flush=True)
+
+
+# --- serve -----------------------------------------------------------------------------------------------------------
+
+
+def _serve(options: argparse.Namespace) -> int:
+    if "://" in options.server:
+        return _attach(options.server)
+    ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    installation = _installation(options.server)
+    with TritonServer(
+        options.repository, ports, installation, options=_chosen(options), address=options.address
+    ) as server:
+        server.start()
+        try:
+            print(f"ready after {server.wait_ready(stopping=stop.is_set):.1f} s; Ctrl-C stops", flush=True)
+            print(
+                f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}\n  metrics  {server.metrics_url}",
+                flush=True,
+            )
+            server.supervise(stop.is_set, lambda line: print(line, flush=True))
+            print("stopping: admitted requests are finished, new ones refused", flush=True)
+        finally:
+            server.stop(options.drain_timeout)
+    print("stopped", flush=True)
+    return 0
+
+
+def _attach(url: str) -> int:
+    """Another server is served by somebody else: say whether it is ready."""
+    from fluxserve_client import Client
+
+    with Client(url) as client:
+        if not client.ready():
+            raise ServerError(f"{url}: the server or its model `flux` is not ready")
+    print(f"{url}: ready; it runs by itself, so there is nothing to start")
+    return 0
+
+
+# --- demo ------------------------------------------------------------------------------------------------------------
+
+
+def _demo(options: argparse.Namespace) -> int:
+    if "://" in options.server:
+        return _draw_through(options.server, options)
+    with tempfile.NamedTemporaryFile(prefix="fluxserve-", suffix=".log") as log:
+        server = TritonServer(options.repository, Ports.free(), _installation(options.server), log, _chosen(options))
+        with server:
+            ticker = _Ticker("starting Triton")
+            server.start()
+            try:
+                ticker.done(server.wait_ready(progress=ticker))
+            except ServerError as error:
+                raise ServerError(f"{error}\n{_tail(Path(log.name))}") from error
+            return _draw_through(f"grpc://{server.grpc_url}", options)
+
+
+def _tail(log: Path) -> str:
+    """The last lines of a server's log that say something."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip() and line[0] not in "|+"]
+    return "\n".join(f"  {line}" for line in lines[-_LOG_LINES:])
+
+
+def _draw_through(url: str, options: argparse.Namespace) -> int:
+    from fluxserve_client import Client
+
+    begin = time.perf_counter()
+    with Client(url) as client:
+        result = client.generate(options.prompt, seed=options.seed)
+        result.save(options.output)
+    spent = 1000 * (time.perf_counter() - begin)
+    t = result.timings
+    print(f"{options.output.resolve()}: {options.prompt!r}, {result.width} x {result.height}, seed {result.seeds[0]}")
+    print(
+        f"  queue {t.queue:.1f} ms, text {t.encode:.1f} ms, denoise {t.denoise:.1f} ms, VAE {t.decode:.1f} ms,"
+        f" request as the client saw it {spent:.1f} ms"
+    )
+    return 0
+
+
+# --- generate, doctor ------------------------------------------------------------------------------------------------
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import torch
+
+    from fluxserve import checkpoint, request
+    from fluxserve.engines.open import open_components
+    from fluxserve.imaging import write_image
+    from fluxserve.job import plan
+    from fluxserve.pipeline import Pipeline
+    from fluxserve.text import Tokenizers
+
+    config = settings.load({name: {"string_value": value} for name, value in _chosen(options).items()})
+    folder = checkpoint.read(config.checkpoint_path)
+    names = ("height", "width", "num_inference_steps", "guidance_scale", "seed")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    parsed = request.parse({"prompt": options.prompt.encode(), **given}, folder.spec)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    ticker, begin = _Ticker("loading"), time.perf_counter()
+    pipeline = Pipeline(folder.spec, open_components(config.engine, folder, device, config.dtype), device)
+    ticker.done(time.perf_counter() - begin)
+    job = plan(parsed, folder.spec, Tokenizers(folder))
+    (drawing,) = pipeline.draw([job])
+    assert drawing is not None, "nobody can cancel it"
+    options.output.write_bytes(write_image(drawing.images[0], parsed.output_format, parsed.quality))
+    stages = ", ".join(f"{name} {spent:.1f} ms" for name, spent in drawing.timings.items())
+    print(f"{options.output.resolve()}: {job.width} x {job.height}, seed {parsed.seed}, {device}\n  {stages}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Every check is made, whatever the others say; the status is 1 if one failed."""
+    import torch
+
+    from fluxserve import checkpoint
+
+    config = settings.load({name: {"string_value": value} for name, value in _chosen(options).items()})
+
+    def gpu() -> str:
+        if not torch.cuda.is_available():
+            return "none; the CPU is used"
+        return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+    checks = {
+        "tritonserver": lambda: str(bundled().binary),
+        "checkpoint": lambda: f"{checkpoint.read(config.checkpoint_path).spec.name} at {config.checkpoint_path}",
+        "GPU": gpu,
+        "torch": lambda: torch.__version__,
+    }
+    failed = False
+    for name, check in checks.items():
+        try:
+            print(f"  ok    {name}: {check()}")
+        except FluxserveError as error:
+            failed = True
+            print(f"  FAIL  {name}: {error}")
+    print("\nsettings (environment variable, value):")
+    for field in fields(config):
+        print(f"  FLUXSERVE_{field.name.upper():<12} {getattr(config, field.name)!r}")
+    return int(failed)

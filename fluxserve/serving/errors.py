@@ -1,0 +1,32 @@
+"""fluxserve's errors → Triton's status codes: the one place where they meet."""
+
+import traceback
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from fluxserve import errors
+
+_CODES = (
+    (errors.InvalidRequest, "INVALID_ARG"),
+    (errors.ShapeError, "INVALID_ARG"),
+    (errors.RequestIdInUse, "ALREADY_EXISTS"),
+    (errors.Refused, "UNAVAILABLE"),
+    (errors.Cancelled, "CANCELLED"),
+)
+
+
+def code(error: Exception) -> str:
+    """The name of the Triton status for an error: the first of its classes in the table, else INTERNAL."""
+    return next((name for cls, name in _CODES if isinstance(error, cls)), "INTERNAL")
+
+
+def response(error: Exception) -> Any:
+    """An InferenceResponse that carries the error. What the caller did not cause is logged with its traceback."""
+    name = code(error)
+    if name == "INTERNAL":
+        pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+        message = f"internal error: {type(error).__name__}: {error}"
+    else:
+        message = str(error)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, name)))

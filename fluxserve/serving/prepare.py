@@ -1,0 +1,77 @@
+"""The `prepare` model: a caller's tensors → validated request → in-flight ticket → job tensors. CPU, n instances."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fluxserve import checkpoint, contract, errors, request, settings
+from fluxserve.job import Job, plan
+from fluxserve.serving import errors as triton_errors
+from fluxserve.serving import tensors
+from fluxserve.serving.inflight import MAX_ID_BYTES, InflightTable
+from fluxserve.serving.metrics import RefusalMetrics
+from fluxserve.text import Tokenizers
+
+_REASONS = (
+    (errors.InvalidRequest, "invalid_request"),
+    (errors.QueueFull, "queue_full"),
+    (errors.Draining, "draining"),
+    (errors.RequestIdInUse, "request_id_in_use"),
+)
+
+
+class PrepareModel:
+    """What Triton calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        config = settings.load(json.loads(args["model_config"])["parameters"])
+        self._checkpoint = checkpoint.read(config.checkpoint_path)
+        self._tokenizers = Tokenizers(self._checkpoint)
+        self._table = InflightTable(config.inflight_path)
+        self._metrics = RefusalMetrics()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        return [self._answer(r) for r in requests]
+
+    def _answer(self, triton_request: Any) -> Any:
+        try:
+            return self._prepare(triton_request)
+        except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
+            self._metrics.refused(next((r for cls, r in _REASONS if isinstance(error, cls)), "internal"))
+            return triton_errors.response(error)
+
+    def _prepare(self, triton_request: Any) -> Any:
+        request_id = _checked_id(triton_request.request_id())
+        fields = tensors.read_scalars(triton_request, contract.PREPARE)
+        parsed = request.parse(fields, self._checkpoint.spec)
+        ticket = self._table.claim(request_id)
+        try:
+            job = plan(parsed, self._checkpoint.spec, self._tokenizers)
+            return tensors.response(contract.PREPARE, _job_tensors(job, ticket) | _format_tensors(parsed))
+        except BaseException:
+            self._table.release(ticket)
+            raise
+
+
+def _checked_id(request_id: str) -> str:
+    if len(request_id.encode()) > MAX_ID_BYTES or "\x00" in request_id:
+        got = f"{len(request_id.encode())} bytes"
+        raise errors.InvalidRequest("request_id", got, f"at most {MAX_ID_BYTES} bytes of UTF-8 without NUL")
+    return request_id
+
+
+def _job_tensors(job: Job, ticket: int) -> dict[str, Any]:
+    """contract.PREPARE's outputs; each with the batch dimension of 1 that `generate` takes."""
+    return {
+        "clip_ids": job.clip_ids[None],
+        "t5_ids": job.t5_ids[None],
+        "pixels": job.pixels[None],
+        "sigmas": job.sigmas[None],
+        "guidance": [[job.guidance]],
+        "noise_seeds": [job.noise_seeds],
+        "ticket": [[ticket]],
+    }
+
+
+def _format_tensors(parsed: request.Request) -> dict[str, Any]:
+    return {"resolved_format": [parsed.output_format.encode()], "resolved_quality": [parsed.quality]}

@@ -1,0 +1,42 @@
+"""Triton's tensors ↔ NumPy arrays and Python values, by the names and dtypes of the contract."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from fluxserve.contract import ModelContract
+
+_NUMPY: dict[str, type] = {
+    "BYTES": np.object_,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "FP32": np.float32,
+    "UINT8": np.uint8,
+}
+
+
+def read(request: Any, contract: ModelContract) -> dict[str, npt.NDArray[Any]]:
+    """The inputs that came, as arrays; optional ones that did not come are absent."""
+    arrays = {}
+    for tensor in contract.inputs:
+        given = pb_utils.get_input_tensor_by_name(request, tensor.name)
+        if given is not None:
+            arrays[tensor.name] = given.as_numpy()
+    return arrays
+
+
+def read_scalars(request: Any, contract: ModelContract) -> dict[str, Any]:
+    """The same for a model whose inputs are all of one element: bytes, int or float."""
+    return {name: array.reshape(-1)[0] for name, array in read(request, contract).items()}
+
+
+def response(contract: ModelContract, values: Mapping[str, Any]) -> Any:
+    """An InferenceResponse of all outputs; values are arrays or what np.asarray takes (lists of bytes for BYTES)."""
+    tensors = []
+    for tensor in contract.outputs:
+        array: npt.NDArray[Any] = np.ascontiguousarray(np.asarray(values[tensor.name], dtype=_NUMPY[tensor.dtype]))
+        tensors.append(pb_utils.Tensor(tensor.name, array))
+    return pb_utils.InferenceResponse(output_tensors=tensors)
