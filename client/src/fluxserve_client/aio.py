@@ -1,0 +1,285 @@
+"""The client. `AsyncClient` is the whole implementation; `Client` (sync.py) runs it on a thread.
+
+A request that its caller gives up must not go on eating the GPU. Hanging up doesn't stop it: an ensemble can't
+cancel the step that runs, and over HTTP Triton doesn't notice at all. So whenever a call of ours is left before
+its answer is here (its task is cancelled, its time is up, Ctrl-C, an exception out of the progress callback), the
+client first asks `control` to cancel that request, and only then hangs up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Self
+
+from fluxserve_client.contract import (
+    CONTROL,
+    FLUX,
+    ImageInput,
+    Request,
+    Tensors,
+    control_tensors,
+    parse_progress,
+    parse_result,
+)
+from fluxserve_client.errors import DeadlineExceeded, FluxserveError
+from fluxserve_client.result import ImageFormat, Progress, Result, State
+from fluxserve_client.transports import Transport, open_transport
+from fluxserve_client.transports.endpoint import Endpoint, Tls
+
+log = logging.getLogger("fluxserve_client")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_RETRY_S = 0.05  # between two tries to cancel a request that has not reached the server's table yet
+
+
+class AsyncClient:
+    """A client of one fluxserve server, for asyncio.
+
+    ```python
+    async with AsyncClient("grpc://localhost:8001") as client:
+        result = await client.generate("a red fox in the snow", seed=7)
+        result.save("fox.png")
+    ```
+
+    It connects at its first call, and may run any number of calls at the same time.
+
+    Args:
+        url: "host", "host:port", or "scheme://host[:port]" with scheme grpc, grpcs, http or https. Without a port:
+            443 under TLS, else Triton's own, 8001 for gRPC and 8000 for HTTP.
+        protocol: "grpc" (the default) or "http", for a `url` without a scheme.
+        tls: certificates, for grpcs and https; given with a bare `url`, it turns TLS on.
+        headers: sent with every call, as HTTP headers or gRPC metadata, e.g. {"Authorization": "Bearer …"}.
+        poll_interval: seconds between two looks at a request whose progress is followed.
+        cancel_timeout: seconds that the message which stops an abandoned request may take.
+        transport: another wire, e.g. a `MockTransport`; then `url`, `protocol`, `tls` and `headers` are not used.
+
+    Raises:
+        ValueError: an address, or options, that contradict each other.
+    """
+
+    def __init__(
+        self,
+        url: str = "localhost",
+        *,
+        protocol: str | None = None,
+        tls: Tls | None = None,
+        headers: Mapping[str, str] | None = None,
+        poll_interval: float = 0.1,
+        cancel_timeout: float = 2.0,
+        transport: Transport | None = None,
+    ) -> None:
+        self._transport = transport or open_transport(Endpoint.parse(url, protocol, tls), headers or {})
+        self._poll_interval = poll_interval
+        self._cancel_timeout = cancel_timeout
+        self._stopping: set[asyncio.Task[str | None]] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Let the cancels on their way arrive, and close the connections."""
+        if self._stopping:
+            await asyncio.wait(self._stopping)
+        await self._transport.close()
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        num_images: int | None = None,
+        image: ImageInput | None = None,
+        strength: float | None = None,
+        output_format: ImageFormat | None = None,
+        quality: int | None = None,
+        request_id: str | None = None,
+        timeout: float | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Result:
+        """Draw what `prompt` says. Everything else is optional; what isn't given, the server's model decides.
+
+        Args:
+            prompt: text, at most 4,096 bytes of UTF-8.
+            height, width: pixels, multiples of 16 within the model's limits.
+            num_inference_steps: denoising steps, 1 to 100.
+            guidance_scale: how closely to follow the prompt.
+            seed: -1 draws one; the ones used are in the result. Image k of several has seed + k.
+            num_images: 1 to 8.
+            image: a picture to start from: the bytes of a PNG, JPEG or WebP file, a path, or a Pillow image.
+            strength: how far to leave `image` behind, above 0 (nearly the same) up to 1 (a new picture).
+            output_format: "png" (the server's default), "jpeg", "webp" or "raw" (uint8 RGB, height × width × 3).
+            quality: of jpeg and webp.
+            request_id: the name of this request for `status` and `cancel`, 1 to 64 characters of A-Z a-z 0-9 . _ -,
+                unique among the requests in flight; a random one if not given.
+            timeout: seconds for the whole call; None waits for ever.
+            progress: called on the event loop with a `Progress` at every change that is seen. What it raises leaves
+                this call, after the request is cancelled: raise from it to stop. If the *server* can't
+                tell the progress, that is logged as a warning and the call goes on without.
+
+        Raises:
+            TypeError, ValueError, OSError: an argument that cannot be sent; nothing was sent.
+            InvalidRequest: a value the server does not accept.
+            QueueFull, Unavailable: the server can't take it now.
+            RequestIdInUse, Cancelled, AccessDenied, ServerError: see `fluxserve_client.errors`.
+            DeadlineExceeded: `timeout` passed; the server was told to stop.
+            ConnectionFailed: nothing answered, or the connection broke.
+
+        Whichever way the call is left early, a note on the exception (and a logged warning) says so if the server
+        could not be told to stop.
+        """
+        request = Request(
+            prompt=prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            num_images=num_images,
+            image=image,
+            strength=strength,
+            output_format=output_format,
+            quality=quality,
+        )
+        inputs = request.tensors()
+        name = uuid.uuid4().hex if request_id is None else _checked(request_id)
+        async with self._in_flight(name, inputs) as answer, _within(timeout, name):
+            outputs = await self._attend(answer, name, progress)
+        return parse_result(outputs, name, output_format)
+
+    async def status(self, request_id: str, *, timeout: float | None = None) -> Progress:
+        """How far the request `request_id` is; state UNKNOWN before it arrived and after it was answered.
+
+        Raises `DeadlineExceeded` after `timeout` seconds, and what `generate` raises for the server's answers.
+        """
+        return await self._control(request_id, "status", timeout)
+
+    async def cancel(self, request_id: str, *, timeout: float | None = None) -> State:
+        """Stop the request `request_id`, whoever sent it: its caller gets `Cancelled`.
+
+        Returns CANCELLING, or UNKNOWN if no such request is in flight. Raises as `status` does.
+        """
+        return (await self._control(request_id, "cancel", timeout)).state
+
+    async def ready(self, *, timeout: float | None = None) -> bool:
+        """Whether the server and its models can take requests.
+
+        Raises `ConnectionFailed` if nothing answers and `DeadlineExceeded` after `timeout` seconds.
+        """
+        async with _within(timeout):
+            return all([await self._transport.ready(model) for model in (FLUX, CONTROL)])
+
+    async def _control(self, request_id: str, action: str, timeout: float | None) -> Progress:
+        inputs = control_tensors(_checked(request_id), action)
+        async with _within(timeout, request_id):
+            return parse_progress(await self._transport.infer(CONTROL, inputs, ""))
+
+    @asynccontextmanager
+    async def _in_flight(self, request_id: str, inputs: Tensors) -> AsyncIterator[asyncio.Task[Tensors]]:
+        """Send the request; if the block is left before the answer is here, stop it on the server."""
+        answer = asyncio.create_task(_infer(self._transport, inputs, request_id))
+        try:
+            yield answer
+        except BaseException as error:  # CancelledError above all
+            if not answer.done():
+                stopping = asyncio.create_task(self._stop(request_id, answer))
+                self._stopping.add(stopping)
+                stopping.add_done_callback(self._stopping.discard)
+                # shielded: a caller that is cancelled once more leaves, and the message still goes out
+                if problem := await asyncio.shield(stopping):
+                    error.add_note(problem)
+            raise
+
+    async def _stop(self, request_id: str, answer: asyncio.Task[Tensors]) -> str | None:
+        """Cancel on the server, then hang up; return what went wrong.
+
+        The request may still be on its way when the cancel arrives, so an unknown id is asked for again until the
+        answer shows that there is nothing left to stop.
+        """
+        problem = None
+        try:
+            async with asyncio.timeout(self._cancel_timeout):
+                while await self.cancel(request_id) is State.UNKNOWN and not answer.done():
+                    await asyncio.wait({answer}, timeout=_RETRY_S)
+        except (FluxserveError, TimeoutError) as error:
+            reason = str(error) or f"no confirmation within {self._cancel_timeout:g} s"
+            problem = f"request {request_id} may still run on the server: it could not be cancelled: {reason}"
+            log.warning("%s", problem)
+        finally:
+            answer.cancel()
+            await asyncio.wait({answer})
+            _ = answer.cancelled() or answer.exception()  # nobody is left to hear it
+        return problem
+
+    async def _attend(
+        self, answer: asyncio.Task[Tensors], request_id: str, progress: Callable[[Progress], None] | None
+    ) -> Tensors:
+        """Wait for the answer, following the progress meanwhile.
+
+        Never awaits `answer` itself: cancelling the awaiting task would hang up before the server is told.
+        """
+        if progress is None:
+            await asyncio.wait({answer})
+            return answer.result()
+        follower = asyncio.create_task(self._follow(request_id, progress))
+        try:
+            await asyncio.wait({answer, follower}, return_when=asyncio.FIRST_COMPLETED)
+            if follower.done():
+                follower.result()  # raises what the callback raised
+            await asyncio.wait({answer})
+            return answer.result()
+        finally:
+            follower.cancel()
+            await asyncio.wait({follower})
+
+    async def _follow(self, request_id: str, progress: Callable[[Progress], None]) -> None:
+        last = None
+        while True:
+            await asyncio.sleep(self._poll_interval)
+            try:
+                now = await self.status(request_id)
+            except FluxserveError as error:
+                log.warning("the progress of request %s is not followed any more: %s", request_id, error)
+                return
+            if now != last and now.state is not State.UNKNOWN:
+                last = now
+                progress(now)
+
+
+async def _infer(transport: Transport, inputs: Tensors, request_id: str) -> Tensors:
+    return await transport.infer(FLUX, inputs, request_id)
+
+
+def _checked(request_id: str) -> str:
+    if not isinstance(request_id, str):
+        raise TypeError(f"request_id: got {type(request_id).__name__}, expected str")
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise ValueError(f"request_id: got {request_id!r}, expected 1 to 64 characters of A-Z a-z 0-9 . _ -")
+    return request_id
+
+
+@asynccontextmanager
+async def _within(timeout: float | None, request_id: str = "") -> AsyncIterator[None]:
+    """`asyncio.timeout`, raising `DeadlineExceeded`; a TimeoutError of the block's own passes untouched."""
+    try:
+        async with asyncio.timeout(timeout) as deadline:
+            yield
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        message = f"no answer within {timeout:g} s"
+        raise DeadlineExceeded(message, status="DEADLINE_EXCEEDED", request_id=request_id) from error

@@ -1,0 +1,226 @@
+"""`fluxserve-client`: pictures, progress and health from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fluxserve_client.errors import FluxserveError
+from fluxserve_client.pictures import grid, save
+from fluxserve_client.result import FORMAT_OF_SUFFIX, Result, State
+from fluxserve_client.show import CLEAR_LINE, progress_display, report
+from fluxserve_client.sync import Client
+from fluxserve_client.transports import Transport
+from fluxserve_client.transports.endpoint import Tls
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+EXAMPLES = """\
+examples:
+  fluxserve-client generate "a red fox in the snow" -o fox.png
+  fluxserve-client generate "a red fox in the snow" -n 4 --seed 7 -o foxes.png     one sheet of four
+  fluxserve-client generate "a red fox" -n 4 --separate -o fox.webp                fox-1.webp … fox-4.webp
+  fluxserve-client generate "the same fox, at night" --image fox.png --strength 0.6 -o night.png
+  echo "a long prompt" | fluxserve-client generate - --json
+  fluxserve-client generate "a fox" --url https://flux.example.com --header "Authorization=Bearer TOKEN"
+  fluxserve-client generate "a fox" --request-id fox-1 &  fluxserve-client cancel fox-1
+  fluxserve-client health --protocol http
+
+exit status: 0 done, 1 the server (or the way to it) failed, 2 wrong usage, 130 stopped by Ctrl-C
+"""
+
+
+def main(argv: Sequence[str] | None = None, transport: Transport | None = None) -> int:
+    """Run one command and return its exit status. `transport` replaces the wire, for tests."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    clear = CLEAR_LINE if sys.stderr.isatty() else ""
+    logging.basicConfig(format=f"{clear}fluxserve-client: %(message)s")  # what could not be done, e.g. a cancel
+    try:
+        with _connect(arguments, transport) as client:
+            return int(arguments.run(client, arguments))
+    except KeyboardInterrupt:
+        return _complain("stopped", INTERRUPTED)
+    except FluxserveError as error:
+        return _complain(f"error: {error}", FAILED)
+    except (ValueError, OSError) as error:
+        return _complain(f"error: {error}", USAGE)
+
+
+def _complain(line: str, status: int) -> int:
+    print(f"fluxserve-client: {line}", file=sys.stderr)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="fluxserve-client",
+        description="Draw pictures with a fluxserve server.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shared = _connection_options()
+    for name, run, text in (
+        ("generate", _generate, "draw what a prompt says"),
+        ("status", _status, "how far a request is"),
+        ("cancel", _cancel, "stop a request"),
+        ("health", _health, "whether the server is ready"),
+    ):
+        command = commands.add_parser(
+            name,
+            parents=[shared],
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        if name == "generate":
+            _generate_options(command)
+        elif name != "health":
+            command.add_argument("request_id", metavar="ID", help="the --request-id of a request in flight")
+    return parser
+
+
+def _connection_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    group = options.add_argument_group("connection")
+    group.add_argument(
+        "--url",
+        default="localhost",
+        help="host, host:port or grpc://, grpcs://, http://, https:// and those (default localhost, Triton's port)",
+    )
+    group.add_argument("--protocol", choices=("grpc", "http"), help="for a --url without a scheme (default grpc)")
+    group.add_argument(
+        "--header", action="append", default=[], metavar="KEY=VALUE", help="sent with every call; repeatable"
+    )
+    group.add_argument("--ca", metavar="FILE", help="PEM file of the authorities to trust")
+    group.add_argument("--cert", metavar="FILE", help="PEM file of the client's certificate")
+    group.add_argument("--key", metavar="FILE", help="PEM file of its key")
+    group.add_argument("--insecure", action="store_true", help="accept any certificate (HTTP only)")
+    group.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="give up, and stop the work on the server, after this long",
+    )
+    group.add_argument("--json", action="store_true", help="print one JSON object for a program to read")
+    return options
+
+
+def _generate_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prompt", help="what to draw; - reads it from standard input")
+    out = command.add_argument_group("output")
+    out.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("fluxserve.png"),
+        metavar="FILE",
+        help="its suffix chooses the format: .png .jpg .webp .raw (default fluxserve.png)",
+    )
+    out.add_argument("-n", "--num-images", type=int, metavar="N", help="pictures, with seeds that count up")
+    out.add_argument("--separate", action="store_true", help="write FILE-1, FILE-2, … and not one sheet")
+    out.add_argument("--quality", type=int, help="1-100, of .jpg and .webp")
+    out.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    picture = command.add_argument_group("picture (the server's model decides what is not given)")
+    picture.add_argument("--height", type=int, metavar="PIXELS", help="a multiple of 16")
+    picture.add_argument("--width", type=int, metavar="PIXELS", help="a multiple of 16")
+    picture.add_argument("--steps", type=int, help="denoising steps: more is finer and slower")
+    picture.add_argument("--guidance", type=float, help="how closely to follow the prompt")
+    picture.add_argument("--seed", type=int, help="the same seed draws the same picture; -1 draws one")
+    picture.add_argument("--image", type=Path, metavar="FILE", help="start from this PNG, JPEG or WebP picture")
+    picture.add_argument("--strength", type=float, help="how far to leave it behind, 0-1")
+    picture.add_argument("--request-id", metavar="ID", help="a name for `status` and `cancel`")
+
+
+def _connect(arguments: argparse.Namespace, transport: Transport | None) -> Client:
+    tls = Tls(arguments.ca, arguments.cert, arguments.key, arguments.insecure)
+    return Client(
+        arguments.url,
+        protocol=arguments.protocol,
+        tls=None if tls == Tls() else tls,
+        headers=dict(_pair(header) for header in arguments.header),
+        transport=transport,
+    )
+
+
+def _pair(header: str) -> tuple[str, str]:
+    key, equals, value = header.partition("=")
+    if not (key and equals):
+        raise ValueError(f"--header: got {header!r}, expected KEY=VALUE")
+    return key, value
+
+
+def _generate(client: Client, arguments: argparse.Namespace) -> int:
+    target: Path = arguments.output
+    as_sheet = (arguments.num_images or 1) > 1 and not arguments.separate
+    chosen = FORMAT_OF_SUFFIX.get(target.suffix.lower())
+    if chosen is None or (chosen == "raw" and as_sheet):
+        raise ValueError(f"--output: got {target.name!r}, expected .png, .jpg or .webp (.raw: no sheet of several)")
+    if not target.parent.is_dir():  # found now, not after the picture was drawn
+        raise ValueError(f"--output: there is no folder {str(target.parent)!r}")
+    with progress_display(sys.stderr, quiet=arguments.quiet) as progress:
+        result = client.generate(
+            sys.stdin.read().strip() if arguments.prompt == "-" else arguments.prompt,
+            height=arguments.height,
+            width=arguments.width,
+            num_inference_steps=arguments.steps,
+            guidance_scale=arguments.guidance,
+            seed=arguments.seed,
+            num_images=arguments.num_images,
+            image=arguments.image,
+            strength=arguments.strength,
+            output_format="png" if as_sheet else chosen,  # a sheet is encoded here: lose quality once, not twice
+            quality=None if as_sheet else arguments.quality,
+            request_id=arguments.request_id,
+            timeout=arguments.timeout,
+            progress=progress,
+        )
+    files = _write(result, target, as_sheet, arguments.quality)
+    print(report(result, files, as_json=arguments.json))
+    return OK
+
+
+def _write(result: Result, target: Path, as_sheet: bool, quality: int | None) -> list[Path]:
+    if as_sheet:
+        save(grid([result.pil(index) for index in range(len(result.images))]), target, quality)
+        return [target]
+    if len(result.images) == 1:
+        return [result.save(target)]
+    numbered = (target.with_stem(f"{target.stem}-{index + 1}") for index in range(len(result.images)))
+    return [result.save(path, index) for index, path in enumerate(numbered)]
+
+
+def _status(client: Client, arguments: argparse.Namespace) -> int:
+    now = client.status(arguments.request_id, timeout=arguments.timeout)
+    if arguments.json:
+        print(
+            json.dumps({"request_id": arguments.request_id, "state": now.state, "step": now.step, "steps": now.steps})
+        )
+    else:
+        print(now.state if now.steps == 0 else f"{now.state}, step {now.step} of {now.steps}")
+    return OK
+
+
+def _cancel(client: Client, arguments: argparse.Namespace) -> int:
+    state = client.cancel(arguments.request_id, timeout=arguments.timeout)
+    if arguments.json:
+        print(json.dumps({"request_id": arguments.request_id, "state": state}))
+    elif state is State.UNKNOWN:
+        print(f"no request {arguments.request_id} is in flight")
+    else:
+        print(state)
+    return FAILED if state is State.UNKNOWN else OK
+
+
+def _health(client: Client, arguments: argparse.Namespace) -> int:
+    ready = client.ready(timeout=arguments.timeout)
+    print(json.dumps({"ready": ready}) if arguments.json else "ready" if ready else "not ready")
+    return OK if ready else FAILED

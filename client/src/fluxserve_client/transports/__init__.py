@@ -1,0 +1,38 @@
+"""The wire, behind one small protocol: gRPC, HTTP, and a fake for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from fluxserve_client.contract import Tensors
+from fluxserve_client.transports.endpoint import Endpoint
+
+
+class Transport(Protocol):
+    """Carries tensors to a model and back. All methods are called on one event loop.
+
+    Every failure is raised as a `FluxserveError`: this is the border where foreign errors are translated. A
+    cancelled task hangs up; telling the server to stop working is the client's business, not the transport's.
+    """
+
+    async def infer(self, model: str, inputs: Tensors, request_id: str) -> Tensors:
+        """Run `model` once; an empty `request_id` sends none."""
+
+    async def ready(self, model: str) -> bool:
+        """Whether the server and `model` are ready; raises `ConnectionFailed` if nothing answers."""
+
+    async def close(self) -> None:
+        """Close the connections."""
+
+
+def open_transport(endpoint: Endpoint, headers: Mapping[str, str]) -> Transport:
+    """The transport for `endpoint`; it connects at the first call. `headers` travel with every call."""
+    # imported here: each pulls in a heavy stack, and one of the two is never needed
+    if endpoint.protocol == "grpc":
+        from fluxserve_client.transports.grpc import GrpcTransport
+
+        return GrpcTransport(endpoint, headers)
+    from fluxserve_client.transports.http import HttpTransport
+
+    return HttpTransport(endpoint, headers)

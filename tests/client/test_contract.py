@@ -1,0 +1,44 @@
+"""The client and the server say the same about every tensor: both contracts, side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fluxserve_client.contract import Request, control_tensors
+from tritonclient.utils import np_to_triton_dtype
+
+from fluxserve import contract as server
+from tests.client.fakes import FakeFlux
+
+
+def described(tensors: dict[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (np_to_triton_dtype(tensor.dtype), tensor.shape) for name, tensor in tensors.items()}
+
+
+def test_the_inputs_of_flux() -> None:
+    everything = Request(
+        prompt="",
+        height=1,
+        width=1,
+        num_inference_steps=1,
+        guidance_scale=1,
+        seed=1,
+        num_images=1,
+        image=b"",
+        strength=1,
+        output_format="png",
+        quality=1,
+    )
+    assert described(everything.tensors()) == {t.name: (t.dtype, t.dims) for t in server.FLUX.inputs}
+    assert list(Request(prompt="").tensors()) == [t.name for t in server.FLUX.inputs if not t.optional]
+
+
+def test_the_inputs_of_control() -> None:
+    assert described(control_tensors("a", "status")) == {t.name: (t.dtype, t.dims) for t in server.CONTROL.inputs}
+
+
+@pytest.mark.parametrize("model", [server.FLUX, server.CONTROL], ids=lambda model: model.name)
+def test_the_fake_server_answers_as_the_real_one(fake: FakeFlux, model: server.ModelContract) -> None:
+    answer = fake.answer({}) if model is server.FLUX else fake.control(control_tensors("a", "status"))
+    expected = {t.name: (t.dtype, tuple(max(dim, 1) for dim in t.dims)) for t in model.outputs}
+    assert described(dict(answer)) == expected

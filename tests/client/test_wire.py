@@ -1,0 +1,165 @@
+"""What only a real connection shows: addresses, headers, TLS, broken and refused connections, odd answers."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from fluxserve_client import AsyncClient, ConnectionFailed, MockTransport, ServerError, Tls
+from fluxserve_client.transports.endpoint import Endpoint
+
+from tests.client.fakes import FakeFlux, Wire
+
+PROTOCOLS = pytest.mark.parametrize("protocol", ["grpc", "http"])
+
+
+@pytest.mark.parametrize(
+    ("url", "protocol", "expected"),
+    [
+        ("localhost", None, ("grpc", "localhost:8001", False)),
+        ("localhost", "http", ("http", "localhost:8000", False)),
+        ("flux.example:9", None, ("grpc", "flux.example:9", False)),
+        ("grpc://flux.example", None, ("grpc", "flux.example:8001", False)),
+        ("grpcs://flux.example", "grpc", ("grpc", "flux.example:443", True)),
+        ("http://flux.example:80/", None, ("http", "flux.example:80", False)),
+        ("https://flux.example/team/flux/", None, ("http", "flux.example:443/team/flux", True)),
+        ("[::1]:9", "http", ("http", "[::1]:9", False)),
+    ],
+)
+def test_addresses(url: str, protocol: str | None, expected: tuple[str, str, bool]) -> None:
+    endpoint = Endpoint.parse(url, protocol)
+    assert (endpoint.protocol, endpoint.address, endpoint.tls is not None) == expected
+
+
+def test_certificates_turn_tls_on_for_a_bare_address() -> None:
+    tls = Tls(ca="ca.pem")
+    assert Endpoint.parse("flux.example", tls=tls) == Endpoint("grpc", "flux.example:443", tls)
+
+
+@pytest.mark.parametrize(
+    ("url", "protocol", "tls", "message"),
+    [
+        ("ftp://x", None, None, "url: got scheme 'ftp', expected one of grpc"),
+        ("http://x", "grpc", None, "protocol: got 'grpc' with url 'http://x', which says 'http'"),
+        ("x", "soap", None, "protocol: got 'soap', expected one of grpc, http"),
+        ("http://x", None, Tls(), "tls: given with url 'http://x', which is not encrypted; use https://"),
+        ("grpcs://x", None, Tls(insecure=True), "tls: gRPC cannot skip verification"),
+        ("grpc://x/path", None, None, "a path is possible over HTTP only"),
+        ("", None, None, "url: got ''"),
+        ("http://user@x", None, None, "url: got 'http://user@x'"),
+    ],
+)
+def test_contradictions(url: str, protocol: str | None, tls: Tls | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AsyncClient(url, protocol=protocol, tls=tls)
+
+
+def test_half_a_client_certificate() -> None:
+    with pytest.raises(ValueError, match="cert, key: got one of them"):
+        Tls(cert="c.pem")
+
+
+@PROTOCOLS
+async def test_headers_travel_with_every_call(fake: FakeFlux, wire: Wire, protocol: str) -> None:
+    async with AsyncClient(wire.url(protocol), headers={"Authorization": "Bearer t"}) as client:
+        await client.generate("a fox")
+        await client.status("x")
+    assert [headers["authorization"] for headers in fake.headers] == ["Bearer t"] * 2
+
+
+@PROTOCOLS
+async def test_many_at_once_do_not_hold_up_a_cancel(fake: FakeFlux, wire: Wire, protocol: str) -> None:
+    fake.steps, fake.step_s = 1000, 0.01
+    async with AsyncClient(wire.url(protocol), cancel_timeout=5) as client:
+        tasks = [asyncio.create_task(client.generate("a fox")) for _ in range(120)]
+        async with asyncio.timeout(5):
+            while len(fake.table) < 120:
+                await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        async with asyncio.timeout(5):
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+    assert len([action for _, action in fake.actions if action == "cancel"]) == 120
+
+
+@PROTOCOLS
+async def test_nobody_there(protocol: str) -> None:
+    with socket.socket() as taken:  # bound and not listening: refuses, and nobody else can take the port
+        taken.bind(("127.0.0.1", 0))
+        async with AsyncClient(f"{protocol}://127.0.0.1:{taken.getsockname()[1]}") as client:
+            for call in (client.generate("a fox"), client.status("x"), client.ready()):
+                with pytest.raises(ConnectionFailed):
+                    await call
+
+
+@asynccontextmanager
+async def answering(answer: bytes) -> AsyncIterator[int]:
+    """A port that reads the head of a request, says `answer` and hangs up."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1000)
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+@PROTOCOLS
+async def test_a_connection_that_breaks(protocol: str) -> None:
+    async with answering(b"") as port, AsyncClient(f"{protocol}://127.0.0.1:{port}") as client:
+        with pytest.raises(ConnectionFailed):
+            await client.generate("a fox")
+
+
+async def test_a_proxys_error_page() -> None:
+    page = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 20\r\n\r\n<h1>Bad gateway</h1>"
+    async with answering(page) as port, AsyncClient(f"http://127.0.0.1:{port}") as client:
+        with pytest.raises(ServerError, match="<h1>Bad gateway</h1>") as caught:
+            await client.generate("a fox")
+    assert caught.value.status == "HTTP 502"
+
+
+async def test_not_ready() -> None:
+    async with AsyncClient(transport=MockTransport(FakeFlux(), ready_models=["flux"])) as client:
+        assert not await client.ready()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    if not (openssl := shutil.which("openssl")):
+        pytest.skip("openssl is not installed: no certificate to test with")
+    folder = tmp_path_factory.mktemp("tls")
+    chain, key = folder / "chain.pem", folder / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    command = [openssl, "req", "-x509", *kind, *subject, "-keyout", str(key), "-out", str(chain)]
+    subprocess.run(command, check=True, capture_output=True)
+    return chain, key
+
+
+@PROTOCOLS
+async def test_tls(fake: FakeFlux, certificate: tuple[Path, Path], protocol: str) -> None:
+    with Wire(fake, certificate) as wire:
+        async with AsyncClient(wire.url(protocol), tls=Tls(ca=certificate[0])) as client:
+            assert (await client.generate("a fox")).image
+        async with AsyncClient(wire.url(protocol)) as client:  # does not trust it
+            with pytest.raises(ConnectionFailed):
+                await client.generate("a fox")
+
+
+async def test_tls_without_verification(fake: FakeFlux, certificate: tuple[Path, Path]) -> None:
+    with Wire(fake, certificate) as wire:
+        async with AsyncClient(wire.url("http"), tls=Tls(insecure=True)) as client:
+            assert (await client.generate("a fox")).image
+    assert Tls(insecure=True).context().verify_mode is ssl.CERT_NONE
+    assert Tls().context().verify_mode is ssl.CERT_REQUIRED
