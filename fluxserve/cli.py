@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -257,11 +257,11 @@ def _doctor(options: argparse.Namespace) -> int:
             return "none; the CPU is used"
         return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
-    checks = {
+    checks: dict[str, Callable[[], str]] = {
         "tritonserver": lambda: str(bundled().binary),
         "checkpoint": lambda: f"{checkpoint.read(config.checkpoint_path).spec.name} at {config.checkpoint_path}",
         "GPU": gpu,
-        "torch": lambda: torch.__version__,
+        "torch": lambda: str(torch.__version__),
     }
     failed = False
     for name, check in checks.items():

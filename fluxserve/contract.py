@@ -12,7 +12,11 @@ MAX_BATCH_SIZE = 4
 """Requests of equal size, steps and task that `generate` may take in one batch."""
 
 MAX_WAITING = 64
-"""Requests that may wait for the GPU; one more is refused with UNAVAILABLE."""
+"""Requests that may wait for the GPU; `prepare` refuses one more with UNAVAILABLE."""
+
+MAX_QUEUE_SIZE = 256
+"""Triton's own bound on `generate`'s queue: above MAX_WAITING, because a request that was cancelled while it waited no
+longer counts but stays in the queue until its turn comes to be answered."""
 
 QUEUE_TIMEOUT_S = 120
 """How long a request may wait for the GPU before Triton answers it UNAVAILABLE."""
@@ -57,7 +61,7 @@ def _tensor(name: str, dtype: str, dims: Sequence[int], meaning: str, optional: 
 
 
 REQUEST_INPUTS = (
-    _tensor("prompt", "BYTES", [1], "UTF-8, 1 to 4,096 bytes"),
+    _tensor("prompt", "BYTES", [1], "required: UTF-8, 1 to 4,096 bytes", optional=True),
     _tensor("height", "INT32", [1], "pixels, a multiple of 16", optional=True),
     _tensor("width", "INT32", [1], "pixels, a multiple of 16", optional=True),
     _tensor("num_inference_steps", "INT32", [1], "1 to 100", optional=True),

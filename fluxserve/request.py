@@ -55,7 +55,7 @@ def parse(fields: Mapping[str, Any], spec: ModelSpec) -> Request:
     num_images = _integer(fields, "num_images", 1, 1, limits.max_images)
     height, width = _size(fields, spec, image)
     return Request(
-        prompt=_prompt(fields["prompt"], limits.max_prompt_bytes),
+        prompt=_prompt(fields.get("prompt"), limits.max_prompt_bytes),
         height=height,
         width=width,
         num_inference_steps=_integer(
@@ -71,8 +71,10 @@ def parse(fields: Mapping[str, Any], spec: ModelSpec) -> Request:
     )
 
 
-def _prompt(raw: bytes, most: int) -> str:
+def _prompt(raw: bytes | None, most: int) -> str:
     allowed = f"1 to {most} bytes of UTF-8 text"
+    if raw is None:
+        raise InvalidRequest("prompt", "nothing", allowed)
     if len(raw) > most:
         raise InvalidRequest("prompt", f"{len(raw)} bytes", allowed)
     try:

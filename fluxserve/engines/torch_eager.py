@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.models.t5.modeling_t5 import T5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
@@ -66,6 +68,8 @@ def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Componen
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     precision: torch.dtype = getattr(torch, dtype)
+    for library in (diffusers_logging, transformers_logging):  # a server's log is no place for their progress bars
+        library.disable_progress_bar()
 
     def load(cls: type, name: str) -> nn.Module:
         folder = checkpoint.component(name)

@@ -1,4 +1,8 @@
-"""fluxserve's errors → Triton's status codes: the one place where they meet."""
+"""fluxserve's errors → Triton's status codes: the one place where they meet.
+
+Over gRPC the codes arrive as they are. Triton's HTTP frontend (2.51) has a status for some of them only and answers 400
+for the rest, so the message of those begins with the code's name in brackets, over both protocols.
+"""
 
 import traceback
 from typing import Any
@@ -16,6 +20,9 @@ _CODES = (
 )
 
 
+_UNKNOWN_TO_HTTP = ("ALREADY_EXISTS", "CANCELLED")
+
+
 def code(error: Exception) -> str:
     """The name of the Triton status for an error: the first of its classes in the table, else INTERNAL."""
     return next((name for cls, name in _CODES if isinstance(error, cls)), "INTERNAL")
@@ -28,5 +35,5 @@ def response(error: Exception) -> Any:
         pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
         message = f"internal error: {type(error).__name__}: {error}"
     else:
-        message = str(error)
+        message = f"[{name}] {error}" if name in _UNKNOWN_TO_HTTP else str(error)
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, name)))

@@ -132,7 +132,9 @@ _STATUS_OF = {Cancelled: "CANCELLED", RequestIdInUse: "ALREADY_EXISTS"}
 
 def _as_triton(error: FluxserveError, model: str) -> tuple[str, str]:
     prefix = "in ensemble 'flux', " if model == "flux" else ""
-    return error.status or _STATUS_OF[type(error)], prefix + str(error)
+    status = error.status or _STATUS_OF[type(error)]
+    code = f"[{status}] " if status in ("CANCELLED", "ALREADY_EXISTS") else ""
+    return status, prefix + code + str(error)
 
 
 def _encode(tensor: Any) -> bytes:

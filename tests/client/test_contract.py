@@ -30,7 +30,7 @@ def test_the_inputs_of_flux() -> None:
         quality=1,
     )
     assert described(everything.tensors()) == {t.name: (t.dtype, t.dims) for t in server.FLUX.inputs}
-    assert list(Request(prompt="").tensors()) == [t.name for t in server.FLUX.inputs if not t.optional]
+    assert list(Request(prompt="").tensors()) == ["prompt"]
 
 
 def test_the_inputs_of_control() -> None:

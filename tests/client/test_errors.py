@@ -8,9 +8,9 @@ from fluxserve_client.errors import FluxserveError, from_status
 
 from fluxserve import errors as server
 
-# the server's own words: over HTTP nothing but they tell these two from a bad input
-ID_IN_USE = str(server.RequestIdInUse("a", "queued"))
-WAS_CANCELLED = str(server.Cancelled("a", 3, 20))
+# as fluxserve.serving.errors writes them: over HTTP nothing but the code in front tells these two from a bad input
+ID_IN_USE = f"[ALREADY_EXISTS] {server.RequestIdInUse('a', 'queued')}"
+WAS_CANCELLED = f"[CANCELLED] {server.Cancelled('a', 3, 20)}"
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ WAS_CANCELLED = str(server.Cancelled("a", 3, 20))
         ("499", "whatever", errors.Cancelled, "CANCELLED"),
         ("400", WAS_CANCELLED, errors.Cancelled, "CANCELLED"),
         # words that a caller may have put there do not decide
-        ("400", "output_format: got 'request x was cancelled'", errors.InvalidRequest, "INVALID_ARGUMENT"),
+        ("400", "output_format: got '[CANCELLED] request'", errors.InvalidRequest, "INVALID_ARGUMENT"),
         ("500", WAS_CANCELLED, errors.ServerError, "INTERNAL"),
         ("StatusCode.UNAVAILABLE", "Exceeds maximum queue size", errors.QueueFull, "UNAVAILABLE"),
         ("503", "Exceeds maximum queue size", errors.QueueFull, "UNAVAILABLE"),

@@ -1,4 +1,4 @@
-"""The loop is ours, diffusers is the judge: latents after every step and the final image, in float32, from the same noise."""
+"""The loop is ours, diffusers is the judge: latents after every step and the final image, in float32."""
 
 from collections.abc import Sequence
 

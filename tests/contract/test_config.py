@@ -54,7 +54,7 @@ def test_ensemble_is_wired_completely() -> None:
 def test_queue() -> None:
     batching = config("generate").dynamic_batching
     policy = batching.default_queue_policy
-    assert policy.max_queue_size == contract.MAX_WAITING
+    assert policy.max_queue_size == contract.MAX_QUEUE_SIZE > contract.MAX_WAITING
     assert policy.timeout_action == policy.REJECT
     assert policy.default_timeout_microseconds == contract.QUEUE_TIMEOUT_S * 1_000_000
     assert not policy.allow_timeout_override

@@ -47,7 +47,7 @@ class RandomFlux:
 
 @cache
 def make(guidance_embeds: bool = True, dynamic: bool = True, seed: int = 0) -> RandomFlux:
-    """The same weights for the same arguments. Without guidance and dynamic shifting it is shaped like FLUX.1-schnell."""
+    """The same weights for the same arguments; without guidance and dynamic shifting, a FLUX.1-schnell."""
     torch.manual_seed(seed)
     transformer = FluxTransformer2DModel(
         patch_size=1,

@@ -195,7 +195,9 @@ class AsyncClient:
         try:
             yield answer
         except BaseException as error:  # CancelledError above all
-            if not answer.done():
+            if answer.done():
+                _ = answer.cancelled() or answer.exception()  # nobody is left to hear it
+            else:
                 stopping = asyncio.create_task(self._stop(request_id, answer))
                 self._stopping.add(stopping)
                 stopping.add_done_callback(self._stopping.discard)

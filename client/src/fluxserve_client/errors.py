@@ -100,10 +100,9 @@ _HTTP_STATUS = {
     "504": "DEADLINE_EXCEEDED",
 }
 
-# Triton's HTTP front end answers 400 for CANCELLED and ALREADY_EXISTS too: only the words tell them from a bad
-# input. Messages about an input start with the input's name, these two with the request or its id.
-_CANCELLED_WORDS = re.compile(r"request [^ ]+ was cancelled\b")
-_IN_USE_WORDS = re.compile(r"request_id: [^ ]+ is in use\b")
+# Triton's HTTP front end answers 400 for CANCELLED and ALREADY_EXISTS too, so the server puts these codes at the head of
+# its message. Messages about an input start with the input's name.
+_CODE = re.compile(r"\[(?P<code>CANCELLED|ALREADY_EXISTS)\] ")
 
 # gRPC reports its own transport's failures as UNAVAILABLE too, and tritonclient keeps nothing but the text.
 _TRANSPORT_WORDS = re.compile(
@@ -111,7 +110,7 @@ _TRANSPORT_WORDS = re.compile(
     r"|broken pipe|goaway|transport closed|endpoint closing|stream removed|handshak|ping timeout|keepalive",
     re.IGNORECASE,
 )
-_QUEUE_FULL_WORDS = re.compile(r"exceeds maximum queue size", re.IGNORECASE)
+_QUEUE_FULL_WORDS = re.compile(r"^queue: |exceeds maximum queue size", re.IGNORECASE)
 
 _PREFIX = re.compile(r"(?:in ensemble '(?P<ensemble>[^']*)', )?(?:\[request id: [^\]]*\] )?")
 
@@ -127,7 +126,9 @@ def from_status(status: str | None, message: str, request_id: str = "") -> Fluxs
     prefix = _PREFIX.match(message)
     assert prefix is not None  # every part of it is optional
     text = message[prefix.end() :]
-    name = _canonical(status, text)
+    if code := _CODE.match(text):
+        text = text[code.end() :]
+    name = _canonical(status, code and code["code"])
     kind = _BY_STATUS.get(name or "", ServerError)
     if kind is Unavailable and _QUEUE_FULL_WORDS.search(text):
         kind = QueueFull
@@ -136,11 +137,9 @@ def from_status(status: str | None, message: str, request_id: str = "") -> Fluxs
     return kind(text, status=name, request_id=request_id, ensemble=prefix["ensemble"])
 
 
-def _canonical(status: str | None, text: str) -> str | None:
+def _canonical(status: str | None, code: str | None) -> str | None:
     if status is None or status.startswith("StatusCode."):
         return status and status.removeprefix("StatusCode.")
-    if status == "400" and _CANCELLED_WORDS.match(text):
-        return "CANCELLED"
-    if status == "400" and _IN_USE_WORDS.match(text):
-        return "ALREADY_EXISTS"
+    if status == "400" and code:
+        return code
     return _HTTP_STATUS.get(status, f"HTTP {status}")

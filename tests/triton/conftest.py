@@ -1,0 +1,108 @@
+"""A real Triton with the tiny model, once for all tests of this folder; tests that end servers start their own."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from tritonclient.utils import InferenceServerException
+
+from fluxserve.server import Ports, TritonServer, bundled
+
+ROOT = Path(__file__).parents[2]
+REPOSITORY = ROOT / "model_repository"
+
+DTYPES = {
+    "prompt": "BYTES",
+    "height": "INT32",
+    "width": "INT32",
+    "num_inference_steps": "INT32",
+    "guidance_scale": "FP32",
+    "seed": "INT64",
+    "num_images": "INT32",
+    "image": "BYTES",
+    "strength": "FP32",
+    "output_format": "BYTES",
+    "quality": "INT32",
+    "request_id": "BYTES",
+    "action": "BYTES",
+}
+NUMPY = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "FP64": np.float64}
+
+# A picture that takes several seconds on two cores: long enough to be found running, and cancelled.
+LONG = {"height": 512, "width": 512, "num_inference_steps": 100}
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[TritonServer]:
+    with tempfile.TemporaryFile() as log, TritonServer(REPOSITORY, Ports.free(), bundled(), log) as running:
+        running.start()
+        running.wait_ready(120)
+        yield running
+
+
+@dataclass(frozen=True)
+class PlainClient:
+    """tritonclient as it is, of one protocol: what any user has."""
+
+    protocol: str
+    url: str
+
+    def call(self, model: str, fields: dict[str, object], request_id: str = "", **options: object) -> dict[str, np.ndarray]:
+        """Send the fields, one element each; answer all outputs. Values that are arrays go as they are."""
+        library = triton_grpc if self.protocol == "grpc" else triton_http
+        inputs = []
+        for name, value in fields.items():
+            array = value if isinstance(value, np.ndarray) else self._array(name, value)
+            dtype = DTYPES[name] if array.dtype == NUMPY[DTYPES[name]] else _dtype_of(array)
+            tensor = library.InferInput(name, list(array.shape), dtype)
+            tensor.set_data_from_numpy(array)
+            inputs.append(tensor)
+        with library.InferenceServerClient(self.url) as client:
+            result = client.infer(model, inputs, request_id=request_id, **options)
+            answer = result.get_response(as_json=True) if self.protocol == "grpc" else result.get_response()
+            return {o["name"]: result.as_numpy(o["name"]) for o in answer["outputs"]}
+
+    @staticmethod
+    def _array(name: str, value: object) -> np.ndarray:
+        if isinstance(value, str):
+            value = value.encode()
+        return np.array([value], dtype=NUMPY[DTYPES[name]])
+
+    def draw(self, prompt: str | bytes = "a red apple", request_id: str = "", **fields: object) -> dict[str, np.ndarray]:
+        return self.call("flux", {"prompt": prompt, **fields}, request_id)
+
+    def control(self, request_id: str, action: str) -> tuple[str, int, int]:
+        out = self.call("control", {"request_id": request_id, "action": action})
+        return out["state"][0].decode(), int(out["step"][0]), int(out["steps"][0])
+
+    def refused(self, run: Callable[[], object]) -> tuple[str, str]:
+        """Status and message of a call that must be refused; the status as gRPC names it, over both protocols."""
+        with pytest.raises(InferenceServerException) as caught:
+            run()
+        return status_of(caught.value), caught.value.message()
+
+
+HTTP_STATUS = {"400": "INVALID_ARGUMENT", "409": "ALREADY_EXISTS", "499": "CANCELLED", "503": "UNAVAILABLE", "404": "NOT_FOUND"}
+
+
+def status_of(error: InferenceServerException) -> str:
+    raw = str(error.status()).removeprefix("StatusCode.")
+    return HTTP_STATUS.get(raw, raw)
+
+
+def _dtype_of(array: np.ndarray) -> str:
+    return next(name for name, kind in NUMPY.items() if array.dtype == kind)
+
+
+def plain(server: TritonServer, protocol: str) -> PlainClient:
+    return PlainClient(protocol, server.grpc_url if protocol == "grpc" else server.http_url)
+
+
+@pytest.fixture(params=["grpc", "http"])
+def client(request: pytest.FixtureRequest, server: TritonServer) -> PlainClient:
+    return plain(server, request.param)

@@ -1,0 +1,220 @@
+"""Status and cancel against the live server, by both protocols, by hand and through the client distribution."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from fluxserve_client import AsyncClient
+from fluxserve_client import errors as client_errors
+
+from fluxserve import contract
+from fluxserve.server import TritonServer
+from tests.triton.conftest import LONG, PlainClient, plain
+
+pytestmark = pytest.mark.xdist_group("triton")
+
+PATIENCE = 20.0
+
+
+def wait_for(what: Callable[[], bool], patience: float = PATIENCE) -> float:
+    """Seconds until it holds."""
+    begin = time.monotonic()
+    while not what():
+        assert time.monotonic() - begin < patience, "it never came"
+        time.sleep(0.01)
+    return time.monotonic() - begin
+
+
+@contextmanager
+def running(client: PlainClient, request_id: str, steps: int = 2) -> Iterator["Future[tuple[str, str]]"]:
+    """A long request that has done some steps, and that ends in an error."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(client.refused, lambda: client.draw(request_id=request_id, **LONG))
+        wait_for(lambda: client.control(request_id, "status")[1] >= steps)
+        yield future
+
+
+def code_of(answer: tuple[str, str]) -> str:
+    """gRPC has the code; over HTTP the message begins with it."""
+    status, message = answer
+    return message.split("[", 1)[1].split("]")[0] if status == "INVALID_ARGUMENT" and "[" in message else status
+
+
+def test_status_follows_the_steps(client: PlainClient) -> None:
+    seen: list[tuple[str, int, int]] = []
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(client.draw, request_id="follow", height=128, width=128, num_inference_steps=50, num_images=2)
+        while not future.done():
+            seen.append(client.control("follow", "status"))
+        future.result()
+    steps = [step for state, step, of in seen if state == "running" and of == 100]
+    assert len(set(steps)) > 10
+    assert steps == sorted(steps)
+    assert client.control("follow", "status") == ("unknown", 0, 0)
+
+
+def test_cancel_a_running_request(client: PlainClient, server: TritonServer) -> None:
+    with running(client, "doomed") as future:
+        state, at, of = client.control("doomed", "cancel")
+        assert (state, of) == ("cancelling", 100)
+        answer = future.result(PATIENCE)
+    assert code_of(answer) == "CANCELLED"
+    stopped = int(answer[1].split("at step ")[1].split()[0])
+    assert at <= stopped <= at + 2, "the worker is free within two steps"
+    assert server.table.live() == 0
+    begin = time.monotonic()
+    client.draw(height=64, width=64, num_inference_steps=1)
+    assert time.monotonic() - begin < 1.0, "the next one runs at once"
+
+
+def test_cancel_a_waiting_request(client: PlainClient) -> None:
+    with running(client, "first") as first, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.refused, lambda: client.draw(request_id="second", **LONG))
+        wait_for(lambda: client.control("second", "status")[0] == "queued")
+        assert client.control("second", "cancel")[0] == "cancelling"
+        assert client.control("first", "status")[0] == "running"
+        client.control("first", "cancel")
+        assert code_of(first.result(PATIENCE)) == code_of(waiting.result(PATIENCE)) == "CANCELLED"
+
+
+def test_cancelling_one_of_a_batch_leaves_the_other(server: TritonServer) -> None:
+    client = plain(server, "grpc")
+    size = {"height": 256, "width": 256, "num_inference_steps": 10}
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(client.draw, request_id="ahead", **size)
+        wait_for(lambda: client.control("ahead", "status")[0] == "running")
+        out = pool.submit(client.refused, lambda: client.draw(request_id="out", seed=1, **size))
+        stay = pool.submit(client.draw, request_id="stay", seed=2, **size)
+        wait_for(lambda: client.control("stay", "status")[0] == client.control("out", "status")[0] == "queued")
+        first.result(PATIENCE)
+        wait_for(lambda: client.control("out", "status")[0] == "running")
+        client.control("out", "cancel")
+        assert code_of(out.result(PATIENCE)) == "CANCELLED"
+        together = stay.result(PATIENCE)["images"][0]
+    assert together == client.draw(seed=2, **size)["images"][0]
+
+
+def test_an_id_in_use_is_refused(client: PlainClient) -> None:
+    with running(client, "mine") as future:
+        refusal = client.refused(lambda: client.draw(request_id="mine"))
+        assert code_of(refusal) == "ALREADY_EXISTS"
+        assert "'mine' is in use by a running request" in refusal[1]
+        client.control("mine", "cancel")
+        future.result(PATIENCE)
+    assert client.draw(request_id="mine", height=64, width=64, num_inference_steps=1)["images"].shape == (1,)
+
+
+def test_an_unknown_id(client: PlainClient) -> None:
+    assert client.control("nobody", "status") == ("unknown", 0, 0)
+    assert client.control("nobody", "cancel") == ("unknown", 0, 0)
+
+
+def test_a_full_queue_is_unavailable(server: TritonServer) -> None:
+    client = plain(server, "grpc")
+    with running(client, "hog") as hog:
+        waiting = [server.table.claim(f"filler-{k}") for k in range(contract.MAX_WAITING)]
+        try:
+            for protocol in ("grpc", "http"):
+                status, message = plain(server, protocol).refused(lambda p=protocol: plain(server, p).draw())
+                assert status == "UNAVAILABLE"
+                assert f"queue: {contract.MAX_WAITING} requests are waiting; at most {contract.MAX_WAITING}" in message
+        finally:
+            for ticket in waiting:
+                server.table.release(ticket)
+        client.control("hog", "cancel")
+        hog.result(PATIENCE)
+
+
+def test_grpc_cancel_of_generate_itself(server: TritonServer) -> None:
+    """Called without the ensemble, `generate` sees gRPC's own cancellation."""
+    import tritonclient.grpc as triton
+
+    values = {
+        "clip_ids": np.zeros((1, 77), np.int64),
+        "t5_ids": np.zeros((1, 32), np.int64),
+        "pixels": np.zeros((1, 512, 512, 0), np.uint8),
+        "sigmas": np.linspace(1, 0, 101, dtype=np.float32)[None],
+        "guidance": np.ones((1, 1), np.float32),
+        "noise_seeds": np.zeros((1, 1), np.int64),
+        "ticket": np.zeros((1, 1), np.int64),
+    }
+    inputs = []
+    for name, value in values.items():
+        tensor = triton.InferInput(name, list(value.shape), contract.GENERATE.dtype_of(name))
+        tensor.set_data_from_numpy(value)
+        inputs.append(tensor)
+    ended = threading.Event()
+    with triton.InferenceServerClient(server.grpc_url) as c:
+        call = c.async_infer("generate", inputs, lambda result, error: ended.set())
+        time.sleep(0.5)
+        call.cancel()
+        assert ended.wait(PATIENCE)
+    begin = time.monotonic()
+    plain(server, "grpc").draw(height=64, width=64, num_inference_steps=1)
+    assert time.monotonic() - begin < 2.0, "it was still being drawn"
+
+
+@pytest.mark.slow
+def test_a_thousand_abandoned_requests_leak_nothing(server: TritonServer) -> None:
+    """Sent, and their callers gone at once: the slots come back, and the next request runs."""
+
+    async def abandon(client: AsyncClient, k: int) -> None:
+        task = asyncio.create_task(client.generate("a fox", height=64, width=64, num_inference_steps=2, request_id=f"gone-{k}"))
+        await asyncio.sleep(0.002 * (k % 7))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def crowd() -> None:
+        async with AsyncClient(f"grpc://{server.grpc_url}") as client:
+            for first in range(0, 1000, 50):
+                await asyncio.gather(*(abandon(client, k) for k in range(first, first + 50)))
+
+    asyncio.run(crowd())
+    wait_for(lambda: server.table.live() == 0, 60)
+    assert plain(server, "http").draw(height=64, width=64)["images"].shape == (1,)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+async def test_the_client_cancels_when_its_task_is(server: TritonServer, protocol: str) -> None:
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    steps: list[int] = []
+    async with AsyncClient(f"{protocol}://{url}") as client:
+        task = asyncio.create_task(
+            client.generate("a fox", request_id=f"task-{protocol}", progress=lambda p: steps.append(p.step), **LONG)
+        )
+        while not steps or steps[-1] < 2:
+            await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await asyncio.to_thread(wait_for, lambda: server.table.live() == 0, 2.0)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+async def test_the_client_cancels_at_its_deadline(server: TritonServer, protocol: str) -> None:
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    async with AsyncClient(f"{protocol}://{url}") as client:
+        with pytest.raises(client_errors.DeadlineExceeded):
+            await client.generate("a fox", timeout=0.5, **LONG)
+    await asyncio.to_thread(wait_for, lambda: server.table.live() == 0, 2.0)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+async def test_the_client_knows_the_errors(server: TritonServer, protocol: str) -> None:
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    async with AsyncClient(f"{protocol}://{url}") as client:
+        with pytest.raises(client_errors.InvalidRequest, match="height: got 17; allowed"):
+            await client.generate("a fox", height=17)
+        task = asyncio.create_task(client.generate("a fox", request_id="twice", **LONG))
+        while (await client.status("twice")).step < 1:
+            await asyncio.sleep(0.05)
+        with pytest.raises(client_errors.RequestIdInUse):
+            await client.generate("a fox", request_id="twice")
+        await client.cancel("twice")
+        with pytest.raises(client_errors.Cancelled):
+            await task

@@ -1,0 +1,175 @@
+"""What a user of plain tritonclient gets, over gRPC and HTTP."""
+
+import io
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fluxserve import checkpoint, imaging, settings
+from fluxserve.engines.open import open_components
+from fluxserve.job import plan
+from fluxserve.pipeline import Pipeline
+from fluxserve.request import parse
+from fluxserve.server import TritonServer
+from fluxserve.text import Tokenizers
+from tests.triton.conftest import PlainClient, plain
+
+pytestmark = pytest.mark.xdist_group("triton")
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def test_only_a_prompt(client: PlainClient) -> None:
+    out = client.draw()
+    assert {*out} == {"images", "seeds", "timings", "image_size"}
+    assert out["images"].shape == out["seeds"].shape == (1,)
+    assert pixels(out["images"][0]).shape == (128, 128, 3)
+    assert list(out["image_size"]) == [128, 128]
+    assert 0 <= out["seeds"][0] < 2**32
+    timings = json.loads(out["timings"][0])
+    assert {*timings} == {"queue", "encode", "denoise", "decode", "total", "image"}
+    assert timings["total"] == pytest.approx(timings["encode"] + timings["denoise"] + timings["decode"], abs=0.01)
+    assert timings["denoise"] > timings["encode"] > 0
+
+
+def test_every_option(client: PlainClient) -> None:
+    out = client.draw(
+        "a small fox on a blue background",
+        height=64,
+        width=96,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        seed=2**40,
+        num_images=3,
+        output_format="webp",
+        quality=70,
+    )
+    assert [Image.open(io.BytesIO(i)).format for i in out["images"]] == ["WEBP"] * 3
+    assert pixels(out["images"][0]).shape == (64, 96, 3)
+    assert list(out["seeds"]) == [2**40, 2**40 + 1, 2**40 + 2]
+
+
+def test_formats_hold_the_same_picture(client: PlainClient) -> None:
+    raw, png, jpeg = (client.draw(seed=1, output_format=f)["images"][0] for f in ("raw", "png", "jpeg"))
+    exact = np.frombuffer(raw, np.uint8).reshape(128, 128, 3)
+    assert np.array_equal(pixels(png), exact)
+    assert Image.open(io.BytesIO(jpeg)).format == "JPEG"
+    assert np.abs(pixels(jpeg).astype(int) - exact).mean() < 8
+
+
+def test_the_same_seed_is_the_same_picture(server: TritonServer) -> None:
+    """Over both protocols, as image k of num_images, and in a batch with others."""
+    grpc, http = plain(server, "grpc"), plain(server, "http")
+    alone = grpc.draw(seed=42)["images"][0]
+    assert http.draw(seed=42)["images"][0] == alone
+    assert grpc.draw(seed=40, num_images=3)["images"][2] == alone
+    assert grpc.draw(seed=43)["images"][0] != alone
+    with ThreadPoolExecutor(6) as pool:
+        batch = list(pool.map(lambda p: grpc.draw(p, seed=42)["images"][0], ["a red apple", "a fox"] * 3))
+    assert batch[::2] == [alone] * 3
+    assert alone not in batch[1::2]
+
+
+def test_through_triton_as_in_process(server: TritonServer) -> None:
+    """The server adds nothing to the pipeline and takes nothing from it."""
+    folder = checkpoint.read(settings.load().checkpoint_path)
+    pipeline = Pipeline(folder.spec, open_components("torch_eager", folder, "cpu", "float32"))
+    request = parse({"prompt": b"a red apple", "seed": 5}, folder.spec)
+    (drawing,) = pipeline.draw([plan(request, folder.spec, Tokenizers(folder))])
+    assert drawing is not None
+    theirs = pixels(plain(server, "grpc").draw(seed=5)["images"][0])
+    assert np.abs(theirs.astype(int) - drawing.images[0]).max() <= 1
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_image_to_image(client: PlainClient, file_format: str) -> None:
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((200, 100)).convert("RGB").save(file, file_format)
+    fields = {"image": file.getvalue(), "seed": 3}
+    gentle, strong = (client.draw(strength=s, **fields) for s in (0.05, 1.0))
+    assert list(gentle["image_size"]) == [96, 192], "without a size: the image's own, in multiples of 16"
+    given = np.asarray(Image.open(file).convert("RGB").resize((192, 96), Image.Resampling.LANCZOS)).astype(int)
+    near, far = (np.abs(pixels(o["images"][0]) - given).mean() for o in (gentle, strong))
+    assert near < far
+    assert list(client.draw(height=64, width=64, **fields)["image_size"]) == [64, 64]
+
+
+def test_requests_of_one_shape_share_a_batch(server: TritonServer) -> None:
+    client = plain(server, "grpc")
+
+    def executions() -> tuple[int, int]:
+        import tritonclient.grpc as triton
+
+        with triton.InferenceServerClient(server.grpc_url) as c:
+            stats = c.get_inference_statistics("generate").model_stats[0]
+            return stats.inference_count, stats.execution_count
+
+    before = executions()
+    with ThreadPoolExecutor(9) as pool:
+        list(pool.map(lambda k: client.draw(seed=k, height=64, width=64), range(9)))
+    requests, batches = (a - b for a, b in zip(executions(), before, strict=True))
+    assert requests == 9
+    assert batches < 9
+
+
+def test_urgent_requests_go_first(server: TritonServer) -> None:
+    """Priorities are a request parameter of `flux` and reach the queue of `generate`."""
+    client = plain(server, "grpc")
+    finished: list[str] = []
+
+    def draw(name: str, **options: int) -> None:
+        client.call("flux", {"prompt": "a fox", "height": 64, "width": SIZES[name]}, **options)
+        finished.append(name)
+
+    SIZES = {"low": 80, "high": 96}  # of different shapes, so that they can't share a batch
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(client.draw, height=256, width=256, num_inference_steps=20)
+        time.sleep(0.3)
+        low = pool.submit(draw, "low", priority=3)
+        time.sleep(0.2)
+        high = pool.submit(draw, "high", priority=1)
+        for f in (first, low, high):
+            f.result()
+    assert finished == ["high", "low"]
+
+
+def test_png_of_a_megapixel_is_quick_and_exact() -> None:
+    """≤ 15 ms for 1024² on one core, byte-exact when decoded."""
+    rng = np.random.default_rng(0)
+    smooth = np.kron(rng.integers(0, 250, (64, 64, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
+    image = smooth + rng.integers(0, 6, smooth.shape, dtype=np.uint8)
+    best = 1.0
+    for _ in range(7):
+        begin = time.perf_counter()
+        png = imaging.write_image(image, "png", 90)
+        best = min(best, time.perf_counter() - begin)
+    assert np.array_equal(pixels(png), image)
+    assert best < 0.015
+
+
+def test_metrics(server: TritonServer) -> None:
+    import urllib.request
+
+    def counters() -> dict[str, float]:
+        text = urllib.request.urlopen(server.metrics_url, timeout=5).read().decode()
+        lines = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("fluxserve_"))
+        return {name: float(value) for name, value in lines}
+
+    before = counters()
+    client = plain(server, "grpc")
+    client.draw(num_images=2, num_inference_steps=3, height=64, width=64)
+    client.refused(lambda: client.draw(height=17))
+    gained = {name: value - before.get(name, 0) for name, value in counters().items()}
+    assert gained["fluxserve_images_total"] == 2
+    assert gained["fluxserve_pixels_total"] == 2 * 64 * 64
+    assert gained["fluxserve_steps_total"] == 6
+    assert gained['fluxserve_rejected_requests_total{reason="invalid_request"}'] == 1
+    for stage in ("queue", "encode", "denoise", "decode", "total"):
+        assert gained[f'fluxserve_stage_seconds_count{{stage="{stage}"}}'] == 1
+    assert gained['fluxserve_stage_seconds_sum{stage="denoise"}'] > 0
