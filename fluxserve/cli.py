@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import signal
 import sys
 import tempfile
@@ -186,14 +187,16 @@ def _demo(options: argparse.Namespace) -> int:
             try:
                 ticker.done(server.wait_ready(progress=ticker))
             except ServerError as error:
-                raise ServerError(f"{error}\n{_tail(Path(log.name))}") from error
+                raise ServerError(f"{error}\n{_reasons(Path(log.name))}") from error
             return _draw_through(f"grpc://{server.grpc_url}", options)
 
 
-def _tail(log: Path) -> str:
-    """The last lines of a server's log that say something."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip() and line[0] not in "|+"]
-    return "\n".join(f"  {line}" for line in lines[-_LOG_LINES:])
+def _reasons(log: Path) -> str:
+    """Why a server ended: what its models failed with, or else the last lines of its log."""
+    text = log.read_text(errors="replace")
+    failed = re.findall(r"failed to load '(\w+)' version \d+: Internal: (.+?)(?:\\n|$)", text, re.MULTILINE)
+    lines = [f"{model}: {reason}" for model, reason in dict.fromkeys(failed)]
+    return "\n".join(f"  {line}" for line in lines or text.splitlines()[-_LOG_LINES:])
 
 
 def _draw_through(url: str, options: argparse.Namespace) -> int:

@@ -39,7 +39,9 @@ from fluxserve.serving.inflight import InflightTable, process_started
 LOOPBACK = "127.0.0.1"
 READY_TIMEOUT_S = 600.0
 DRAIN_TIMEOUT_S = 120.0
-EXIT_TIMEOUT_S = 20.0
+EXIT_TIMEOUT_S = 8.0
+"""What was admitted is finished by then; a model whose worker was killed can never be unloaded, and uses this up."""
+
 STUB_TIMEOUT_S = 600
 """Triton's own default, 30 s, is too short to load 24 GB."""
 
@@ -147,6 +149,7 @@ class TritonServer:
         self.repository, self.ports, self._installation = repository, ports, installation
         self._log, self._options, self._address = log, dict(options or {}), address
         self._key = secrets.token_hex(16)
+        _remove_leftovers()
         self._home = Path(tempfile.mkdtemp(prefix="fluxserve-"))
         self._prefix = f"fluxserve-{os.getpid()}-{secrets.token_hex(3)}-"
         self._options.setdefault("inflight", str(_SHARED_MEMORY / f"{self._prefix}inflight"))
@@ -332,6 +335,13 @@ class TritonServer:
         for left in _SHARED_MEMORY.glob(f"{self._prefix}*"):
             left.unlink(missing_ok=True)
         self.table.path.unlink(missing_ok=True)
+
+
+def _remove_leftovers() -> None:
+    """Shared memory of supervisors that were killed, and so could not clean up."""
+    for left in _SHARED_MEMORY.glob("fluxserve-[0-9]*-*"):
+        if not process_started(int(left.name.split("-")[1])):
+            left.unlink(missing_ok=True)
 
 
 def _die_with_parent() -> None:

@@ -52,7 +52,9 @@ class PlainClient:
     protocol: str
     url: str
 
-    def call(self, model: str, fields: dict[str, object], request_id: str = "", **options: object) -> dict[str, np.ndarray]:
+    def call(
+        self, model: str, fields: dict[str, object], request_id: str = "", **options: object
+    ) -> dict[str, np.ndarray]:
         """Send the fields, one element each; answer all outputs. Values that are arrays go as they are."""
         library = triton_grpc if self.protocol == "grpc" else triton_http
         inputs = []
@@ -73,7 +75,9 @@ class PlainClient:
             value = value.encode()
         return np.array([value], dtype=NUMPY[DTYPES[name]])
 
-    def draw(self, prompt: str | bytes = "a red apple", request_id: str = "", **fields: object) -> dict[str, np.ndarray]:
+    def draw(
+        self, prompt: str | bytes = "a red apple", request_id: str = "", **fields: object
+    ) -> dict[str, np.ndarray]:
         return self.call("flux", {"prompt": prompt, **fields}, request_id)
 
     def control(self, request_id: str, action: str) -> tuple[str, int, int]:
@@ -87,7 +91,13 @@ class PlainClient:
         return status_of(caught.value), caught.value.message()
 
 
-HTTP_STATUS = {"400": "INVALID_ARGUMENT", "409": "ALREADY_EXISTS", "499": "CANCELLED", "503": "UNAVAILABLE", "404": "NOT_FOUND"}
+HTTP_STATUS = {
+    "400": "INVALID_ARGUMENT",
+    "409": "ALREADY_EXISTS",
+    "499": "CANCELLED",
+    "503": "UNAVAILABLE",
+    "404": "NOT_FOUND",
+}
 
 
 def status_of(error: InferenceServerException) -> str:

@@ -48,7 +48,9 @@ def code_of(answer: tuple[str, str]) -> str:
 def test_status_follows_the_steps(client: PlainClient) -> None:
     seen: list[tuple[str, int, int]] = []
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(client.draw, request_id="follow", height=128, width=128, num_inference_steps=50, num_images=2)
+        future = pool.submit(
+            client.draw, request_id="follow", height=128, width=128, num_inference_steps=50, num_images=2
+        )
         while not future.done():
             seen.append(client.control("follow", "status"))
         future.result()
@@ -164,7 +166,9 @@ def test_a_thousand_abandoned_requests_leak_nothing(server: TritonServer) -> Non
     """Sent, and their callers gone at once: the slots come back, and the next request runs."""
 
     async def abandon(client: AsyncClient, k: int) -> None:
-        task = asyncio.create_task(client.generate("a fox", height=64, width=64, num_inference_steps=2, request_id=f"gone-{k}"))
+        task = asyncio.create_task(
+            client.generate("a fox", height=64, width=64, num_inference_steps=2, request_id=f"gone-{k}")
+        )
         await asyncio.sleep(0.002 * (k % 7))
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

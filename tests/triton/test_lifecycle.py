@@ -1,0 +1,221 @@
+"""Starting, dying, draining: each test with a server of its own."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from fluxserve.errors import ServerError
+from fluxserve.server import Ports, TritonServer, bundled
+from fluxserve.settings import default_checkpoint
+from tests.triton.conftest import LONG, REPOSITORY, ROOT, PlainClient, status_of
+from tests.triton.test_control import wait_for
+
+pytestmark = pytest.mark.xdist_group("lifecycle")
+
+SMALL = {"height": 64, "width": 64, "num_inference_steps": 1}
+READY_S = 60
+
+
+def grpc(ports: Ports) -> PlainClient:
+    return PlainClient("grpc", f"127.0.0.1:{ports.grpc}")
+
+
+@contextmanager
+def serve(*options: str) -> Iterator[tuple[subprocess.Popen[str], Ports]]:
+    """`fluxserve serve` as a user starts it, ready; killed at the end if it still runs."""
+    ports = Ports.free()
+    numbers = [f"--{name}-port={getattr(ports, name)}" for name in ("http", "grpc", "metrics")]
+    command = [sys.executable, "-m", "fluxserve", "serve", *numbers, *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("ready after"):
+                break
+        else:
+            raise AssertionError("it ended before it was ready")
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        yield process, ports
+    finally:
+        process.kill()
+        process.wait()
+
+
+def tree(pid: int) -> set[int]:
+    """A process and its descendants."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    below = [int(c) for c in children.read_text().split()] if children.exists() else []
+    return {pid}.union(*(tree(c) for c in below))
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {
+        p for p in pids if Path(f"/proc/{p}").exists() and "\nState:\tZ" not in Path(f"/proc/{p}/status").read_text()
+    }
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith("fluxserve-")}
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_worker_that_dies_is_not_ready_and_comes_back() -> None:
+    """Readiness of the server and of the models tells the truth, a request in flight is answered, the table is clean."""
+    stopping = threading.Event()
+    reports: list[str] = []
+    with (
+        tempfile.TemporaryFile() as log,
+        TritonServer(REPOSITORY, Ports.free(), bundled(), log) as server,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        server.start()
+        server.wait_ready(READY_S)
+        client = grpc(server.ports)
+        watching = pool.submit(server.supervise, stopping.is_set, reports.append)
+        in_flight = pool.submit(client.refused, lambda: client.draw(request_id="orphan", **LONG))
+        wait_for(lambda: client.control("orphan", "status")[1] > 0)
+        worker = server.table.worker()[0]
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: not server.is_ready(), 2.0)
+        assert not server.is_ready("flux")
+        assert not server.is_ready("generate")
+        assert server.is_ready("control")
+        assert in_flight.result(30)[0] != "OK"
+        wait_for(server.is_ready, READY_S)
+        assert server.is_ready("flux")
+        assert server.table.worker()[0] not in (0, worker)
+        assert client.draw(request_id="orphan", **SMALL)["images"].shape == (1,), "its id is free again"
+        assert server.table.live() == 0
+        stopping.set()
+        watching.result(10)
+        assert len(reports) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_leaves_nothing(number: int) -> None:
+    """What runs and what waits is finished, what is new is refused, and nothing stays."""
+    before = shared_memory()
+    with serve() as (process, ports), ThreadPoolExecutor(3) as pool:
+        client = grpc(ports)
+        pids = tree(process.pid)
+        assert len(pids) >= 8, "the supervisor, the server and six workers"
+        size = {"height": 256, "width": 256, "num_inference_steps": 25}
+        running = pool.submit(client.draw, request_id="running", **size)
+        wait_for(lambda: client.control("running", "status")[1] > 0)
+        waiting = pool.submit(client.draw, request_id="waiting", **(size | {"width": 128}))
+        wait_for(lambda: client.control("waiting", "status")[0] == "queued")
+        process.send_signal(number)
+        time.sleep(0.3)
+        with pytest.raises(InferenceServerException) as refused:
+            client.draw(**SMALL)
+        assert status_of(refused.value) == "UNAVAILABLE"
+        assert "shutting down" in refused.value.message()
+        assert running.result(60)["images"].shape == waiting.result(60)["images"].shape == (1,)
+        assert process.wait(60) == 0
+    wait_for(lambda: not alive(pids), 10)
+    assert shared_memory() <= before
+    assert not any(listening(p) for p in (ports.http, ports.grpc, ports.metrics))
+
+
+def test_a_killed_supervisor_takes_its_server_along() -> None:
+    with serve() as (process, _):
+        pids = tree(process.pid)
+        process.kill()
+        process.wait()
+        wait_for(lambda: not alive(pids), 30)
+
+
+def copy_of_tiny(folder: Path) -> Path:
+    return Path(shutil.copytree(default_checkpoint(), folder / "model"))
+
+
+def truncate(model: Path) -> str:
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+    return "truncated or damaged"
+
+
+def pickle(model: Path) -> str:
+    file = model / "vae" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    return "pickled weights are never loaded"
+
+
+def other_architecture(model: Path) -> str:
+    file = model / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "StableDiffusionPipeline"}))
+    return "got 'StableDiffusionPipeline'; expected FluxPipeline"
+
+
+def missing(model: Path) -> str:
+    shutil.rmtree(model)
+    return "no such folder; expected a diffusers-format checkpoint"
+
+
+@pytest.mark.parametrize("damage", [truncate, pickle, other_architecture, missing])
+def test_a_bad_checkpoint_fails_at_load_and_says_why(damage, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model = copy_of_tiny(tmp_path)
+    reason = damage(model)
+    log = tmp_path / "log"
+    with (
+        log.open("wb") as out,
+        TritonServer(REPOSITORY, Ports.free(), bundled(), out, {"checkpoint": str(model)}) as server,
+    ):
+        server.start()
+        with pytest.raises(ServerError, match="before it was ready"):
+            server.wait_ready(READY_S)
+        assert not server.is_ready()
+    assert reason in log.read_text(errors="replace")
+
+
+def test_the_demo_says_why_it_failed(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fluxserve",
+        "demo",
+        "--checkpoint",
+        str(tmp_path / "none"),
+        "-o",
+        str(tmp_path / "x"),
+    ]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert run.returncode == 1
+    assert f"{tmp_path / 'none'}: no such folder" in run.stderr
+
+
+def test_the_demo_draws(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fluxserve",
+        "demo",
+        "a red apple",
+        "--seed",
+        "5",
+        "-o",
+        str(tmp_path / "demo.png"),
+    ]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "demo.png").stat().st_size > 1000
+    for word in (str(tmp_path / "demo.png"), "seed 5", "denoise", "VAE", "text", "queue"):
+        assert word in run.stdout
