@@ -1,4 +1,4 @@
-"""Every bad request: one error with the field, what came and what is allowed; the right status; and the server goes on."""
+"""Every bad request: one error with the field, what came and what is allowed; and the server goes on."""
 
 import io
 import struct

@@ -69,7 +69,7 @@ def alive(pids: set[int]) -> set[int]:
 
 
 def shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("fluxserve-")}
+    return {file.name for file in Path("/dev/shm").glob("fluxserve-*")}
 
 
 def listening(port: int) -> bool:
@@ -78,7 +78,7 @@ def listening(port: int) -> bool:
 
 
 def test_a_worker_that_dies_is_not_ready_and_comes_back() -> None:
-    """Readiness of the server and of the models tells the truth, a request in flight is answered, the table is clean."""
+    """Readiness tells the truth, the request in flight is answered, the table is clean."""
     stopping = threading.Event()
     reports: list[str] = []
     with (

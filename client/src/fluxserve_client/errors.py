@@ -100,8 +100,8 @@ _HTTP_STATUS = {
     "504": "DEADLINE_EXCEEDED",
 }
 
-# Triton's HTTP front end answers 400 for CANCELLED and ALREADY_EXISTS too, so the server puts these codes at the head of
-# its message. Messages about an input start with the input's name.
+# Triton's HTTP front end answers 400 for CANCELLED and ALREADY_EXISTS too, so the server puts these codes at the head
+# of its message. Messages about an input start with the input's name.
 _CODE = re.compile(r"\[(?P<code>CANCELLED|ALREADY_EXISTS)\] ")
 
 # gRPC reports its own transport's failures as UNAVAILABLE too, and tritonclient keeps nothing but the text.

@@ -1,0 +1,180 @@
+"""DESIGN's two tables, enforced: where a line may live, and which way imports point. Read off the syntax trees."""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "fluxserve"
+CODE = sorted(
+    file
+    for folder in ("fluxserve", "model_repository", "export", "client/src", "benchmarks", "training")
+    for file in (ROOT / folder).rglob("*.py")
+)
+LIBRARY = [file for file in CODE if file.is_relative_to(PACKAGE) or "model_repository" in file.parts]
+
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_MODEL_LINES = 40
+
+# What a module may name, and where it lives. Paths are prefixes, relative to the root.
+IMPORTS = {
+    "triton_python_backend_utils": ("fluxserve/serving/", "model_repository/"),
+    "tensorrt": ("fluxserve/engines/tensorrt.py", "export/"),
+    "tensorrt_rtx": ("fluxserve/engines/tensorrt.py", "export/"),
+    "onnxruntime": ("fluxserve/engines/onnxruntime.py", "export/"),
+    "modelopt": ("export/",),
+    "diffusers": ("fluxserve/engines/torch_eager.py", "export/", "training/", "benchmarks/"),
+    "fluxserve_client": ("fluxserve/cli.py", "client/", "benchmarks/"),
+    "pickle": (),
+}
+CLIENT_CLI = ("client/src/fluxserve_client/cli.py", "client/src/fluxserve_client/show.py")
+CALLS = {
+    "print": ("fluxserve/cli.py", *CLIENT_CLI, "benchmarks/", "training/", "export/"),
+}
+ATTRIBUTES = {
+    "environ": ("fluxserve/settings.py", "benchmarks/", "client/src/fluxserve_client/cli.py"),
+    "getenv": ("fluxserve/settings.py",),
+    "CUDAGraph": ("fluxserve/engines/", "benchmarks/"),
+}
+# Numbers of the FLUX models, which only spec.py may write.
+CONSTANTS = {0.3611, 0.1159, 1.15, 3072, 4096, 768, 15360, 12288, 7680}
+
+# Imports point one way: a module may import from its own layer only where the layer is a package, and from lower ones.
+LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("server",),
+    ("serving",),
+    ("pipeline",),
+    ("device", "job"),
+    ("text", "request"),
+    ("flow", "imaging"),
+    ("engines",),
+    ("checkpoint", "settings"),
+    ("spec", "contract"),
+    ("errors",),
+)
+ENGINES_MAY_IMPORT = {"spec", "errors", "artifact", "kernels", "checkpoint", "engines"}
+
+
+@cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def imported(file: Path) -> Iterator[str]:
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def offenders(rooms: tuple[str, ...], found: Iterator[Path]) -> list[str]:
+    return sorted({name_of(f) for f in found if not name_of(f).startswith(rooms)})
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_imports_live_in_their_room(module: str) -> None:
+    found = (f for f in CODE for name in imported(f) if name == module or name.startswith(f"{module}."))
+    assert offenders(IMPORTS[module], found) == []
+
+
+@pytest.mark.parametrize("function", CALLS)
+def test_calls_live_in_their_room(function: str) -> None:
+    calls = ((f, n.func) for f in CODE for n in ast.walk(tree(f)) if isinstance(n, ast.Call))
+    found = (f for f, called in calls if isinstance(called, ast.Name) and called.id == function)
+    assert offenders(CALLS[function], found) == []
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_attributes_live_in_their_room(attribute: str) -> None:
+    found = (f for f in CODE for n in ast.walk(tree(f)) if isinstance(n, ast.Attribute) and n.attr == attribute)
+    assert offenders(ATTRIBUTES[attribute], found) == []
+
+
+def test_model_constants_live_in_spec() -> None:
+    found = (
+        f
+        for f in LIBRARY
+        for n in ast.walk(tree(f))
+        if isinstance(n, ast.Constant) and type(n.value) in (int, float)
+        if n.value in CONSTANTS
+    )
+    assert offenders(("fluxserve/spec.py",), found) == []
+
+
+def test_tensor_names_come_from_the_contract() -> None:
+    """Only the contract and the code of the model that fills a tensor name it."""
+    from fluxserve import contract
+
+    private = {t.name for t in (*contract.PREPARE.outputs, *contract.GENERATE.outputs)} - {"guidance", "pixels"}
+    found = (f for f in LIBRARY for n in ast.walk(tree(f)) if isinstance(n, ast.Constant) and n.value in private)
+    assert offenders(("fluxserve/contract.py", "fluxserve/serving/"), found) == []
+
+
+def layer_of(module: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if module in names)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=name_of)
+def test_imports_point_one_way(file: Path) -> None:
+    own = file.relative_to(PACKAGE).with_suffix("").parts
+    if own == ("__init__",):
+        return
+    for name in imported(file):
+        parts = name.split(".")
+        if parts[0] != "fluxserve" or len(parts) < 2 or parts[1] == "__version__":
+            continue
+        other = parts[1]
+        if own[0] == "engines":
+            assert other in ENGINES_MAY_IMPORT, f"an engine imports {name}"
+        if other == own[0]:
+            continue
+        assert layer_of(other) > layer_of(own[0]), f"{'.'.join(own)} imports {name}"
+
+
+def test_every_module_has_a_layer() -> None:
+    known = {name for names in LAYERS for name in names}
+    assert {f.relative_to(PACKAGE).with_suffix("").parts[0] for f in PACKAGE.rglob("*.py")} - {"__init__"} == known
+
+
+@pytest.mark.parametrize("file", CODE, ids=name_of)
+def test_files_and_functions_are_short(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+            length = (node.end_lineno or node.lineno) - first.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{node.name}: {length} lines"
+    if file.name == "model.py":
+        assert len(file.read_text(encoding="utf-8").splitlines()) < MAX_MODEL_LINES
+
+
+@pytest.mark.parametrize("file", [f for f in CODE if f.is_relative_to(PACKAGE)], ids=name_of)
+def test_every_module_says_what_it_is(file: Path) -> None:
+    assert ast.get_docstring(tree(file))
+
+
+def test_the_loop_never_waits_for_the_host() -> None:
+    """No .item(), .tolist(), .cpu() or .numpy() between the first launch of a step and the next."""
+    functions = {n.name: n for n in ast.walk(tree(PACKAGE / "pipeline.py")) if isinstance(n, ast.FunctionDef)}
+    (loop,) = (n for n in ast.walk(functions["denoise"]) if isinstance(n, ast.For))
+    source = "\n".join(ast.unparse(node) for node in (loop, *(functions[n] for n in ("tell", "any_wanted"))))
+    assert not re.search(r"\.(item|tolist|cpu|numpy|synchronize)\(|float\(|int\(", source)
+
+
+def test_the_rooms_are_real() -> None:
+    """A rule about a name that nobody uses would hold for ever."""
+    used = {name.split(".")[0] for f in CODE for name in imported(f)}
+    assert {"triton_python_backend_utils", "diffusers", "fluxserve_client"} <= used
