@@ -1,6 +1,7 @@
 # make demo | serve | test | check | clean. Everything goes into .venv; a second run installs nothing.
 
-PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(shell command -v $(p))))
+# The first that runs: a name on the path may be a shim of a version that is not there.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c pass 2>/dev/null && command -v $$p && break; done)
 PROMPT ?= a fox on a blue background
 VENV := .venv
 BIN := $(VENV)/bin
