@@ -319,12 +319,16 @@ class TritonServer:
         return folder.parent
 
     def _environment(self) -> dict[str, str]:
-        """This process's environment with the models' settings; the libraries' path is for the server alone."""
+        """This process's environment with the models' settings; the libraries' path is for the server alone.
+
+        The stubs embed Python: they find its home through the `python` on PATH, and are told to import what we import.
+        """
         env = settings.environment(**self._options)
         here = Path(sys.executable).parent
-        site = [sysconfig.get_path("purelib"), str(Path(__file__).resolve().parents[1])]
         env["PATH"] = os.pathsep.join([str(here), env.get("PATH", "")])
-        env["PYTHONPATH"] = os.pathsep.join(site)
+        env["PYTHONPATH"] = os.pathsep.join(
+            dict.fromkeys([str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)])
+        )
         env.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
         if self._installation.libraries:
             env["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, self._installation.libraries))
