@@ -1,0 +1,99 @@
+"""What only a GPU can show. Run on one with `pytest -m gpu`; elsewhere each test skips and says why."""
+
+import numpy as np
+import pytest
+import torch
+
+from fluxserve import checkpoint, settings
+from fluxserve.device import DeviceClock, Pacer
+from fluxserve.engines.open import open_components
+from fluxserve.job import Job, plan
+from fluxserve.pipeline import Pipeline
+from fluxserve.request import parse
+from fluxserve.text import Tokenizers
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.xdist_group("gpu"),
+]
+
+
+def pipeline_of(device: str, dtype: str, max_rows: int = 1) -> Pipeline:
+    folder = checkpoint.read(settings.default_checkpoint())
+    return Pipeline(folder.spec, open_components("torch_eager", folder, device, dtype), device, max_rows)
+
+
+def job_of(pipeline: Pipeline, **fields: object) -> Job:
+    folder = checkpoint.read(settings.default_checkpoint())
+    request = parse({"prompt": b"a fox on a blue background", "seed": 3, **fields}, pipeline.spec)
+    return plan(request, pipeline.spec, Tokenizers(folder))
+
+
+def draw(pipeline: Pipeline, *jobs: Job) -> list[np.ndarray]:
+    return [d.images for d in pipeline.draw(jobs) if d is not None]
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.maximum(np.mean((a.astype(float) - b) ** 2), 1e-9)))
+
+
+def test_float32_draws_what_the_cpu_draws() -> None:
+    """The noise is the CPU's on either device, so only rounding differs."""
+    cpu, gpu = pipeline_of("cpu", "float32"), pipeline_of("cuda:0", "float32")
+    (a,), (b,) = draw(cpu, job_of(cpu)), draw(gpu, job_of(gpu))
+    assert psnr(a, b) > 45
+
+
+def test_bfloat16_draws_the_same_picture() -> None:
+    full, half = pipeline_of("cuda:0", "float32"), pipeline_of("cuda:0", "bfloat16")
+    (a,), (b,) = draw(full, job_of(full)), draw(half, job_of(half))
+    assert psnr(a, b) > 20
+
+
+def test_the_same_bytes_run_to_run_and_in_a_batch() -> None:
+    pipeline = pipeline_of("cuda:0", "bfloat16")
+    job, other = job_of(pipeline), job_of(pipeline, prompt=b"a red apple", seed=9)
+    (alone,), (again,) = draw(pipeline, job), draw(pipeline, job)
+    _, batched = draw(pipeline, other, job)
+    assert np.array_equal(alone, again)
+    assert np.array_equal(alone, batched)
+
+
+def test_the_host_runs_at_most_two_steps_ahead() -> None:
+    device = torch.device("cuda:0")
+    pacer, done = Pacer(device), []
+    for step in range(8):
+        torch.cuda._sleep(20_000_000)  # about 10 ms of the GPU's time
+        event = torch.cuda.Event()
+        event.record()
+        done.append(event)
+        pacer.step()
+        pending = sum(not e.query() for e in done)
+        assert pending <= 2, f"after step {step}"
+    assert pending > 0, "it waited for the device to be idle"
+
+
+def test_times_are_the_devices() -> None:
+    clock = DeviceClock(torch.device("cuda:0"))
+    with clock.stage("sleep"):
+        torch.cuda._sleep(100_000_000)
+    spent = clock.milliseconds()["sleep"]
+    assert 20 < spent < 500, "the launch alone takes microseconds"
+
+
+def test_the_loop_does_not_wait_for_the_device() -> None:
+    """Between the first step and the last nothing synchronises: torch raises on any call that would."""
+    pipeline = pipeline_of("cuda:0", "bfloat16")
+    job = job_of(pipeline)
+    draw(pipeline, job)  # allocations and kernels are loaded
+    with torch.inference_mode():
+        conditioning, latents = pipeline.encode(job), pipeline.start(job, 3)
+        size = pipeline.spec.latent_size(job.height, job.width)
+        steps = pipeline.denoise(latents, conditioning, job.sigmas, size)
+        next(steps)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert len(list(steps)) == job.steps - 1
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
