@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for an error with a message, 2 for usage, 130 for Ctrl-C."""
     options = _parser().parse_args(arguments)
     logging.captureWarnings(True)
+    settings.let_threads_sleep()
     try:
         status: int = options.command(options)
     except FluxserveError as error:
