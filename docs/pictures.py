@@ -1,0 +1,51 @@
+"""Draws docs/demo.png, the sheet in the README: `python docs/pictures.py`. Seeds are counted up, none is picked."""
+
+import textwrap
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from fluxserve import checkpoint, settings
+from fluxserve.engines.open import open_components
+from fluxserve.job import plan
+from fluxserve.pipeline import Pipeline
+from fluxserve.request import parse
+from fluxserve.text import Tokenizers
+
+PROMPTS = (
+    "a fox on a blue background",
+    "a red apple on a white background",
+    "a big rocket on a black background",
+    "a castle on a pink background",
+    "a small penguin on a red background",
+    "a guitar on an orange background",
+    "a cactus on a purple background",
+    "a sailboat on a teal background",
+    "a cupcake on a yellow background",
+    "an owl on a green background",
+)
+COLUMNS, TILE, CAPTION, GAP = 5, 128, 28, 6
+
+
+def main() -> None:
+    folder = checkpoint.read(settings.default_checkpoint())
+    pipeline = Pipeline(folder.spec, open_components("torch_eager", folder, "cpu", "float32"))
+    tokenizers = Tokenizers(folder)
+    rows = -(-len(PROMPTS) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, rows * (TILE + CAPTION + GAP) + GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for place, prompt in enumerate(PROMPTS):
+        request = parse({"prompt": prompt.encode(), "seed": place}, folder.spec)
+        (drawing,) = pipeline.draw([plan(request, folder.spec, tokenizers)])
+        assert drawing is not None
+        x, y = GAP + place % COLUMNS * (TILE + GAP), GAP + place // COLUMNS * (TILE + CAPTION + GAP)
+        words = "\n".join(textwrap.wrap(prompt, 22))
+        pen.multiline_text((x + TILE / 2, y + CAPTION / 2), words, "#333333", font, anchor="mm", align="center")
+        sheet.paste(Image.fromarray(drawing.images[0]), (x, y + CAPTION))
+    sheet.resize((sheet.width * 3 // 2, sheet.height * 3 // 2), Image.Resampling.LANCZOS).save(
+        Path(__file__).with_name("demo.png"), optimize=True
+    )
+
+
+if __name__ == "__main__":
+    main()
