@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from fluxserve import __version__, settings
 from fluxserve.errors import FluxserveError, ServerError
@@ -200,19 +201,24 @@ def _reasons(log: Path) -> str:
     return "\n".join(f"  {line}" for line in lines or text.splitlines()[-_LOG_LINES:])
 
 
+def _show_step(progress: Any) -> None:
+    print(f"\rdrawing … step {progress.step} of {progress.steps}\r", end="", flush=True)
+
+
 def _draw_through(url: str, options: argparse.Namespace) -> int:
     from fluxserve_client import Client
 
     begin = time.perf_counter()
     with Client(url) as client:
-        result = client.generate(options.prompt, seed=options.seed)
+        progress = _show_step if sys.stdout.isatty() else None
+        result = client.generate(options.prompt, seed=options.seed, progress=progress)
         result.save(options.output)
     spent = 1000 * (time.perf_counter() - begin)
     t = result.timings
     print(f"{options.output.resolve()}: {options.prompt!r}, {result.width} x {result.height}, seed {result.seeds[0]}")
     print(
         f"  queue {t.queue:.1f} ms, text {t.encode:.1f} ms, denoise {t.denoise:.1f} ms, VAE {t.decode:.1f} ms,"
-        f" request as the client saw it {spent:.1f} ms"
+        f" {result.format} {t.image:.1f} ms; connecting to file, as the client saw it: {spent:.0f} ms"
     )
     return 0
 

@@ -24,7 +24,7 @@ def encoded(format_: str) -> bytes:
 RAW = Result(
     images=(PIXELS.tobytes(),) * 2,
     seeds=(7, 8),
-    timings=Timings(queue=1, encode=2, denoise=3, decode=4, total=10),
+    timings=Timings(queue=1, encode=2, denoise=3, decode=4, total=9, image=1),
     height=2,
     width=3,
     format="raw",

@@ -44,13 +44,23 @@ class Progress:
 
 @dataclass(frozen=True)
 class Timings:
-    """How long each stage took, in milliseconds, as the server measured it."""
+    """How long each stage took, in milliseconds, as the server measured it.
+
+    Attributes:
+        queue: waiting for the GPU.
+        encode: text encoders, noise, and the VAE's encoder for an input image.
+        denoise: the loop.
+        decode: the VAE's decoder and the copy to the host.
+        total: the three before it, on the device's clock.
+        image: writing the files.
+    """
 
     queue: float
     encode: float
     denoise: float
     decode: float
     total: float
+    image: float
 
 
 @dataclass(frozen=True)
