@@ -44,7 +44,8 @@ def read(path: Path) -> Checkpoint:
         UnsupportedArchitecture: not a FLUX.1 pipeline.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; expected a diffusers-format checkpoint")
+        hint = "--checkpoint and FLUXSERVE_CHECKPOINT name one"
+        raise CheckpointError(f"{path}: no such folder; expected a diffusers-format checkpoint ({hint})")
     pipeline = _json(path / "model_index.json").get("_class_name")
     if pipeline not in _PIPELINES:
         raise UnsupportedArchitecture(f"{path / 'model_index.json'}: _class_name", pipeline, " or ".join(_PIPELINES))

@@ -15,7 +15,7 @@ from typing import Any
 
 from fluxserve import __version__, settings
 from fluxserve.errors import FluxserveError, ServerError
-from fluxserve.server import DRAIN_TIMEOUT_S, LOOPBACK, Installation, Ports, TritonServer, bundled
+from fluxserve.server import DRAIN_TIMEOUT_S, LOOPBACK, Installation, Ports, TritonServer, bundled, installed_at
 from fluxserve.settings import Settings
 
 _EPILOG = """\
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(command=_generate)
 
     doctor = commands.add_parser("doctor", help="check what this machine can run; print every setting")
-    _model_options(doctor)
+    _server_options(doctor)
     doctor.set_defaults(command=_doctor)
     return parser
 
@@ -115,7 +115,7 @@ def _chosen(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _installation(server: str) -> Installation:
-    return Installation(Path(server)) if server else bundled()
+    return installed_at(Path(server)) if server else bundled()
 
 
 class _Ticker:
@@ -151,7 +151,10 @@ def _serve(options: argparse.Namespace) -> int:
     ) as server:
         server.start()
         try:
-            print(f"ready after {server.wait_ready(stopping=stop.is_set):.1f} s; Ctrl-C stops", flush=True)
+            spent = server.wait_ready(stopping=stop.is_set)
+            if stop.is_set():
+                return 128 + signal.SIGTERM
+            print(f"ready after {spent:.1f} s; Ctrl-C stops", flush=True)
             print(
                 f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}\n  metrics  {server.metrics_url}",
                 flush=True,
@@ -268,7 +271,7 @@ def _doctor(options: argparse.Namespace) -> int:
         return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
     checks: dict[str, Callable[[], str]] = {
-        "tritonserver": lambda: str(bundled().binary),
+        "tritonserver": lambda: str(_installation(options.server).binary),
         "checkpoint": lambda: f"{checkpoint.read(config.checkpoint_path).spec.name} at {config.checkpoint_path}",
         "GPU": gpu,
         "torch": lambda: str(torch.__version__),

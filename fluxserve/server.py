@@ -79,6 +79,13 @@ class Installation:
     stub: Path | None = None
 
 
+def installed_at(binary: Path) -> Installation:
+    """Another server, by the path of its binary; it brings its backends and libraries itself."""
+    if not binary.is_file():
+        raise ServerError(f"{binary}: no such file; expected a tritonserver binary")
+    return Installation(binary)
+
+
 def bundled() -> Installation:
     """The server inside the wheel nvidia-pytriton, with the Python stub of the running interpreter.
 
@@ -151,22 +158,29 @@ class TritonServer:
         self._key = secrets.token_hex(16)
         _remove_leftovers()
         self._home = Path(tempfile.mkdtemp(prefix="fluxserve-"))
-        self._prefix = f"fluxserve-{os.getpid()}-{secrets.token_hex(3)}-"
+        self._prefix = f"fluxserve-{os.getpid()}-{process_started(os.getpid())}-{secrets.token_hex(3)}-"
         self._options.setdefault("inflight", str(_SHARED_MEMORY / f"{self._prefix}inflight"))
         self._process: subprocess.Popen[bytes] | None = None
         self.table = InflightTable(Path(self._options["inflight"]))
 
     @property
     def http_url(self) -> str:
-        return f"{self._address}:{self.ports.http}"
+        return f"{self._host}:{self.ports.http}"
 
     @property
     def grpc_url(self) -> str:
-        return f"{self._address}:{self.ports.grpc}"
+        return f"{self._host}:{self.ports.grpc}"
 
     @property
     def metrics_url(self) -> str:
-        return f"http://{self._address}:{self.ports.metrics}/metrics"
+        return f"http://{self._host}:{self.ports.metrics}/metrics"
+
+    @property
+    def _host(self) -> str:
+        """Where this machine reaches the server: loopback, if it listens everywhere."""
+        if self._address in ("0.0.0.0", "::"):  # noqa: S104 (compared, not bound)
+            return LOOPBACK
+        return f"[{self._address}]" if ":" in self._address else self._address
 
     def __enter__(self) -> "TritonServer":
         return self
@@ -178,8 +192,8 @@ class TritonServer:
 
     def start(self) -> None:
         """Start the process; returns at once."""
-        if not self._installation.binary.is_file():
-            raise ServerError(f"{self._installation.binary}: no such file; expected a tritonserver binary")
+        if not self.repository.is_dir():
+            raise ServerError(f"{self.repository}: no such folder; expected a model repository")
         self._process = subprocess.Popen(
             self._command(),
             env=self._environment(),
@@ -342,9 +356,13 @@ class TritonServer:
 
 
 def _remove_leftovers() -> None:
-    """Shared memory of supervisors that were killed, and so could not clean up."""
-    for left in _SHARED_MEMORY.glob("fluxserve-[0-9]*-*"):
-        if not process_started(int(left.name.split("-")[1])):
+    """Shared memory of supervisors that were killed, and so could not clean up.
+
+    The start time is part of the name because in a container every supervisor has the same pid.
+    """
+    for left in _SHARED_MEMORY.glob("fluxserve-[0-9]*-[0-9]*-*"):
+        _, pid, started, *_ = left.name.split("-")
+        if process_started(int(pid)) != int(started):
             left.unlink(missing_ok=True)
 
 

@@ -89,9 +89,9 @@ def _convert(name: str, raw: str, default: object) -> object:
         raise SettingsError(name, raw, "an integer") from error
 
 
-# OpenMP's threads spin while they wait, by default. On a CPU that has anything else to do, the spinners starve the thread
-# that they wait for: twenty steps of the tiny model took 17 to 36 s beside two busy processes on two cores, and 0.5 to
-# 0.9 s with waiters that sleep. Alone there is no difference to speak of. Read once, when torch is first imported.
+# OpenMP's threads spin while they wait, by default. On a CPU that has anything else to do, the spinners starve the
+# thread that they wait for: twenty steps of the tiny model took 17 to 36 s beside two busy processes on two cores, and
+# 0.5 to 0.9 s with waiters that sleep. OpenMP reads this once, when torch is first imported.
 _OPENMP = {"OMP_WAIT_POLICY": "passive"}
 
 
