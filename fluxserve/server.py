@@ -335,7 +335,8 @@ class TritonServer:
     def _environment(self) -> dict[str, str]:
         """This process's environment with the models' settings; the libraries' path is for the server alone.
 
-        The stubs embed Python: they find its home through the `python` on PATH, and are told to import what we import.
+        The stubs embed Python and find its home, and with it the packages, through the `python` on PATH. PYTHONPATH comes
+        on top: some of the wheel's stubs heed it (Python 3.11), some do not (3.12).
         """
         env = settings.environment(**self._options)
         here = Path(sys.executable).parent
