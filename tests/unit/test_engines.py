@@ -1,0 +1,156 @@
+"""The seam: what a signature refuses, how an engine is opened, and that a bound engine's tensors never move."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from fluxserve import errors
+from fluxserve.checkpoint import Checkpoint
+from fluxserve.engines import signatures
+from fluxserve.engines.base import FLOATING, Bound, Components, Dim, Engine, Shapes, Signature, TensorSpec
+from fluxserve.engines.open import ENGINES, open_components
+from fluxserve.errors import ShapeError
+from fluxserve.spec import FAMILY, TINY, ModelSpec
+from tests.support import random_flux
+
+ROWS, SIDE = Dim("rows", 1, 4), Dim("side", 2, 8, scale=8)
+SIGNATURE = Signature(
+    inputs=(TensorSpec("x", FLOATING, (ROWS, 3, SIDE)), TensorSpec("t", "float32", (ROWS,))),
+    outputs=(TensorSpec("y", FLOATING, (ROWS, Dim("side", 2, 8))),),
+)
+
+
+def test_resolve() -> None:
+    assert SIGNATURE.resolve({"x": (2, 3, 24), "t": (2,)}) == {"x": (2, 3, 24), "t": (2,), "y": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"x": (2, 3, 24)}, "inputs: got ['x']; expected ['t', 'x']"),
+        ({"x": (2, 3, 24), "t": (2,), "z": (1,)}, "inputs: got ['t', 'x', 'z']; expected ['t', 'x']"),
+        ({"x": (2, 3), "t": (2,)}, "x [rows, 3, 8*side]: got (2, 3); expected 3 dimensions"),
+        ({"x": (2, 4, 24), "t": (2,)}, "x [rows, 3, 8*side]: got (2, 4, 24); expected 3 where it has 4"),
+        ({"x": (0, 3, 24), "t": (0,)}, "expected rows from 1 to 4"),
+        ({"x": (5, 3, 24), "t": (5,)}, "expected rows from 1 to 4"),
+        ({"x": (2, 3, 8), "t": (2,)}, "expected side from 2 to 8"),
+        ({"x": (2, 3, 72), "t": (2,)}, "expected side from 2 to 8"),
+        ({"x": (2, 3, 25), "t": (2,)}, "expected side from 2 to 8"),
+        ({"x": (2, 3, 24), "t": (3,)}, "t [rows]: got (3,); rows is 2 in another input"),
+        ({"x": (-1, 3, 24), "t": (-1,)}, "expected rows from 1 to 4"),
+    ],
+)
+def test_resolve_refuses(shapes: Shapes, message: str) -> None:
+    with pytest.raises(ShapeError) as caught:
+        SIGNATURE.resolve(shapes)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", FAMILY, ids=lambda m: m.name)
+def test_signatures_hold_every_size_within_the_limits(spec: ModelSpec) -> None:
+    limits, t = spec.limits, spec.transformer
+    for height, width in ((limits.min_side, limits.max_side), (limits.max_side, limits.max_side), (64, 64)):
+        h, w = spec.latent_size(height, width)
+        decoded = signatures.vae_decoder(spec).resolve({"latents": (1, 16, h, w)})
+        assert decoded["pixels"] == (1, 3, height, width)
+        encoded = signatures.vae_encoder(spec).resolve({"pixels": (1, 3, height, width)})
+        assert encoded["mean"] == encoded["std"] == (1, 16, h, w)
+        shapes = {
+            "hidden_states": (2, spec.image_tokens(height, width), 64),
+            "encoder_hidden_states": (2, spec.text.t5_tokens, t.joint_attention_dim),
+            "pooled_projections": (2, t.pooled_projection_dim),
+            "timestep": (2,),
+            "guidance": (2,),
+            "img_ids": (spec.image_tokens(height, width), 3),
+            "txt_ids": (spec.text.t5_tokens, 3),
+        }
+        assert signatures.transformer(spec).resolve(shapes)["velocity"] == shapes["hidden_states"]
+    assert signatures.clip(spec).resolve({"input_ids": (1, 77)})["pooled"] == (1, t.pooled_projection_dim)
+    assert signatures.t5(spec).resolve({"input_ids": (1, 9)})["sequence"] == (1, 9, t.joint_attention_dim)
+
+
+def test_signatures_refuse_a_larger_picture() -> None:
+    with pytest.raises(ShapeError, match="latent_height from 2 to 64"):
+        signatures.vae_decoder(TINY).resolve({"latents": (1, 16, 66, 8)})
+    with pytest.raises(ShapeError, match="tokens from 1 to 77"):
+        signatures.clip(TINY).resolve({"input_ids": (1, 78)})
+
+
+@pytest.mark.parametrize("name", ["", "tensorrt_", "TORCH_EAGER", "os", "fluxserve.engines.torch_eager"])
+def test_an_unknown_engine(name: str) -> None:
+    with pytest.raises(errors.UnknownEngine) as caught:
+        open_components(name, Checkpoint(Path("nowhere"), TINY), "cpu", "auto")
+    assert str(caught.value) == f"engine: got {name!r}; known engines: {', '.join(sorted(ENGINES))}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors on a busy machine: OpenMP's threads would wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def components() -> Components:
+    return random_flux.make().components()
+
+
+def bound(engine: Engine, **shapes: tuple[int, ...]) -> Bound:
+    return engine.bind(shapes)
+
+
+def addresses(b: Bound) -> dict[str, int]:
+    return {name: t.data_ptr() for name, t in (*b.inputs.items(), *b.outputs.items())}
+
+
+def test_bound_tensors_never_move(components: Components) -> None:
+    cases = [
+        bound(components.clip, input_ids=(1, 77)),
+        bound(components.t5, input_ids=(2, 9)),
+        bound(components.vae_encoder, pixels=(1, 3, 64, 80)),
+        bound(components.vae_decoder, latents=(1, 16, 8, 10)),
+    ]
+    for b in cases:
+        before, seen = addresses(b), set()
+        assert len(set(before.values())) == len(before), "no two share memory"
+        for seed in (1, 2, 3):
+            for tensor in b.inputs.values():
+                noise = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed))
+                tensor.copy_(noise * (1 if tensor.is_floating_point() else random_flux.VOCABULARY))
+            b.run()
+            seen.add(next(iter(b.outputs.values())).numpy().tobytes())
+        assert addresses(b) == before
+        assert len(seen) == 3, "and every run wrote its result"
+
+
+def test_two_bounds_of_one_engine_are_apart(components: Components) -> None:
+    one, two = (bound(components.t5, input_ids=(1, 9)) for _ in range(2))
+    one.run()
+    kept = one.outputs["sequence"].clone()
+    two.inputs["input_ids"].fill_(7)
+    two.run()
+    assert torch.equal(one.outputs["sequence"], kept)
+    assert not set(addresses(one).values()) & set(addresses(two).values())
+
+
+def test_dtypes_follow_the_weights(components: Components) -> None:
+    b = bound(components.clip, input_ids=(1, 77))
+    assert b.inputs["input_ids"].dtype == torch.int64
+    assert b.outputs["pooled"].dtype == torch.float32
+
+
+def test_bind_refuses_what_the_signature_does(components: Components) -> None:
+    with pytest.raises(ShapeError):
+        bound(components.clip, input_ids=(1, 500))
+
+
+def test_close_frees_every_engine(components: Components) -> None:
+    components.close()
+    for field in fields(components):
+        with pytest.raises(AssertionError, match="bind after close"):
+            getattr(components, field.name).bind({})

@@ -1,0 +1,141 @@
+"""flow.py against diffusers, function by function; equality is bit for bit unless a test says otherwise."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+from fluxserve import flow
+from fluxserve.spec import FLUX1_DEV, FLUX1_SCHNELL, ScheduleSpec
+
+STEPS = (1, 2, 3, 4, 7, 20, 28, 50, 99, 100)
+TOKENS = (16, 64, 255, 256, 257, 1024, 4096, 16384)
+SCHEDULES = (
+    FLUX1_DEV.schedule,
+    FLUX1_SCHNELL.schedule,
+    ScheduleSpec(use_dynamic_shifting=False, shift=3.0),
+    ScheduleSpec(True, 1.0, 0.3, 1.7, 100, 900),
+)
+
+
+def their_schedule(steps: int, tokens: int, schedule: ScheduleSpec) -> FlowMatchEulerDiscreteScheduler:
+    """Set up as FluxPipeline.__call__ does it."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**vars(schedule))
+    ours = schedule
+    mu = calculate_shift(tokens, ours.base_image_seq_len, ours.max_image_seq_len, ours.base_shift, ours.max_shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu, device="cpu")
+    return scheduler
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_sigmas_are_those_of_diffusers(schedule: ScheduleSpec) -> None:
+    for steps, tokens in itertools.product(STEPS, TOKENS):
+        ours, theirs = flow.sigmas(steps, tokens, schedule), their_schedule(steps, tokens, schedule).sigmas.numpy()
+        assert ours.dtype == theirs.dtype == np.float32
+        assert ours.tobytes() == theirs.tobytes(), (steps, tokens)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:3])
+def test_sigmas_fall_from_one_to_zero(schedule: ScheduleSpec) -> None:
+    for steps, tokens in itertools.product(STEPS, TOKENS):
+        levels = flow.sigmas(steps, tokens, schedule)
+        assert levels.shape == (steps + 1,)
+        assert levels[0] == 1.0 and levels[-1] == 0.0
+        assert (np.diff(levels) < 0).all()
+
+
+def test_the_shift_grows_with_the_picture() -> None:
+    """At the schedule's own corners μ is the configuration's, and a larger picture keeps more noise for longer."""
+    schedule = FLUX1_DEV.schedule
+    assert flow.shift_mu(256, schedule) == pytest.approx(0.5)
+    assert flow.shift_mu(4096, schedule) == pytest.approx(1.15)
+    small, large = flow.sigmas(8, 256, schedule), flow.sigmas(8, 4096, schedule)
+    assert (large[1:-1] > small[1:-1]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_timesteps_are_rounded_as_diffusers_does(dtype: torch.dtype) -> None:
+    """pipeline_flux: `t.expand(batch).to(latents.dtype)`, then `timestep / 1000`."""
+    for steps, tokens in itertools.product(STEPS, (64, 4096)):
+        levels = torch.from_numpy(flow.sigmas(steps, tokens, FLUX1_DEV.schedule))
+        ours = flow.timesteps(levels, FLUX1_DEV.schedule, dtype)
+        theirs = their_schedule(steps, tokens, FLUX1_DEV.schedule).timesteps
+        assert ours.dtype == dtype
+        assert torch.equal(ours[:-1], torch.stack([t.expand(1).to(dtype) / 1000 for t in theirs]).flatten())
+
+
+def test_low_precision_rounds_before_it_divides() -> None:
+    """The order shows: in bfloat16 some levels are off by an ulp when the sigma itself is rounded."""
+    levels = torch.from_numpy(flow.sigmas(50, 4096, FLUX1_DEV.schedule))
+    assert not torch.equal(flow.timesteps(levels, FLUX1_DEV.schedule, torch.bfloat16), levels.bfloat16())
+
+
+def test_image_to_image_start_is_that_of_diffusers() -> None:
+    for steps, percent in itertools.product(STEPS, range(1, 101)):
+        strength = percent / 100
+        pipe = SimpleNamespace(scheduler=their_schedule(steps, 256, FLUX1_DEV.schedule))
+        left, count = FluxImg2ImgPipeline.get_timesteps(pipe, steps, strength, "cpu")
+        start = flow.image_to_image_start(steps, strength)
+        assert steps - start == count == len(left), (steps, strength)
+
+
+@pytest.mark.parametrize(("steps", "strength", "start"), [(4, 1.0, 0), (10, 0.5, 5), (4, 1e-9, 3), (4, 1e-30, 4)])
+def test_image_to_image_start_at_the_edges(steps: int, strength: float, start: int) -> None:
+    """diffusers skips all steps when float arithmetic loses the strength: `job.plan` keeps the last one."""
+    assert flow.image_to_image_start(steps, strength) == start
+
+
+SIZES = [(2, 2), (8, 8), (2, 64), (18, 10), (64, 2), (128, 130)]
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize(("batch", "channels"), [(1, 16), (3, 4)])
+def test_packing_is_that_of_diffusers(batch: int, channels: int, height: int, width: int) -> None:
+    latents = torch.randn(batch, channels, height, width)
+    ours = flow.pack(latents)
+    assert torch.equal(ours, FluxPipeline._pack_latents(latents, batch, channels, height, width))
+    assert torch.equal(flow.unpack(ours, height, width), latents)
+    theirs = FluxPipeline._unpack_latents(ours, height * 8, width * 8, vae_scale_factor=8)
+    assert torch.equal(flow.unpack(ours, height, width), theirs)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_image_ids_are_those_of_diffusers(height: int, width: int) -> None:
+    theirs = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32)
+    ours = flow.image_ids(height, width)
+    assert ours.dtype == np.float32
+    assert np.array_equal(ours, theirs.numpy())
+
+
+def test_text_has_no_position() -> None:
+    ids = flow.text_ids(7)
+    assert ids.shape == (7, 3) and ids.dtype == np.float32 and not ids.any()
+
+
+def test_an_euler_step_is_that_of_diffusers() -> None:
+    scheduler = their_schedule(6, 256, FLUX1_DEV.schedule)
+    x, v = torch.randn(2, 9, 64), torch.randn(2, 9, 64)
+    dsigmas = torch.from_numpy(flow.sigmas(6, 256, FLUX1_DEV.schedule)).diff()
+    ours = x.clone()
+    for step, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(v, t, x, return_dict=False)[0]
+        assert flow.euler_step_(ours, v, dsigmas[step][None, None, None]) is ours, "in place"
+        torch.testing.assert_close(ours, x, rtol=1e-6, atol=1e-6)
+
+
+def test_an_euler_step_keeps_the_state_in_float32() -> None:
+    x, v = torch.ones(1, 1, 4), torch.full((1, 1, 4), 1e-3, dtype=torch.bfloat16)
+    flow.euler_step_(x, v, torch.full((1, 1, 1), -0.1))
+    assert x.dtype == torch.float32
+    assert (x < 1).all(), "bfloat16 would have lost the step"
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.25, 1.0])
+def test_blend_is_that_of_diffusers(sigma: float) -> None:
+    clean, noise = torch.randn(1, 16, 4, 4), torch.randn(1, 16, 4, 4)
+    ours = flow.blend_(clean, noise.clone(), sigma)
+    torch.testing.assert_close(ours, sigma * noise + (1 - sigma) * clean)

@@ -1,0 +1,160 @@
+"""The tables of spec.py against the published configurations, and how a folder's numbers are read."""
+
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+
+from fluxserve import spec
+from fluxserve.spec import FLUX1_DEV, FLUX1_SCHNELL, TINY, ModelSpec
+
+# What FLUX.1-dev's and FLUX.1-schnell's folders say.
+DEV = {
+    "_class_name": "FluxTransformer2DModel",
+    "attention_head_dim": 128,
+    "guidance_embeds": True,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "patch_size": 1,
+    "pooled_projection_dim": 768,
+}
+SCHNELL = {**DEV, "guidance_embeds": False}
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
+DEV_SCHEDULE = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+SCHNELL_SCHEDULE = {**DEV_SCHEDULE, "shift": 1.0, "use_dynamic_shifting": False}
+
+
+def without(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k != name}
+
+
+@pytest.mark.parametrize(
+    ("transformer", "schedule", "model"),
+    [(DEV, DEV_SCHEDULE, FLUX1_DEV), (SCHNELL, SCHNELL_SCHEDULE, FLUX1_SCHNELL)],
+)
+def test_the_tables_agree_with_the_published_configurations(
+    transformer: dict[str, Any], schedule: dict[str, Any], model: ModelSpec
+) -> None:
+    assert spec.from_configs(transformer, VAE, schedule) == model
+
+
+def test_the_family() -> None:
+    assert (FLUX1_DEV.text.t5_tokens, FLUX1_SCHNELL.text.t5_tokens) == (512, 256)
+    assert FLUX1_DEV.transformer.hidden_size == FLUX1_SCHNELL.transformer.hidden_size == 3072
+    assert TINY.transformer.hidden_size == 256
+    assert FLUX1_DEV.defaults == spec.Defaults(1024, 28, 3.5)
+    assert FLUX1_SCHNELL.defaults == spec.Defaults(1024, 4, 0.0)
+    assert len({m.name for m in spec.FAMILY}) == len({m.transformer for m in spec.FAMILY}) == 3
+
+
+@pytest.mark.parametrize("model", spec.FAMILY, ids=lambda m: m.name)
+def test_defaults_are_within_the_limits(model: ModelSpec) -> None:
+    d, limits = model.defaults, model.limits
+    assert limits.min_side <= d.side <= limits.max_side and d.side % model.size_multiple == 0
+    assert d.side**2 <= limits.max_pixels
+    assert 1 <= d.num_inference_steps <= limits.max_inference_steps
+    assert 0 <= d.guidance_scale <= limits.max_guidance_scale
+    assert 0 < d.strength <= 1
+    assert limits.min_side % model.size_multiple == limits.max_side % model.size_multiple == 0
+    assert limits.min_side * limits.max_side <= limits.max_pixels, "the most extreme aspect ratio must fit"
+
+
+def test_sizes() -> None:
+    assert FLUX1_DEV.size_multiple == 16
+    assert FLUX1_DEV.latent_size(1024, 768) == (128, 96)
+    assert FLUX1_DEV.image_tokens(1024, 768) == 64 * 48
+
+
+def test_a_fine_tune_keeps_its_bases_defaults_but_has_its_own_vae_and_schedule() -> None:
+    vae = {**VAE, "scaling_factor": 0.5, "block_out_channels": [32, 64, 64]}
+    model = spec.from_configs(SCHNELL, vae, {**SCHNELL_SCHEDULE, "shift": 2.0})
+    assert (model.name, model.defaults, model.text) == ("flux.1-schnell", FLUX1_SCHNELL.defaults, FLUX1_SCHNELL.text)
+    assert (model.vae.scaling_factor, model.vae.downscale, model.size_multiple) == (0.5, 4, 8)
+    assert model.schedule.shift == 2.0
+
+
+@pytest.mark.parametrize(("base", "like"), [(DEV, FLUX1_DEV), (SCHNELL, FLUX1_SCHNELL)])
+def test_a_shape_nobody_published(base: dict[str, Any], like: ModelSpec) -> None:
+    model = spec.from_configs({**base, "num_layers": 8}, VAE, DEV_SCHEDULE)
+    assert model.name == "custom"
+    assert model.transformer == replace(like.transformer, num_layers=8)
+    assert (model.defaults, model.limits, model.text) == (like.defaults, like.limits, like.text)
+
+
+def test_lists_become_tuples() -> None:
+    model = spec.from_configs({**DEV, "axes_dims_rope": [16, 56, 56]}, VAE, DEV_SCHEDULE)
+    assert model.name == "flux.1-dev"
+    assert hash(model) == hash(FLUX1_DEV)
+
+
+@pytest.mark.parametrize("name", ["latent_channels", "block_out_channels", "scaling_factor", "shift_factor"])
+def test_a_number_that_the_vae_lacks(name: str) -> None:
+    with pytest.raises(KeyError, match=name):
+        spec.from_configs(DEV, without(VAE, name), DEV_SCHEDULE)
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="a missing number of the transformer raises TypeError")
+@pytest.mark.parametrize("name", ["num_layers", "num_attention_heads", "pooled_projection_dim", "guidance_embeds"])
+def test_a_number_that_the_transformer_lacks(name: str) -> None:
+    with pytest.raises(KeyError, match=name):
+        spec.from_configs(without(DEV, name), VAE, DEV_SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("transformer", "vae"),
+    [
+        ({**DEV, "in_channels": 128}, VAE),
+        (DEV, {**VAE, "latent_channels": 4}),
+        ({**DEV, "axes_dims_rope": [16, 56, 57]}, VAE),
+        ({**DEV, "attention_head_dim": 64}, VAE),
+    ],
+)
+def test_numbers_that_contradict_each_other(transformer: dict[str, Any], vae: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        spec.from_configs(transformer, vae, DEV_SCHEDULE)
+
+
+@pytest.mark.xfail(strict=True, reason="a VAE without shift or scale is accepted and fails at the first request")
+@pytest.mark.parametrize("name", ["scaling_factor", "shift_factor"])
+def test_a_vae_number_that_is_null(name: str) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        spec.from_configs(DEV, {**VAE, name: None}, DEV_SCHEDULE)
+
+
+@pytest.mark.xfail(strict=True, reason="options of the scheduler that flow.py does not implement are dropped silently")
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"use_karras_sigmas": True},
+        {"use_beta_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"shift_terminal": 0.02},
+        {"time_shift_type": "linear"},
+        {"invert_sigmas": True},
+        {"stochastic_sampling": True},
+    ],
+)
+def test_a_schedule_that_is_not_implemented(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(option))):
+        spec.from_configs(DEV, VAE, {**DEV_SCHEDULE, **option})
+
+
+def test_a_spec_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        FLUX1_DEV.name = "mine"  # type: ignore[misc]

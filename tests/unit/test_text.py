@@ -1,0 +1,136 @@
+"""text.Tokenizers on the shipped model: lengths, padding, truncation, characters it has never seen."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from fluxserve import checkpoint
+from fluxserve.checkpoint import Checkpoint
+from fluxserve.errors import CheckpointError
+from fluxserve.settings import default_checkpoint
+from fluxserve.text import Tokenizers
+
+PROMPTS = [
+    "a red apple",
+    "A Fox, on a blue background!",
+    "",
+    "x" * 4096,
+    "🦊☃漢字",
+    "\u202egnp \ufeff",
+    "e\u0301",
+    "a\n\tb",
+]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Checkpoint:
+    return checkpoint.read(default_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tiny: Checkpoint) -> Tokenizers:
+    return Tokenizers(tiny)
+
+
+def vocabulary(tiny: Checkpoint, name: str) -> int:
+    return int(json.loads((tiny.component(name) / "config.json").read_text())["vocab_size"])
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_shapes_and_range(tiny: Checkpoint, tokenizers: Tokenizers, prompt: str) -> None:
+    ids = tokenizers(prompt)
+    for array, length, encoder in ((ids.clip, 77, "text_encoder"), (ids.t5, 32, "text_encoder_2")):
+        assert array.dtype == np.int64
+        assert array.shape == (length,)
+        assert array.min() >= 0 and array.max() < vocabulary(tiny, encoder), "the embedding has a row for each"
+
+
+def test_beginning_end_and_padding(tokenizers: Tokenizers) -> None:
+    ids = tokenizers("a fox")
+    begin, end = 1503, 1504
+    at = int(np.flatnonzero(ids.clip == end)[0])
+    assert ids.clip[0] == begin and 2 <= at < 10
+    assert (ids.clip[at:] == end).all(), "CLIP's padding is its end token"
+    at = int(np.flatnonzero(ids.t5 == 1)[0])
+    assert (ids.t5[at + 1 :] == 0).all() and (ids.t5[:at] > 1).all()
+
+
+def test_a_long_prompt_is_cut_and_keeps_its_end(tokenizers: Tokenizers) -> None:
+    ids = tokenizers("a fox and an apple " * 200)
+    assert ids.clip[-1] == 1504 and (ids.clip[1:-1] < 1503).all()
+    assert ids.t5[-1] == 1 and (ids.t5[:-1] > 1).all()
+    assert np.array_equal(ids.clip, tokenizers("a fox and an apple " * 300).clip)
+
+
+def test_prompts_differ(tokenizers: Tokenizers) -> None:
+    seen = {
+        (ids.clip.tobytes(), ids.t5.tobytes()) for ids in map(tokenizers, ["a fox", "a red fox", "a red apple", "🦊"])
+    }
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_as_the_pipeline_of_diffusers_calls_them(tiny: Checkpoint, tokenizers: Tokenizers, prompt: str) -> None:
+    """FluxPipeline._get_clip_prompt_embeds and _get_t5_prompt_embeds."""
+    for name, length, ours in (("tokenizer", 77, tokenizers(prompt).clip), ("tokenizer_2", 32, tokenizers(prompt).t5)):
+        theirs = AutoTokenizer.from_pretrained(tiny.component(name), local_files_only=True)(
+            [prompt],
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_overflowing_tokens=False,
+            return_length=False,
+            return_tensors="np",
+        ).input_ids
+        assert np.array_equal(ours, theirs[0])
+
+
+def edited(tmp_path: Path, name: str, text: str | None) -> Checkpoint:
+    """The tiny model whose `name` has another tokenizer.json, or none."""
+    ignored = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(default_checkpoint(), tmp_path / "flux", ignore=ignored)
+    file = tmp_path / "flux" / name / "tokenizer.json"
+    file.unlink() if text is None else file.write_text(text)
+    return Checkpoint(tmp_path / "flux", checkpoint.read(default_checkpoint()).spec)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
+def test_a_missing_tokenizer(tmp_path: Path, name: str) -> None:
+    broken = edited(tmp_path, name, None)
+    shutil.rmtree(broken.component(name))
+    with pytest.raises(CheckpointError, match=f"{name}: missing; expected a tokenizer"):
+        Tokenizers(broken)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}",
+        "",
+        pytest.param(
+            "[]", marks=pytest.mark.xfail(strict=True, raises=TypeError, reason="_load lets TypeError through")
+        ),
+    ],
+)
+def test_a_damaged_tokenizer(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(CheckpointError, match=name):
+        Tokenizers(edited(tmp_path, name, text))
+
+
+def test_a_t5_tokenizer_without_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="tokenizer_2: no usable tokenizer"):
+        Tokenizers(edited(tmp_path, "tokenizer_2", None))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="CLIPTokenizer is made without a vocabulary: every prompt becomes unknown tokens"
+)
+def test_a_clip_tokenizer_without_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        Tokenizers(edited(tmp_path, "tokenizer", None))
