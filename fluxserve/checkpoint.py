@@ -6,7 +6,7 @@ missing, truncated, pickled or of another architecture is refused in millisecond
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ _COMPONENTS = {
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "T5EncoderModel",
 }
+_TEXT_ENCODERS = {"clip": "text_encoder", "t5": "text_encoder_2"}
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -33,6 +35,11 @@ class Checkpoint:
 
     def component(self, name: str) -> Path:
         return self.path / name
+
+    def class_name(self, component: str) -> str | None:
+        """The class that model_index.json names for a component."""
+        entry = _json(self.path / "model_index.json").get(component)
+        return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def read(path: Path) -> Checkpoint:
@@ -58,8 +65,13 @@ def _spec(path: Path) -> ModelSpec:
     transformer = _json(path / "transformer" / "config.json")
     vae = _json(path / "vae" / "config.json")
     scheduler = _json(path / "scheduler" / "scheduler_config.json")
+    if scheduler.get("_class_name") != _SCHEDULER:
+        where = f"{path / 'scheduler' / 'scheduler_config.json'}: _class_name"
+        raise UnsupportedArchitecture(where, scheduler.get("_class_name"), _SCHEDULER)
     try:
-        return specs.from_configs(transformer, vae, scheduler)
+        spec = specs.from_configs(transformer, vae, scheduler)
+        words = {f"{n}_vocabulary": _json(path / f / "config.json")["vocab_size"] for n, f in _TEXT_ENCODERS.items()}
+        return replace(spec, text=replace(spec.text, **words))
     except KeyError as error:
         raise CheckpointError(f"{path}: a config.json lacks {error}") from error
     except (TypeError, ValueError) as error:
@@ -68,8 +80,8 @@ def _spec(path: Path) -> ModelSpec:
 
 def _check_component(folder: Path, architecture: str) -> None:
     config = _json(folder / "config.json")
-    got = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
-    if got != architecture:
+    got = config.get("_class_name") or config.get("architectures")
+    if got not in (architecture, [architecture]):
         raise UnsupportedArchitecture(f"{folder / 'config.json'}: architecture", got, architecture)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -78,24 +90,33 @@ def _check_component(folder: Path, architecture: str) -> None:
             raise UnsafeWeights(str(pickled[0]))
         raise CheckpointError(f"{folder}: no weights; expected .safetensors files")
     for index in folder.glob("*.safetensors.index.json"):
-        for shard in sorted(set(_json(index)["weight_map"].values())):
+        for shard in _shards(index):
             if not (folder / shard).is_file():
                 raise CheckpointError(f"{folder / shard}: missing; {index.name} lists it")
     for file in weights:
         _check_length(file)
 
 
+def _shards(index: Path) -> list[str]:
+    """The files that an index lists. They must lie beside it, where their lengths are checked."""
+    listed = _json(index).get("weight_map")
+    shards = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
+    if not shards or any(Path(s).name != s or not s.endswith(".safetensors") for s in shards):
+        raise CheckpointError(f"{index}: expected a weight_map of .safetensors files beside it")
+    return shards
+
+
 def _check_length(file: Path) -> None:
     """A safetensors file says in its header how long it is; one that was cut short is shorter."""
-    size = file.stat().st_size
     try:
+        size = file.stat().st_size
         with file.open("rb") as f:
             (header_size,) = struct.unpack("<Q", f.read(8))
-            if header_size > size:
+            if header_size > size - 8:
                 raise ValueError("header longer than the file")
             header = json.loads(f.read(header_size))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: not a safetensors file, or truncated ({error})") from error
     expected = 8 + header_size + max(ends, default=0)
     if size != expected:
@@ -107,7 +128,7 @@ def _json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: missing; expected a diffusers-format checkpoint") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: unreadable ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: got a JSON {type(value).__name__}; expected an object")

@@ -79,7 +79,9 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="draw one picture in this process, without a server")
     generate.add_argument("prompt")
-    generate.add_argument("-o", "--output", type=Path, default=Path("image.png"), help="default: %(default)s")
+    generate.add_argument(
+        "-o", "--output", type=Path, default=Path("image.png"), help=".png, .jpg or .webp; default: %(default)s"
+    )
     for name, kind in (("height", int), ("width", int), ("num-inference-steps", int), ("guidance-scale", float)):
         generate.add_argument(f"--{name}", type=kind, help="default: the model's own")
     generate.add_argument("--seed", type=int, default=-1, help="default: -1, draw one")
@@ -243,10 +245,15 @@ def _generate(options: argparse.Namespace) -> int:
     folder = checkpoint.read(config.checkpoint_path)
     names = ("height", "width", "num_inference_steps", "guidance_scale", "seed")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    suffix = options.output.suffix.lower().lstrip(".")
+    given["output_format"] = {"jpg": "jpeg"}.get(suffix, suffix).encode()
     parsed = request.parse({"prompt": options.prompt.encode(), **given}, folder.spec)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     ticker, begin = _Ticker("loading"), time.perf_counter()
-    pipeline = Pipeline(folder.spec, open_components(config.engine, folder, device, config.dtype), device)
+    components = open_components(config.engine, folder, device, config.dtype)
+    pipeline = Pipeline(folder.spec, components, device, config.max_rows)
     ticker.done(time.perf_counter() - begin)
     job = plan(parsed, folder.spec, Tokenizers(folder))
     (drawing,) = pipeline.draw([job])

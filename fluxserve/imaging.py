@@ -5,6 +5,7 @@ larger; JPEG and WebP through Pillow.
 """
 
 import io
+import struct
 import warnings
 from dataclasses import dataclass
 
@@ -63,12 +64,14 @@ def read_image(data: bytes, limits: Limits) -> InputImage:
         raise InvalidRequest("image", f"an image of {picture.width} x {picture.height} pixels", allowed)
     try:
         return InputImage(_upright_rgb(picture))
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
         raise InvalidRequest("image", f"a damaged or truncated {picture.format} file ({error})", allowed) from error
 
 
 def _upright_rgb(picture: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(picture)
+    if upright.mode == "I" or upright.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip and not scale
+        return Image.fromarray((np.asarray(upright).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -6,12 +6,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxserve import flow
+from fluxserve.errors import InvalidRequest
 from fluxserve.request import Request
 from fluxserve.spec import ModelSpec
 from fluxserve.text import Tokenizers
 
 TEXT_TO_IMAGE_CHANNELS = 0
 RGB_CHANNELS = 3
+_CHANNELS = (TEXT_TO_IMAGE_CHANNELS, RGB_CHANNELS)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,31 @@ class Job:
     @property
     def steps(self) -> int:
         return len(self.sigmas) - 1
+
+    def check(self, spec: ModelSpec) -> None:
+        """For who builds a job past `plan`: what could not be drawn, or would take the GPU's context along.
+
+        Raises:
+            InvalidRequest: names the array, what came and what is allowed.
+        """
+        limits, multiple = spec.limits, spec.size_multiple
+        for side in self.pixels.shape[:2]:
+            if not limits.min_side <= side <= limits.max_side or side % multiple:
+                allowed = f"sides that are multiples of {multiple} from {limits.min_side} to {limits.max_side}"
+                raise InvalidRequest("pixels", f"{self.height} x {self.width}", allowed)
+        if self.height * self.width > limits.max_pixels or self.pixels.shape[2] not in _CHANNELS:
+            allowed = f"at most {limits.max_pixels} pixels of {' or '.join(map(str, _CHANNELS))} channels"
+            raise InvalidRequest("pixels", " x ".join(map(str, self.pixels.shape)), allowed)
+        for name, ids, most, known in (
+            ("clip_ids", self.clip_ids, spec.text.clip_tokens, spec.text.clip_vocabulary),
+            ("t5_ids", self.t5_ids, spec.text.t5_tokens, spec.text.t5_vocabulary),
+        ):
+            if not 0 < len(ids) <= most or ids.min() < 0 or ids.max() >= known:
+                raise InvalidRequest(name, f"{len(ids)} ids", f"1 to {most} ids from 0 to {known - 1}")
+        if not (self.steps > 0 and np.isfinite(self.sigmas).all() and np.isfinite(self.guidance)):
+            raise InvalidRequest("sigmas, guidance", "too few, or not finite", "finite numbers, two sigmas or more")
+        if not 0 < len(self.noise_seeds) <= limits.max_images:
+            raise InvalidRequest("noise_seeds", f"{len(self.noise_seeds)}", f"1 to {limits.max_images}")
 
     @property
     def likeness(self) -> tuple[object, ...]:

@@ -96,7 +96,7 @@ class Pipeline:
 
     def _denoise_watched(self, batch: "_Batch", rows: Sequence["_Row"], clock: DeviceClock) -> Tensor | None:
         """Run the loop for some rows, telling the watch after each step; None once nobody wants any of them."""
-        members = sorted({row.job for row in rows})
+        members = [row.job for row in rows]  # a job of several rows here takes as many steps at once
         if not batch.any_wanted(members):
             return None
         jobs = batch.jobs
@@ -233,6 +233,7 @@ class _Batch:
         self._wanted = [True] * len(jobs)
 
     def tell(self, members: Sequence[int]) -> None:
+        """One more step for each row; who was called off is not asked again."""
         for member in members:
             self._wanted[member] = self._wanted[member] and self._watch(member)
 

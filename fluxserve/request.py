@@ -51,24 +51,23 @@ def parse(fields: Mapping[str, Any], spec: ModelSpec) -> Request:
         InvalidRequest: names the field, what came and what is allowed.
     """
     limits, defaults = spec.limits, spec.defaults
-    image = read_image(fields["image"], limits) if "image" in fields else None
     num_images = _integer(fields, "num_images", 1, 1, limits.max_images)
-    height, width = _size(fields, spec, image)
-    return Request(
-        prompt=_prompt(fields.get("prompt"), limits.max_prompt_bytes),
-        height=height,
-        width=width,
-        num_inference_steps=_integer(
+    cheap: dict[str, Any] = {
+        "prompt": _prompt(fields.get("prompt"), limits.max_prompt_bytes),
+        "num_inference_steps": _integer(
             fields, "num_inference_steps", defaults.num_inference_steps, 1, limits.max_inference_steps
         ),
-        guidance_scale=_guidance(fields, spec),
-        seed=_seed(fields, num_images),
-        num_images=num_images,
-        image=image,
-        strength=_strength(fields, defaults.strength, image),
-        output_format=_format(fields),
-        quality=_integer(fields, "quality", DEFAULT_QUALITY, 1, 100),
-    )
+        "guidance_scale": _guidance(fields, spec),
+        "seed": _seed(fields, num_images),
+        "num_images": num_images,
+        "strength": _strength(fields, defaults.strength),
+        "output_format": _format(fields),
+        "quality": _integer(fields, "quality", DEFAULT_QUALITY, 1, 100),
+    }
+    # Decoding an image costs up to a second: it comes when nothing else can be wrong but the size that it may decide.
+    image = read_image(fields["image"], limits) if "image" in fields else None
+    height, width = _size(fields, spec, image)
+    return Request(height=height, width=width, image=image, **cheap)
 
 
 def _prompt(raw: bytes | None, most: int) -> str:
@@ -114,11 +113,14 @@ def _size(fields: Mapping[str, Any], spec: ModelSpec, image: InputImage | None) 
 
 
 def _fit(image: InputImage, spec: ModelSpec) -> tuple[int, int]:
-    """The image's own size, scaled into the model's limits and rounded down to its multiple."""
+    """The image's own size, scaled into the model's limits and rounded down to its multiple.
+
+    An image smaller than the limits, or longer than they allow, is stretched to the least side.
+    """
     limits, multiple = spec.limits, spec.size_multiple
     area = image.height * image.width
     scale = min(1.0, limits.max_side / max(image.height, image.width), math.sqrt(limits.max_pixels / area))
-    height, width = (int(side * scale) // multiple * multiple for side in (image.height, image.width))
+    height, width = (int(side * scale + 1e-6) // multiple * multiple for side in (image.height, image.width))
     return max(height, limits.min_side), max(width, limits.min_side)
 
 
@@ -138,8 +140,8 @@ def _seed(fields: Mapping[str, Any], num_images: int) -> int:
     return secrets.randbelow(DRAWN_SEEDS) if seed == -1 else seed
 
 
-def _strength(fields: Mapping[str, Any], default: float, image: InputImage | None) -> float | None:
-    if image is None:
+def _strength(fields: Mapping[str, Any], default: float) -> float | None:
+    if "image" not in fields:
         if "strength" in fields:
             raise InvalidRequest("strength", str(fields["strength"]), "only beside an image")
         return None

@@ -12,10 +12,12 @@ The server is a binary: the one in the wheel `nvidia-pytriton` on a machine with
 - Shared memory of a killed process stays. The supervisor removes what carries this server's prefix.
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -27,6 +29,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +49,14 @@ STUB_TIMEOUT_S = 600
 """Triton's own default, 30 s, is too short to load 24 GB."""
 
 MAX_RESTARTS = 3
+RESTARTS_WITHIN_S = 600.0
 _POLL_S = 0.1
 _ADMIN_HEADER = "fluxserve-admin"
 _ADMIN_APIS = "model-repository,shared-memory,trace,logging"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where Triton's Python backend puts its regions)
 _PR_SET_PDEATHSIG = 1
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks the server itself: a proxy of the environment has no business between the two, and none with the key."""
 
 
 @dataclass(frozen=True)
@@ -233,16 +239,18 @@ class TritonServer:
         Raises:
             ServerError: the server ended by itself, or a worker died too often or can't be loaded again.
         """
-        restarts = 0
+        restarts: deque[float] = deque(maxlen=MAX_RESTARTS)
         while not stopping():
             if self.exit_status() is not None:
                 raise ServerError(f"tritonserver ended with status {self.exit_status()}")
-            pid, started = self.table.worker()
-            if pid and process_started(pid) != started:
-                restarts += 1
-                if restarts > MAX_RESTARTS:
-                    raise ServerError(f"the GPU worker died {restarts} times; giving up")
-                report(f"the GPU worker (pid {pid}) died; loading it again")
+            if dead := self.table.dead_workers():
+                now = time.monotonic()
+                if len(restarts) == MAX_RESTARTS and now - restarts[0] < RESTARTS_WITHIN_S:
+                    raise ServerError(
+                        f"the GPU worker died {MAX_RESTARTS + 1} times in {now - restarts[0]:.0f} s; giving up"
+                    )
+                restarts.append(now)
+                report(f"the GPU worker (pid {', '.join(map(str, dead))}) died; loading it again")
                 self.reload("generate")
                 report("the GPU worker is back")
             time.sleep(_POLL_S)
@@ -277,7 +285,7 @@ class TritonServer:
         """What /v2/health/ready, or a model's ready state, says."""
         path = f"v2/models/{model}/ready" if model else "v2/health/ready"
         try:
-            with urllib.request.urlopen(f"http://{self.http_url}/{path}", timeout=5) as answer:
+            with _DIRECT.open(f"http://{self.http_url}/{path}", timeout=5) as answer:
                 return bool(answer.status == 200)
         except OSError:  # not listening yet, or it answered that it is not ready
             return False
@@ -292,7 +300,7 @@ class TritonServer:
             f"http://{self.http_url}/{path}", data=b"{}", headers={_ADMIN_HEADER: self._key}, method="POST"
         )
         try:
-            urllib.request.urlopen(request, timeout=READY_TIMEOUT_S).close()  # noqa: S310
+            _DIRECT.open(request, timeout=READY_TIMEOUT_S).close()
         except urllib.error.HTTPError as error:
             raise ServerError(f"{path}: {_message(error)}") from error
         except OSError as error:
@@ -335,8 +343,8 @@ class TritonServer:
     def _environment(self) -> dict[str, str]:
         """This process's environment with the models' settings; the libraries' path is for the server alone.
 
-        The stubs embed Python and find its home, and with it the packages, through the `python` on PATH. PYTHONPATH comes
-        on top: some of the wheel's stubs heed it (Python 3.11), some do not (3.12).
+        The stubs embed Python and find its home, and with it the packages, through the `python` on PATH. PYTHONPATH
+        comes on top: some of the wheel's stubs heed it (Python 3.11), some do not (3.12).
         """
         env = settings.environment(**self._options)
         here = Path(sys.executable).parent
@@ -361,10 +369,11 @@ def _remove_leftovers() -> None:
 
     The start time is part of the name because in a container every supervisor has the same pid.
     """
-    for left in _SHARED_MEMORY.glob("fluxserve-[0-9]*-[0-9]*-*"):
-        _, pid, started, *_ = left.name.split("-")
-        if process_started(int(pid)) != int(started):
-            left.unlink(missing_ok=True)
+    for left in _SHARED_MEMORY.glob("fluxserve-*"):
+        name = re.fullmatch(r"fluxserve-(\d+)-(\d+)-.*", left.name)
+        if name and process_started(int(name[1])) != int(name[2]):
+            with contextlib.suppress(PermissionError):  # another user's: theirs to remove
+                left.unlink(missing_ok=True)
 
 
 def _die_with_parent() -> None:

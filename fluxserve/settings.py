@@ -76,7 +76,10 @@ def load(parameters: Mapping[str, Any] | None = None) -> Settings:
 
 def _raw(name: str, parameters: Mapping[str, Any]) -> str | None:
     if name in parameters:
-        return str(parameters[name]["string_value"])
+        parameter = parameters[name]
+        if not isinstance(parameter, Mapping) or "string_value" not in parameter:
+            raise SettingsError(name, parameter, "a parameter with a string_value")
+        return str(parameter["string_value"])
     return os.environ.get(_PREFIX + name.upper())
 
 

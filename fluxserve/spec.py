@@ -4,16 +4,33 @@ The numbers are those of the published diffusers configurations (transformer/con
 scheduler/scheduler_config.json of FLUX.1-dev and FLUX.1-schnell) and of the pipelines' defaults.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 PATCH = 2
 """Side of the square of latent pixels that becomes one token of the transformer."""
 
 
+class _Numbers:
+    """What comes out of a config.json must be what the field says: a whole or finite number, a truth value."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]
+            value, kind = getattr(self, field.name), field.type
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            fits = {
+                int: whole and value > 0,
+                float: whole or (isinstance(value, float) and math.isfinite(value)),
+                bool: isinstance(value, bool),
+            }
+            if isinstance(kind, type) and not fits.get(kind, True):
+                raise ValueError(f"{field.name}: got {value!r}; expected a {kind.__name__}")
+
+
 @dataclass(frozen=True)
-class TransformerSpec:
+class TransformerSpec(_Numbers):
     """FluxTransformer2DModel: `num_layers` double and `num_single_layers` single blocks."""
 
     num_layers: int
@@ -27,6 +44,7 @@ class TransformerSpec:
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must sum to {self.attention_head_dim}")
 
@@ -36,7 +54,7 @@ class TransformerSpec:
 
 
 @dataclass(frozen=True)
-class VaeSpec:
+class VaeSpec(_Numbers):
     """AutoencoderKL: `downscale` pixels to a latent pixel; latents are (z - shift) * scaling."""
 
     latent_channels: int
@@ -46,7 +64,7 @@ class VaeSpec:
 
 
 @dataclass(frozen=True)
-class ScheduleSpec:
+class ScheduleSpec(_Numbers):
     """FlowMatchEulerDiscreteScheduler: a static `shift`, or one that grows with the number of image tokens."""
 
     use_dynamic_shifting: bool
@@ -57,13 +75,20 @@ class ScheduleSpec:
     max_image_seq_len: int = 4096
     num_train_timesteps: int = 1000
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_image_seq_len <= self.base_image_seq_len:
+            raise ValueError(f"max_image_seq_len: got {self.max_image_seq_len}; expected > {self.base_image_seq_len}")
+
 
 @dataclass(frozen=True)
 class TextSpec:
-    """Tokens given to CLIP (pooled) and to T5 (sequence); both padded to the full length."""
+    """Tokens given to CLIP (pooled) and to T5 (sequence), both padded to the full length; and how many each knows."""
 
     clip_tokens: int = 77
     t5_tokens: int = 512
+    clip_vocabulary: int = 49408
+    t5_vocabulary: int = 32128
 
 
 @dataclass(frozen=True)
@@ -162,7 +187,7 @@ TINY = ModelSpec(
         pooled_projection_dim=128,
         guidance_embeds=True,
     ),
-    vae=VaeSpec(latent_channels=16, downscale=8, scaling_factor=1.0, shift_factor=0.0),
+    vae=VaeSpec(latent_channels=16, downscale=8, scaling_factor=1.0, shift_factor=0.0),  # the folder has its own
     schedule=ScheduleSpec(use_dynamic_shifting=True, shift=3.0),
     text=TextSpec(t5_tokens=32),
     defaults=Defaults(side=128, num_inference_steps=20, guidance_scale=3.0),
@@ -183,6 +208,9 @@ def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], schedul
         ValueError: the numbers contradict each other.
         KeyError: a number is missing.
     """
+    for name, neutral in _NOT_IMPLEMENTED.items():
+        if scheduler.get(name, neutral) != neutral:
+            raise ValueError(f"scheduler {name}: got {scheduler[name]!r}; expected {neutral!r}")
     shape = TransformerSpec(**_pick(TransformerSpec, transformer))
     base = next((m for m in FAMILY if m.transformer == shape), None)
     if base is None:
@@ -200,7 +228,22 @@ def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], schedul
     )
 
 
+# Options of FlowMatchEulerDiscreteScheduler that FLUX.1 does not use and flow.py lacks, and their neutral values.
+_NOT_IMPLEMENTED = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "shift_terminal": None,
+    "time_shift_type": "exponential",
+}
+
+
 def _pick(spec: type, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of `config` that `spec` has fields for; lists become tuples so that specs compare and hash."""
+    for field in fields(spec):
+        if field.default is MISSING and field.name not in config:
+            raise KeyError(field.name)
     named = {f.name: config[f.name] for f in fields(spec) if config.get(f.name) is not None}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}

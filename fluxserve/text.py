@@ -1,4 +1,4 @@
-"""Prompt → token ids, with the checkpoint's own two tokenizers. No torch.
+"""Prompt → token ids, with the checkpoint's own two tokenizers, of the classes that its model_index.json names.
 
 CLIP reads at most 77 tokens and gives the pooled embedding; T5 reads the longer sequence that the blocks attend to.
 Both are padded to their full length and neither is masked: FLUX.1 was trained so (FluxPipeline._get_t5_prompt_embeds).
@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from transformers import AutoTokenizer
+import transformers
 
 from fluxserve.checkpoint import Checkpoint
-from fluxserve.errors import CheckpointError
+from fluxserve.errors import CheckpointError, UnsupportedArchitecture
 from fluxserve.spec import TextSpec
+
+_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast")
 
 Ids = npt.NDArray[np.int64]
 
@@ -31,8 +33,8 @@ class Tokenizers:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._lengths: TextSpec = checkpoint.spec.text
-        self._clip = _load(checkpoint, "tokenizer")
-        self._t5 = _load(checkpoint, "tokenizer_2")
+        self._clip = _load(checkpoint, "tokenizer", self._lengths.clip_vocabulary)
+        self._t5 = _load(checkpoint, "tokenizer_2", self._lengths.t5_vocabulary)
 
     def __call__(self, prompt: str) -> TokenIds:
         return TokenIds(
@@ -41,14 +43,24 @@ class Tokenizers:
         )
 
 
-def _load(checkpoint: Checkpoint, name: str) -> Any:
+def _load(checkpoint: Checkpoint, name: str, vocabulary: int) -> Any:
     folder = checkpoint.component(name)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: missing; expected a tokenizer")
+    class_name = checkpoint.class_name(name)
+    if class_name not in _CLASSES:
+        raise UnsupportedArchitecture(
+            f"{checkpoint.path / 'model_index.json'}: {name}", class_name, ", ".join(_CLASSES)
+        )
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: no usable tokenizer ({error})") from error
+    # Without its files transformers makes a tokenizer that knows nothing; a foreign one would name unknown embeddings.
+    if not vocabulary / 2 < len(tokenizer) <= vocabulary:
+        got = f"{len(tokenizer)} words for an encoder that knows {vocabulary}"
+        raise CheckpointError(f"{folder}: no usable tokenizer ({got})")
+    return tokenizer
 
 
 def _encode(tokenizer: Any, prompt: str, length: int) -> Ids:

@@ -3,7 +3,8 @@
 Not fast, and not meant to be: no graph, no fused kernel, one library call per operation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -74,12 +75,17 @@ def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Componen
     def load(cls: type, name: str) -> nn.Module:
         folder = checkpoint.component(name)
         try:
-            module = cls.from_pretrained(  # type: ignore[attr-defined]
-                str(folder), torch_dtype=precision, use_safetensors=True, local_files_only=True
+            module, report = cls.from_pretrained(  # type: ignore[attr-defined]
+                str(folder),
+                torch_dtype=precision,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            _refuse_gaps(folder, report)
+            loaded: nn.Module = module.eval().requires_grad_(False).to(device)
+        except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
             raise CheckpointError(f"{folder}: {error}") from error
-        loaded: nn.Module = module.eval().requires_grad_(False).to(device)
         return loaded
 
     return from_modules(
@@ -89,6 +95,16 @@ def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Componen
         transformer=load(FluxTransformer2DModel, "transformer"),
         vae=load(AutoencoderKL, "vae"),
     )
+
+
+def _refuse_gaps(folder: Path, report: Mapping[str, Iterable[object]]) -> None:
+    """Refuse weights that do not fill the module: both libraries would draw what is missing at random, and go on."""
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(key) for key in report.get(problem, ()))
+        if names:
+            raise CheckpointError(
+                f"{folder}: {problem.replace('_', ' ')}: {', '.join(names[:5])} ({len(names)} in all)"
+            )
 
 
 def from_modules(

@@ -11,7 +11,7 @@ from fluxserve import contract, settings
 from fluxserve.errors import InvalidRequest
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
-from fluxserve.serving.inflight import MAX_ID_BYTES, InflightTable, Status
+from fluxserve.serving.inflight import InflightTable, Status, checked_id
 
 
 class ControlModel:
@@ -46,6 +46,6 @@ def _request_id(raw: bytes) -> str:
         request_id = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest("request_id", "bytes that are not UTF-8", "the id a request was sent with") from error
-    if not 0 < len(raw) <= MAX_ID_BYTES:
-        raise InvalidRequest("request_id", f"{len(raw)} bytes", f"1 to {MAX_ID_BYTES} bytes")
-    return request_id
+    if not request_id:
+        raise InvalidRequest("request_id", "0 bytes", "the id a request was sent with")
+    return checked_id(request_id)

@@ -3,15 +3,16 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton_python_backend_utils as pb_utils
 
 from fluxserve import checkpoint, contract, settings
 from fluxserve.engines.open import open_components
-from fluxserve.errors import Cancelled
+from fluxserve.errors import Cancelled, InvalidRequest
 from fluxserve.job import Job
 from fluxserve.pipeline import Drawing, Pipeline
 from fluxserve.serving import errors as triton_errors
@@ -21,14 +22,17 @@ from fluxserve.serving.metrics import DrawingMetrics
 
 
 @dataclass(frozen=True)
-class _Admitted:
-    """A request of the batch that was still wanted when its turn came."""
+class _Asked:
+    """A request of the batch, and where its answer goes."""
 
-    place: int
     request: Any
     job: Job
     ticket: int
-    waited: float
+
+    @property
+    def steps(self) -> int:
+        """Of all its images."""
+        return self.job.steps * len(self.job.noise_seeds)
 
 
 class GenerateModel:
@@ -36,36 +40,43 @@ class GenerateModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         config = settings.load(json.loads(args["model_config"])["parameters"])
-        on_gpu = args["model_instance_kind"] == "GPU"
-        device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
+        device_id = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+        device = "cpu" if device_id is None else f"cuda:{device_id}"
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         folder = checkpoint.read(config.checkpoint_path)
         components = open_components(config.engine, folder, device, config.dtype)
+        self._spec, self._max_rows = folder.spec, config.max_rows
         self._pipeline = Pipeline(folder.spec, components, device, config.max_rows)
         self._table = InflightTable(config.inflight_path)
-        self._table.register_worker()
+        self._table.register_worker(device_id or 0)
         self._metrics = DrawingMetrics()
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer a batch. Triton batches by shape; what differs in schedule all the same is drawn one after another."""
-        responses: list[Any] = [None] * len(requests)
-        groups: dict[tuple[object, ...], list[_Admitted]] = defaultdict(list)
-        for place, request in enumerate(requests):
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Answer a batch, each request as soon as it is drawn and not when the last of them is.
+
+        Triton batches by shape; what differs in schedule all the same goes through the loop separately.
+        """
+        groups: dict[tuple[object, ...], list[_Asked]] = defaultdict(list)
+        for request in requests:
             try:
-                admitted = self._admit(place, request)
-                groups[admitted.job.likeness].append(admitted)
+                asked = self._read(request)
+                groups[asked.job.likeness].append(asked)
             except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
-                responses[place] = self._refuse(error)
+                _send(request, self._refusal(error))
         for group in groups.values():
-            for admitted, response in zip(group, self._draw(group), strict=True):
-                responses[admitted.place] = response
-        return responses
+            for part in self._parts(group):
+                self._draw(part)
 
     def finalize(self) -> None:
         self._pipeline.close()
 
-    def _admit(self, place: int, request: Any) -> _Admitted:
+    def _read(self, request: Any) -> _Asked:
         arrays = tensors.read(request, contract.GENERATE)
+        for name, array in arrays.items():
+            if len(array) != 1:
+                raise InvalidRequest(
+                    name, f"a batch of {len(array)}", "one request at a time; Triton forms the batches"
+                )
         job = Job(
             clip_ids=arrays["clip_ids"][0],
             t5_ids=arrays["t5_ids"][0],
@@ -74,42 +85,74 @@ class GenerateModel:
             guidance=float(arrays["guidance"][0, 0]),
             noise_seeds=tuple(int(seed) for seed in arrays["noise_seeds"][0]),
         )
-        ticket = int(arrays["ticket"][0, 0])
-        waited = 0.0 if ticket == NO_TICKET else self._table.start(ticket, job.steps * len(job.noise_seeds))
-        return _Admitted(place, request, job, ticket, waited)
+        job.check(self._spec)
+        return _Asked(request, job, int(arrays["ticket"][0, 0]))
 
-    def _draw(self, group: Sequence[_Admitted]) -> list[Any]:
-        """Draw requests of one likeness; their slots are given back whatever happens."""
+    def _parts(self, group: Sequence[_Asked]) -> Iterator[list[_Asked]]:
+        """Requests that go through the loop together: as many as have max_rows images between them, or one."""
+        part: list[_Asked] = []
+        for asked in group:
+            rows = sum(len(a.job.noise_seeds) for a in (*part, asked))
+            if part and rows > self._max_rows:
+                yield part
+                part = []
+            part.append(asked)
+        yield part
+
+    def _draw(self, part: Sequence[_Asked]) -> None:
+        """Draw requests of one likeness and answer them; their slots are given back whatever happens."""
+        started: list[_Asked] = []
+        waited: list[float] = []
+        for asked in part:
+            try:
+                waited.append(self._start(asked))
+                started.append(asked)
+            except Cancelled as error:
+                _send(asked.request, self._refusal(error))
+        if not started:
+            return
         try:
-            drawings = self._pipeline.draw([a.job for a in group], lambda index: self._stepped(group[index]))
-            return [self._answer(a, drawing) for a, drawing in zip(group, drawings, strict=True)]
+            drawings = self._pipeline.draw([a.job for a in started], lambda index: self._stepped(started[index]))
+            answers = [self._answer(*each) for each in zip(started, waited, drawings, strict=True)]
         except Exception as error:  # noqa: BLE001 (the border: Triton would answer a raise with a bare traceback)
-            return [self._refuse(error) for _ in group]
+            answers = [self._refusal(error) for _ in started]
         finally:
-            for admitted in group:
-                if admitted.ticket != NO_TICKET:
-                    self._table.release(admitted.ticket)
+            for asked in started:
+                if asked.ticket != NO_TICKET:
+                    self._table.release(asked.ticket)
+        for asked, answer in zip(started, answers, strict=True):
+            _send(asked.request, answer)
 
-    def _stepped(self, admitted: _Admitted) -> bool:
+    def _start(self, asked: _Asked) -> float:
+        """Seconds that a request waited. Raises Cancelled if nobody wants it any more."""
+        return 0.0 if asked.ticket == NO_TICKET else self._table.start(asked.ticket, asked.steps)
+
+    def _stepped(self, asked: _Asked) -> bool:
         """Note a step; False once the request was cancelled, through `control` or (called directly) through gRPC."""
+        if asked.ticket == NO_TICKET:
+            return not asked.request.is_cancelled()
         self._metrics.stepped()
-        wanted = admitted.ticket == NO_TICKET or self._table.advance(admitted.ticket)
-        return wanted and not admitted.request.is_cancelled()
+        return self._table.advance(asked.ticket) and not asked.request.is_cancelled()
 
-    def _answer(self, admitted: _Admitted, drawing: Drawing | None) -> Any:
+    def _answer(self, asked: _Asked, waited: float, drawing: Drawing | None) -> Any:
         if drawing is None:
-            status = self._table.progress(admitted.ticket)
-            return self._refuse(Cancelled(admitted.request.request_id(), status.step, status.steps))
-        timings = {"queue": 1000 * admitted.waited, **drawing.timings}
+            done = 0 if asked.ticket == NO_TICKET else self._table.progress(asked.ticket).step
+            return self._refusal(Cancelled(asked.request.request_id(), done, asked.steps))
+        timings = {"queue": 1000 * waited, **drawing.timings}
         images, height, width, _ = drawing.images.shape
-        if admitted.ticket != NO_TICKET:
+        if asked.ticket != NO_TICKET:  # Triton's warm-up is no picture
             self._metrics.drawn(images, images * height * width, timings)
         return tensors.response(
             contract.GENERATE,
             {"pixels_out": drawing.images[None], "stage_timings": [[json.dumps(timings).encode()]]},
         )
 
-    def _refuse(self, error: Exception) -> Any:
+    def _refusal(self, error: Exception) -> Any:
         if isinstance(error, Cancelled):
             self._metrics.cancelled()
         return triton_errors.response(error)
+
+
+def _send(request: Any, response: Any) -> None:
+    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    request.get_response_sender().send(response, flags=final)

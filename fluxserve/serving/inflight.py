@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxserve.contract import MAX_WAITING, QUEUE_TIMEOUT_S
-from fluxserve.errors import Cancelled, Draining, QueueFull, RequestIdInUse, ServerError
+from fluxserve.errors import Cancelled, Draining, InvalidRequest, QueueFull, RequestIdInUse, ServerError
 
 FREE, QUEUED, RUNNING = 0, 1, 2
 CAPACITY = 256
@@ -36,9 +36,18 @@ LEASE_S = QUEUE_TIMEOUT_S + 10.0
 NO_TICKET = 0
 """A request that came past `prepare`, such as Triton's warm-up: it has no slot and can't be cancelled by id."""
 
+MAX_WORKERS = 64
+"""GPUs of one server."""
+
 _VERSION = 1
 _HEADER = np.dtype(
-    [("version", "<u4"), ("draining", "<u4"), ("worker_pid", "<u8"), ("worker_started", "<u8")], align=True
+    [
+        ("version", "<u4"),
+        ("draining", "<u4"),
+        ("worker_pid", "<u8", MAX_WORKERS),
+        ("worker_started", "<u8", MAX_WORKERS),
+    ],
+    align=True,
 )
 _SLOT = np.dtype(
     [
@@ -54,6 +63,14 @@ _SLOT = np.dtype(
     ],
     align=True,
 )
+
+
+def checked_id(request_id: str) -> str:
+    """A request id that the table can hold; `prepare` allows an empty one as well. Raises InvalidRequest."""
+    size = len(request_id.encode())
+    if size > MAX_ID_BYTES or "\x00" in request_id:
+        raise InvalidRequest("request_id", f"{size} bytes", f"at most {MAX_ID_BYTES} bytes of UTF-8 without NUL")
+    return request_id
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,8 @@ class InflightTable:
             self._map = mmap.mmap(self._fd, size)
             self._header = np.frombuffer(self._map, _HEADER, count=1)
             self._slots = np.frombuffer(self._map, _SLOT, count=CAPACITY, offset=_HEADER.itemsize)
+            if self._header["version"][0] not in (0, _VERSION):  # 0: made just now
+                raise ServerError(f"{path}: a table of version {self._header['version'][0]}; expected {_VERSION}")
             self._header["version"] = _VERSION
 
     @contextmanager
@@ -128,11 +147,12 @@ class InflightTable:
 
     # --- generate --------------------------------------------------------------------------------------------------
 
-    def register_worker(self) -> None:
-        """Say which process owns the GPU, so that a supervisor can watch it."""
+    def register_worker(self, device: int = 0) -> None:
+        """Say which process owns a GPU, so that a supervisor can watch it."""
         pid = os.getpid()
         with self._locked():
-            self._header["worker_pid"], self._header["worker_started"] = pid, process_started(pid)
+            self._header["worker_pid"][0, device] = pid
+            self._header["worker_started"][0, device] = process_started(pid)
 
     def start(self, ticket: int, steps: int) -> float:
         """Take a claimed request up; returns how many seconds it waited.
@@ -143,7 +163,7 @@ class InflightTable:
         with self._locked():
             slot = self._slots[ticket % CAPACITY]
             if not self._holds(ticket) or slot["cancel"]:
-                request_id = bytes(slot["id"]).decode() if self._holds(ticket) else ""
+                request_id = bytes(slot["id"]).decode() if ticket // CAPACITY == slot["generation"] else ""
                 self._free(ticket)
                 raise Cancelled(request_id, 0, steps)
             slot["state"], slot["steps"] = RUNNING, steps
@@ -169,11 +189,13 @@ class InflightTable:
 
     def status(self, request_id: str) -> Status:
         with self._locked():
+            self._sweep(cancelled_waits=False)
             return self._status(self._find(request_id))
 
     def cancel(self, request_id: str) -> Status:
         """Mark a request as unwanted; returns its status afterwards. Twice is the same as once."""
         with self._locked():
+            self._sweep(cancelled_waits=False)
             index = self._find(request_id)
             if index is not None:
                 self._slots[index]["cancel"] = 1
@@ -190,18 +212,24 @@ class InflightTable:
             self._sweep()
             return int((self._slots["state"] != FREE).sum())
 
-    def worker(self) -> tuple[int, int]:
-        """Pid and start time of the process that owns the GPU; (0, 0) before there is one."""
-        return int(self._header["worker_pid"][0]), int(self._header["worker_started"][0])
+    def dead_workers(self) -> list[int]:
+        """Pids of the GPU workers that registered and are gone."""
+        workers = zip(self._header["worker_pid"][0], self._header["worker_started"][0], strict=True)
+        return [int(pid) for pid, started in workers if pid and process_started(int(pid)) != started]
+
+    def workers(self) -> list[int]:
+        """Pids of the GPU workers, by device; those that never registered are left out."""
+        return [int(pid) for pid in self._header["worker_pid"][0] if pid]
 
     # --- with the lock held ----------------------------------------------------------------------------------------
 
-    def _sweep(self) -> None:
-        """Free what lapsed: cancelled or over-long waits, and the slots of processes that are gone."""
-        now = self._clock_ns()
+    def _sweep(self, cancelled_waits: bool = True) -> None:
+        """Free what lapsed: waits that were too long or, unless somebody asks after them, cancelled; dead processes."""
         slots = self._slots
-        waited = (slots["state"] == QUEUED) & ((slots["cancel"] != 0) | (now - slots["claimed_ns"] > LEASE_S * 1e9))
-        slots["state"][waited] = FREE
+        lapsed = self._clock_ns() - slots["claimed_ns"] > LEASE_S * 1e9
+        if cancelled_waits:
+            lapsed |= slots["cancel"] != 0
+        slots["state"][(slots["state"] == QUEUED) & lapsed] = FREE
         for index in np.flatnonzero(slots["state"] == RUNNING):
             if process_started(int(slots[index]["owner_pid"])) != slots[index]["owner_started"]:
                 slots[index]["state"] = FREE

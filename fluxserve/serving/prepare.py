@@ -8,7 +8,7 @@ from fluxserve import checkpoint, contract, errors, request, settings
 from fluxserve.job import Job, plan
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
-from fluxserve.serving.inflight import MAX_ID_BYTES, InflightTable
+from fluxserve.serving.inflight import InflightTable, checked_id
 from fluxserve.serving.metrics import RefusalMetrics
 from fluxserve.text import Tokenizers
 
@@ -41,7 +41,7 @@ class PrepareModel:
             return triton_errors.response(error)
 
     def _prepare(self, triton_request: Any) -> Any:
-        request_id = _checked_id(triton_request.request_id())
+        request_id = checked_id(triton_request.request_id())
         fields = tensors.read_scalars(triton_request, contract.PREPARE)
         parsed = request.parse(fields, self._checkpoint.spec)
         ticket = self._table.claim(request_id)
@@ -51,13 +51,6 @@ class PrepareModel:
         except BaseException:
             self._table.release(ticket)
             raise
-
-
-def _checked_id(request_id: str) -> str:
-    if len(request_id.encode()) > MAX_ID_BYTES or "\x00" in request_id:
-        got = f"{len(request_id.encode())} bytes"
-        raise errors.InvalidRequest("request_id", got, f"at most {MAX_ID_BYTES} bytes of UTF-8 without NUL")
-    return request_id
 
 
 def _job_tensors(job: Job, ticket: int) -> dict[str, Any]:

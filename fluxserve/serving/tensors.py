@@ -30,7 +30,13 @@ def read(request: Any, contract: ModelContract) -> dict[str, npt.NDArray[Any]]:
 
 def read_scalars(request: Any, contract: ModelContract) -> dict[str, Any]:
     """The same for a model whose inputs are all of one element: bytes, int or float."""
-    return {name: array.reshape(-1)[0] for name, array in read(request, contract).items()}
+    return {name: _scalar(array) for name, array in read(request, contract).items()}
+
+
+def _scalar(array: npt.NDArray[Any]) -> Any:
+    """A float32 becomes the number that was typed: 0.6, and not the 0.60000002 that would run one step more."""
+    value = array.reshape(-1)[0]
+    return float(str(value)) if array.dtype == np.float32 else value
 
 
 def response(contract: ModelContract, values: Mapping[str, Any]) -> Any:

@@ -132,7 +132,6 @@ def test_a_pickle_beside_safetensors_is_ignored(folder: Path) -> None:
         ("text_encoder/config.json", {"architectures": ["CLIPTextModelWithProjection"]}),
         ("text_encoder/config.json", {"architectures": []}),
         ("text_encoder_2/config.json", {"architectures": None}),
-        ("transformer/config.json", {"num_layers": "remove"}),
         ("transformer/config.json", {"in_channels": 384}),
         ("vae/config.json", {"latent_channels": 4}),
         ("vae/config.json", {"block_out_channels": 3}),
@@ -177,14 +176,12 @@ def test_lengths(folder: Path) -> None:
         assert "its header expects" in refusal(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="_check_length lets AttributeError, IndexError and TypeError through")
 @pytest.mark.parametrize("header", [[], {"a": {"data_offsets": []}}, {"a": {"data_offsets": [0, "x"]}}])
 def test_headers_of_another_type(folder: Path, header: object) -> None:
     write_header(folder / WEIGHTS, header)
     assert "not a safetensors file" in refusal(folder)
 
 
-@pytest.mark.xfail(strict=True, raises=IsADirectoryError, reason="_check_length lets OSError through")
 def test_a_folder_called_like_weights(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).mkdir()
@@ -199,7 +196,6 @@ def test_a_missing_shard(folder: Path) -> None:
     assert checkpoint.read(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="an index without a weight_map of names raises whatever Python raises")
 @pytest.mark.parametrize(
     "index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": 1, "b": "x"}}]
 )
@@ -208,20 +204,17 @@ def test_an_index_of_another_type(folder: Path, index: object) -> None:
     refusal(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="an index may point out of its folder; that file is then not checked")
 def test_an_index_that_points_elsewhere(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../../elsewhere.safetensors"}}))
     (folder.parent / "elsewhere.safetensors").write_bytes(b"not weights")
     refusal(folder)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="architectures that are no list raise TypeError")
 def test_architectures_of_another_type(folder: Path) -> None:
     change(folder / "text_encoder/config.json", architectures=5)
     refusal(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="numbers are not checked to be numbers")
 @pytest.mark.parametrize(
     ("name", "values"),
     [
@@ -235,7 +228,6 @@ def test_numbers_of_another_type(folder: Path, name: str, values: dict[str, Any]
     refusal(folder)
 
 
-@pytest.mark.xfail(strict=True, reason="the scheduler's class is not looked at")
 def test_another_scheduler(folder: Path) -> None:
     change(folder / "scheduler/scheduler_config.json", _class_name="DPMSolverMultistepScheduler")
     refusal(folder)
@@ -273,7 +265,6 @@ def test_a_tensor_of_another_shape(tmp_path: Path, component: str) -> None:
         opened(tmp_path, component, transpose_a_matrix)
 
 
-@pytest.mark.xfail(strict=True, reason="text encoders load with random weights in its place; diffusers' fail uncaught")
 @pytest.mark.parametrize("component", ["transformer", "text_encoder", "text_encoder_2"])
 def test_a_tensor_that_is_missing(tmp_path: Path, component: str) -> None:
     with pytest.raises(errors.CheckpointError, match=component):

@@ -110,7 +110,6 @@ def test_the_images_after_the_one_that_is_called_off_are_not_begun() -> None:
     assert watch.steps == {0: 2} and transformer.rows == [1, 1]
 
 
-@pytest.mark.xfail(strict=True, reason="_Batch.tell: once a step for a job, however many of its images take it")
 @pytest.mark.parametrize("max_rows", [2, 3])
 def test_every_image_of_a_chunk_is_told(max_rows: int) -> None:
     """`generate` announces steps x images; with fewer calls a request would end at step 4 of 12."""

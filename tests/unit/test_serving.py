@@ -14,7 +14,7 @@ from fluxserve import contract, errors
 from fluxserve.contract import MAX_WAITING
 from fluxserve.imaging import write_image
 from fluxserve.serving.inflight import MAX_ID_BYTES, InflightTable
-from tests.unit.test_fake_triton import InferenceRequest, Logger, counted, error_of, installed, outputs
+from tests.support.fake_triton import InferenceRequest, Logger, counted, error_of, installed, outputs
 
 NUMPY = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
 PNG = write_image(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8), "png", 90)
@@ -87,9 +87,6 @@ def test_a_tiny_strength_runs_one_step(prepare: Any, strength: float) -> None:
     assert outputs(response)["sigmas"].shape == (1, 2)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="FP32 0.6 is 0.60000002: one step more than the default 0.6, and than diffusers'"
-)
 @pytest.mark.parametrize("steps", [5, 10, 20])
 def test_a_strength_as_fp32_is_the_number_that_was_typed(prepare: Any, steps: int) -> None:
     given = {"prompt": b"a fox", "image": PNG, "num_inference_steps": steps}

@@ -109,7 +109,6 @@ def test_a_number_that_the_vae_lacks(name: str) -> None:
         spec.from_configs(DEV, without(VAE, name), DEV_SCHEDULE)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="a missing number of the transformer raises TypeError")
 @pytest.mark.parametrize("name", ["num_layers", "num_attention_heads", "pooled_projection_dim", "guidance_embeds"])
 def test_a_number_that_the_transformer_lacks(name: str) -> None:
     with pytest.raises(KeyError, match=name):
@@ -130,14 +129,12 @@ def test_numbers_that_contradict_each_other(transformer: dict[str, Any], vae: di
         spec.from_configs(transformer, vae, DEV_SCHEDULE)
 
 
-@pytest.mark.xfail(strict=True, reason="a VAE without shift or scale is accepted and fails at the first request")
 @pytest.mark.parametrize("name", ["scaling_factor", "shift_factor"])
 def test_a_vae_number_that_is_null(name: str) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         spec.from_configs(DEV, {**VAE, name: None}, DEV_SCHEDULE)
 
 
-@pytest.mark.xfail(strict=True, reason="options of the scheduler that flow.py does not implement are dropped silently")
 @pytest.mark.parametrize(
     "option",
     [

@@ -33,18 +33,36 @@ class Tensor:
         return self._array
 
 
+FINAL = 1
+
+
+class ResponseSender:
+    """Each request is answered once, and finally."""
+
+    def __init__(self) -> None:
+        self.response: InferenceResponse | None = None
+
+    def send(self, response: "InferenceResponse", flags: int) -> None:
+        assert flags == FINAL, "one response a request"
+        assert self.response is None, "answered twice"
+        self.response = response
+
+
 class InferenceRequest:
     """`cancelled_after`: how often `is_cancelled` says no before the caller hangs up."""
 
     def __init__(self, inputs: Mapping[str, Any], request_id: str = "", cancelled_after: int | None = None) -> None:
         self._inputs = {name: Tensor(name, np.ascontiguousarray(value)) for name, value in inputs.items()}
-        self._id, self._left = request_id, cancelled_after
+        self._id, self._left, self._sender = request_id, cancelled_after, ResponseSender()
 
     def inputs(self) -> list[Tensor]:
         return list(self._inputs.values())
 
     def request_id(self) -> str:
         return self._id
+
+    def get_response_sender(self) -> ResponseSender:
+        return self._sender
 
     def is_cancelled(self) -> bool:
         if self._left is None:
@@ -127,6 +145,7 @@ def installed() -> Iterator[dict[str, ModuleType]]:
     fake = ModuleType("triton_python_backend_utils")
     for thing in (Tensor, InferenceRequest, InferenceResponse, TritonError, MetricFamily, Logger):
         setattr(fake, thing.__name__, thing)
+    fake.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL  # type: ignore[attr-defined]
     fake.get_input_tensor_by_name = get_input_tensor_by_name  # type: ignore[attr-defined]
     MetricFamily.known.clear()
     Logger.lines.clear()
@@ -138,6 +157,14 @@ def installed() -> Iterator[dict[str, ModuleType]]:
         for name in MODULES:
             sys.modules.pop(f"fluxserve.serving.{name}", None)
             vars(fluxserve.serving).pop(name, None)
+
+
+def answers(model: Any, requests: list[InferenceRequest]) -> list[InferenceResponse]:
+    """What a model that sends its responses itself answered: every request, once."""
+    assert model.execute(requests) is None, "Triton would answer a second time"
+    responses = [request.get_response_sender().response for request in requests]
+    assert None not in responses, "a request was left without an answer"
+    return responses  # type: ignore[return-value]
 
 
 def counted(name: str, **labels: str) -> float:
