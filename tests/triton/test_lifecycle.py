@@ -68,8 +68,8 @@ def alive(pids: set[int]) -> set[int]:
     }
 
 
-def shared_memory() -> set[str]:
-    return {file.name for file in Path("/dev/shm").glob("fluxserve-*")}
+def shared_memory(supervisor: int) -> list[str]:
+    return [file.name for file in Path("/dev/shm").glob(f"fluxserve-{supervisor}-*")]
 
 
 def listening(port: int) -> bool:
@@ -112,11 +112,11 @@ def test_a_worker_that_dies_is_not_ready_and_comes_back() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_leaves_nothing(number: int) -> None:
     """What runs and what waits is finished, what is new is refused, and nothing stays."""
-    before = shared_memory()
     with serve() as (process, ports), ThreadPoolExecutor(3) as pool:
         client = grpc(ports)
         pids = tree(process.pid)
         assert len(pids) >= 8, "the supervisor, the server and six workers"
+        assert len(shared_memory(process.pid)) >= 7, "the table, and a region for each worker"
         size = {"height": 256, "width": 256, "num_inference_steps": 25}
         running = pool.submit(client.draw, request_id="running", **size)
         wait_for(lambda: client.control("running", "status")[1] > 0)
@@ -131,7 +131,7 @@ def test_a_signal_drains_and_leaves_nothing(number: int) -> None:
         assert running.result(60)["images"].shape == waiting.result(60)["images"].shape == (1,)
         assert process.wait(60) == 0
     wait_for(lambda: not alive(pids), 10)
-    assert shared_memory() <= before
+    assert shared_memory(process.pid) == []
     assert not any(listening(p) for p in (ports.http, ports.grpc, ports.metrics))
 
 
