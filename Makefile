@@ -35,7 +35,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(INPUTS) | $(VENV)/bin/python
-	@echo "installing into $(VENV); the first time this downloads about 600 MB"
+	@echo "installing into $(VENV); the first time it downloads PyTorch and Triton, 0.6 GB or more"
 	@$(PIP) --editable '.[server]' --editable ./client
 	@touch $@
 

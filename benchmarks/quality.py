@@ -1,6 +1,6 @@
 """How often the tiny model draws what it is asked to.
 
-    python -m benchmarks.quality --checkpoint checkpoints/tiny [--n 200] [--steps 20] [--guidance 3] [--json OUT]
+    python -m benchmarks.quality [--n 200] [--steps 20] [--guidance 3] [--with diffusers] [--json OUT]
 
 Two sets of prompts that name an object and a background: captions of the training grammar with fresh seeds, and
 object–colour pairs that training never drew. A classifier names the object, the border's pixels the colour. The
@@ -28,6 +28,33 @@ Generate = Callable[[Sequence[str], Sequence[int], int, float], Tensor]
 FIRST_SEED = 10_000  # image k of a set is drawn with seed FIRST_SEED + k
 PROMPT_SEED = 2026
 BARS = {"seen": (0.85, 0.95), "held_out": (0.75, 0.90)}  # object, colour
+
+
+def fluxserve_generator(
+    checkpoint: Path, dtype: str, device: str, batch: int = 25, size: tuple[int, int] = (128, 128)
+) -> Generate:
+    """Generate with our own pipeline, as the server does, `batch` images at a time through the transformer."""
+    from fluxserve import checkpoint as folders
+    from fluxserve.engines.open import open_components
+    from fluxserve.job import plan
+    from fluxserve.pipeline import Pipeline
+    from fluxserve.request import parse
+    from fluxserve.text import Tokenizers
+
+    folder = folders.read(checkpoint)
+    pipeline = Pipeline(folder.spec, open_components("torch_eager", folder, device, dtype), device, batch)
+    tokenizers = Tokenizers(folder)
+
+    def generate(prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float) -> Tensor:
+        fields = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
+        requests = [
+            parse({"prompt": prompt.encode(), "seed": seed, **fields}, folder.spec)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        drawings = pipeline.draw([plan(request, folder.spec, tokenizers) for request in requests])
+        return torch.cat([torch.from_numpy(drawing.images) for drawing in drawings if drawing is not None])
+
+    return generate
 
 
 def diffusers_generator(
@@ -118,10 +145,21 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", type=int, nargs=2, default=(128, 128), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--with", dest="runner", choices=("fluxserve", "diffusers"), default="fluxserve")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    generate = diffusers_generator(args.checkpoint, getattr(torch, args.dtype), args.device, size=tuple(args.size))
-    settings = {"n": args.n, "steps": args.steps, "guidance": args.guidance, "dtype": args.dtype, "size": args.size}
+    if args.runner == "fluxserve":
+        generate = fluxserve_generator(args.checkpoint, args.dtype, args.device, size=tuple(args.size))
+    else:
+        generate = diffusers_generator(args.checkpoint, getattr(torch, args.dtype), args.device, size=tuple(args.size))
+    settings = {
+        "with": args.runner,
+        "n": args.n,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "dtype": args.dtype,
+        "size": args.size,
+    }
     result: dict = {"benchmark": "quality", **surroundings(), **settings}
     print(f"{'prompts':<10}{'object':>8}{'95% interval':>18}{'bar':>7}{'colour':>9}{'95% interval':>18}{'bar':>7}")
     for which, (object_bar, colour_bar) in BARS.items():

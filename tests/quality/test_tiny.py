@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from benchmarks.quality import BARS, FIRST_SEED, PROMPT_SEED, Generate, diffusers_generator
+from benchmarks.quality import BARS, FIRST_SEED, PROMPT_SEED, Generate, fluxserve_generator
 from tests.quality.judge import Verdict, background_colours, judge, load_judge, name_objects
 from training.evaluate import ask_for
 from training.grammar import COLOURS, held_out_pairs, training_pairs
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("quality")
 
 @pytest.fixture(scope="module")
 def generate() -> Generate:
-    return diffusers_generator(CHECKPOINT, torch.float32, "cpu", batch=12)
+    return fluxserve_generator(CHECKPOINT, "float32", "cpu", batch=12)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,48 @@
+"""From the words on: the tiny model in our pipeline and in diffusers' FluxPipeline, loaded from the folder as it is."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from fluxserve import checkpoint, settings
+from fluxserve.engines.open import open_components
+from fluxserve.job import plan
+from fluxserve.pipeline import Pipeline
+from fluxserve.request import parse
+from fluxserve.text import Tokenizers
+
+FOLDER = settings.default_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def theirs() -> FluxPipeline:
+    pipe = FluxPipeline.from_pretrained(FOLDER, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def ours() -> Pipeline:
+    folder = checkpoint.read(FOLDER)
+    return Pipeline(folder.spec, open_components("torch_eager", folder, "cpu", "float32"))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a fox on a blue background", "A Red APPLE!", "übermäßig 🦊 zyzzyva", "a fox " * 60]
+)
+def test_a_prompt_becomes_the_same_picture(theirs: FluxPipeline, ours: Pipeline, prompt: str) -> None:
+    request = parse({"prompt": prompt.encode(), "seed": 8, "num_inference_steps": 6}, ours.spec)
+    (drawing,) = ours.draw([plan(request, ours.spec, Tokenizers(checkpoint.read(FOLDER)))])
+    assert drawing is not None
+    (expected,) = theirs(
+        prompt,
+        height=128,
+        width=128,
+        num_inference_steps=6,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(8),
+        max_sequence_length=ours.spec.text.t5_tokens,
+        output_type="np",
+    ).images
+    assert np.abs(drawing.images[0] / 255.0 - expected).max() <= 0.5 / 255 + 1e-4
