@@ -1,7 +1,11 @@
 """A real Triton with the tiny model, once for all tests of this folder; tests that end servers start their own."""
 
 import tempfile
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +95,33 @@ class PlainClient:
         return status_of(caught.value), caught.value.message()
 
 
+PATIENCE = 20.0
+
+
+def wait_for(what: Callable[[], bool], patience: float = PATIENCE) -> float:
+    """Seconds until it holds."""
+    begin = time.monotonic()
+    while not what():
+        assert time.monotonic() - begin < patience, "it never came"
+        time.sleep(0.01)
+    return time.monotonic() - begin
+
+
+@contextmanager
+def running(client: PlainClient, request_id: str, steps: int = 2) -> Iterator["Future[tuple[str, str]]"]:
+    """A long request that has done some steps, and that ends in an error."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(client.refused, lambda: client.draw(request_id=request_id, **LONG))
+        wait_for(lambda: client.control(request_id, "status")[1] >= steps)
+        yield future
+
+
+def code_of(answer: tuple[str, str]) -> str:
+    """gRPC has the code; over HTTP the message begins with it."""
+    status, message = answer
+    return message.split("[", 1)[1].split("]")[0] if status == "INVALID_ARGUMENT" and "[" in message else status
+
+
 HTTP_STATUS = {
     "400": "INVALID_ARGUMENT",
     "409": "ALREADY_EXISTS",
@@ -116,3 +147,10 @@ def plain(server: TritonServer, protocol: str) -> PlainClient:
 @pytest.fixture(params=["grpc", "http"])
 def client(request: pytest.FixtureRequest, server: TritonServer) -> PlainClient:
     return plain(server, request.param)
+
+
+def counters(server: TritonServer) -> dict[str, float]:
+    """Our own metrics, by name and labels as the metrics port writes them."""
+    text = urllib.request.urlopen(server.metrics_url, timeout=5).read().decode()
+    lines = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("fluxserve_"))
+    return {name: float(value) for name, value in lines}

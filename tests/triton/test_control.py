@@ -1,11 +1,13 @@
 """Status and cancel against the live server, by both protocols, by hand and through the client distribution."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,35 +16,9 @@ from fluxserve_client import errors as client_errors
 
 from fluxserve import contract
 from fluxserve.server import TritonServer
-from tests.triton.conftest import LONG, PlainClient, plain
+from tests.triton.conftest import LONG, PATIENCE, PlainClient, code_of, plain, running, wait_for
 
 pytestmark = pytest.mark.xdist_group("triton")
-
-PATIENCE = 20.0
-
-
-def wait_for(what: Callable[[], bool], patience: float = PATIENCE) -> float:
-    """Seconds until it holds."""
-    begin = time.monotonic()
-    while not what():
-        assert time.monotonic() - begin < patience, "it never came"
-        time.sleep(0.01)
-    return time.monotonic() - begin
-
-
-@contextmanager
-def running(client: PlainClient, request_id: str, steps: int = 2) -> Iterator["Future[tuple[str, str]]"]:
-    """A long request that has done some steps, and that ends in an error."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(client.refused, lambda: client.draw(request_id=request_id, **LONG))
-        wait_for(lambda: client.control(request_id, "status")[1] >= steps)
-        yield future
-
-
-def code_of(answer: tuple[str, str]) -> str:
-    """gRPC has the code; over HTTP the message begins with it."""
-    status, message = answer
-    return message.split("[", 1)[1].split("]")[0] if status == "INVALID_ARGUMENT" and "[" in message else status
 
 
 def test_status_follows_the_steps(client: PlainClient) -> None:
@@ -86,15 +62,13 @@ def test_cancel_a_waiting_request(client: PlainClient) -> None:
 
 def test_cancelling_one_of_a_batch_leaves_the_other(server: TritonServer) -> None:
     client = plain(server, "grpc")
-    size = {"height": 256, "width": 256, "num_inference_steps": 10}
-    with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(client.draw, request_id="ahead", **size)
-        wait_for(lambda: client.control("ahead", "status")[0] == "running")
+    size = {"height": 256, "width": 256, "num_inference_steps": 40}
+    with running(client, "ahead") as ahead, ThreadPoolExecutor(2) as pool:
         out = pool.submit(client.refused, lambda: client.draw(request_id="out", seed=1, **size))
         stay = pool.submit(client.draw, request_id="stay", seed=2, **size)
         wait_for(lambda: client.control("stay", "status")[0] == client.control("out", "status")[0] == "queued")
-        first.result(PATIENCE)
-        wait_for(lambda: client.control("out", "status")[0] == "running")
+        client.control("ahead", "cancel")
+        assert code_of(ahead.result(PATIENCE)) == "CANCELLED"
         client.control("out", "cancel")
         assert code_of(out.result(PATIENCE)) == "CANCELLED"
         together = stay.result(PATIENCE)["images"][0]
@@ -206,6 +180,25 @@ async def test_the_client_cancels_at_its_deadline(server: TritonServer, protocol
         with pytest.raises(client_errors.DeadlineExceeded):
             await client.generate("a fox", timeout=0.5, **LONG)
     await asyncio.to_thread(wait_for, lambda: server.table.live() == 0, 2.0)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_ctrl_c_stops_the_work(server: TritonServer, protocol: str, tmp_path: Path) -> None:
+    """The client's command line, interrupted as a user would."""
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    size = [f"--{name.replace('_', '-')}={value}" for name, value in LONG.items() if name != "num_inference_steps"]
+    command = [sys.executable, "-m", "fluxserve_client", "generate", "a fox", "--url", f"{protocol}://{url}"]
+    request_id = f"interrupted-{protocol}"
+    process = subprocess.Popen(
+        [*command, *size, "--steps", "100", "--request-id", request_id, "-o", str(tmp_path / "x.png")]
+    )
+    try:
+        wait_for(lambda: server.table.status(request_id).step >= 2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+    finally:
+        process.kill()
+    wait_for(lambda: server.table.live() == 0, 2.0)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fluxserve.server import TritonServer
-from tests.triton.conftest import PlainClient, plain
+from tests.triton.conftest import PlainClient, counters, plain
 
 pytestmark = pytest.mark.xdist_group("triton")
 
@@ -73,6 +73,10 @@ BAD = {
 }
 
 
+TRITONS_OWN = ("wrong dtype", "wrong rank", "two values")
+"""Refused by Triton itself, against the config.pbtxt, before any model is asked."""
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_request(client: PlainClient, case: str) -> None:
     fields, name, got, allowed = BAD[case]
@@ -105,8 +109,13 @@ def test_bad_control(client: PlainClient, fields: dict[str, object]) -> None:
 def test_the_server_goes_on(server: TritonServer) -> None:
     """A good request right after every kind of bad one, and not one of them reached the loop."""
     client = plain(server, "http")
+    before = counters(server)
     for fields, *_ in BAD.values():
         client.refused(lambda fields=fields: client.draw(**{"prompt": "a fox", **fields}))
+    after = counters(server)
+    assert after["fluxserve_steps_total"] == before["fluxserve_steps_total"]
+    reason = 'fluxserve_rejected_requests_total{reason="invalid_request"}'
+    assert after[reason] - before[reason] == len(BAD) - len(TRITONS_OWN)
     assert client.draw(height=64, width=64, num_inference_steps=1)["images"].shape == (1,)
     assert server.is_ready()
     assert server.table.live() == 0

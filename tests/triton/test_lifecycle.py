@@ -21,8 +21,7 @@ from tritonclient.utils import InferenceServerException
 from fluxserve.errors import ServerError
 from fluxserve.server import Ports, TritonServer, bundled
 from fluxserve.settings import default_checkpoint
-from tests.triton.conftest import LONG, REPOSITORY, ROOT, PlainClient, status_of
-from tests.triton.test_control import wait_for
+from tests.triton.conftest import LONG, REPOSITORY, ROOT, PlainClient, status_of, wait_for
 
 pytestmark = pytest.mark.xdist_group("lifecycle")
 
@@ -117,7 +116,7 @@ def test_a_signal_drains_and_leaves_nothing(number: int) -> None:
         pids = tree(process.pid)
         assert len(pids) >= 8, "the supervisor, the server and six workers"
         assert len(shared_memory(process.pid)) >= 7, "the table, and a region for each worker"
-        size = {"height": 256, "width": 256, "num_inference_steps": 25}
+        size = {"height": 384, "width": 384, "num_inference_steps": 60}
         running = pool.submit(client.draw, request_id="running", **size)
         wait_for(lambda: client.control("running", "status")[1] > 0)
         waiting = pool.submit(client.draw, request_id="waiting", **(size | {"width": 128}))

@@ -16,7 +16,7 @@ from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.server import TritonServer
 from fluxserve.text import Tokenizers
-from tests.triton.conftest import PlainClient, plain
+from tests.triton.conftest import PATIENCE, PlainClient, counters, plain, running, wait_for
 
 pytestmark = pytest.mark.xdist_group("triton")
 
@@ -123,19 +123,21 @@ def test_urgent_requests_go_first(server: TritonServer) -> None:
     client = plain(server, "grpc")
     finished: list[str] = []
 
-    def draw(name: str, **options: int) -> None:
-        client.call("flux", {"prompt": "a fox", "height": 64, "width": SIZES[name]}, **options)
+    def draw(name: str, width: int, priority: int) -> None:
+        fields = {"prompt": "a fox", "height": 64, "width": width}  # widths differ, so that they can't share a batch
+        client.call("flux", fields, request_id=name, priority=priority)
         finished.append(name)
 
-    SIZES = {"low": 80, "high": 96}  # of different shapes, so that they can't share a batch
-    with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(client.draw, height=256, width=256, num_inference_steps=20)
-        time.sleep(0.3)
-        low = pool.submit(draw, "low", priority=3)
-        time.sleep(0.2)
-        high = pool.submit(draw, "high", priority=1)
-        for f in (first, low, high):
-            f.result()
+    with running(client, "ahead") as ahead, ThreadPoolExecutor(2) as pool:
+        waiting = []
+        for name, width, priority in (("low", 80, 3), ("high", 96, 1)):
+            waiting.append(pool.submit(draw, name, width, priority))
+            wait_for(lambda name=name: client.control(name, "status")[0] == "queued")
+            time.sleep(0.1)  # from `prepare`, where it is counted, to the queue
+        client.control("ahead", "cancel")
+        ahead.result(PATIENCE)
+        for each in waiting:
+            each.result(PATIENCE)
     assert finished == ["high", "low"]
 
 
@@ -154,18 +156,11 @@ def test_png_of_a_megapixel_is_quick_and_exact() -> None:
 
 
 def test_metrics(server: TritonServer) -> None:
-    import urllib.request
-
-    def counters() -> dict[str, float]:
-        text = urllib.request.urlopen(server.metrics_url, timeout=5).read().decode()
-        lines = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("fluxserve_"))
-        return {name: float(value) for name, value in lines}
-
-    before = counters()
+    before = counters(server)
     client = plain(server, "grpc")
     client.draw(num_images=2, num_inference_steps=3, height=64, width=64)
     client.refused(lambda: client.draw(height=17))
-    gained = {name: value - before.get(name, 0) for name, value in counters().items()}
+    gained = {name: value - before.get(name, 0) for name, value in counters(server).items()}
     assert gained["fluxserve_images_total"] == 2
     assert gained["fluxserve_pixels_total"] == 2 * 64 * 64
     assert gained["fluxserve_steps_total"] == 6
