@@ -29,7 +29,7 @@ async def main(prompts: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        asyncio.run(main(sys.argv[1:]))
+        asyncio.run(main(sys.argv[1:] or ["a fox", "an owl", "a bear"]))
     except ExceptionGroup as errors:
         ours, others = errors.split(FluxserveError)
         if others is not None or ours is None:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# One picture with curl and jq:   sh curl.sh "a red fox" fox.png
+# One picture with curl and jq:   sh curl.sh "a red apple" apple.png
 # URL (default http://localhost:8000) is the server's HTTP address.
 #
 # The request is plain JSON. The picture must come back in Triton's binary form: as JSON, its bytes would be
@@ -7,8 +7,8 @@
 # Inference-Header-Content-Length, and behind it the tensors that were asked for with "binary_data", each
 # BYTES element with its length before it, 4 bytes, little-endian.
 set -eu
-prompt=$1
-file=$2
+prompt=${1:-a fox on a blue background}
+file=${2:-fox.png}
 url=${URL:-http://localhost:8000}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

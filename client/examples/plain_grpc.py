@@ -1,4 +1,4 @@
-"""One picture over gRPC with plain tritonclient: `python plain_grpc.py "a red fox" fox.png`."""
+"""One picture over gRPC with plain tritonclient: `python plain_grpc.py "a red apple" apple.png`."""
 
 import sys
 import uuid
@@ -15,7 +15,7 @@ def tensor(name: str, dtype: str, value: npt.NDArray[Any]) -> triton.InferInput:
     return triton.InferInput(name, value.shape, dtype).set_data_from_numpy(value)
 
 
-def main(prompt: str, path: str) -> None:
+def main(prompt: str = "a fox on a blue background", path: str = "fox.png") -> None:
     """Draw `prompt` into the file `path`."""
     with triton.InferenceServerClient("localhost:8001") as client:
         answer = client.infer(

@@ -1,4 +1,4 @@
-"""One picture over HTTP with plain tritonclient: `python plain_http.py "a red fox" fox.png`."""
+"""One picture over HTTP with plain tritonclient: `python plain_http.py "a red apple" apple.png`."""
 
 import sys
 import uuid
@@ -15,7 +15,7 @@ def tensor(name: str, dtype: str, value: npt.NDArray[Any]) -> triton.InferInput:
     return triton.InferInput(name, list(value.shape), dtype).set_data_from_numpy(value)
 
 
-def main(prompt: str, path: str) -> None:
+def main(prompt: str = "a fox on a blue background", path: str = "fox.png") -> None:
     """Draw `prompt` into the file `path`."""
     # network_timeout is 60 s by default, which a large picture may need; hanging up does not stop the server,
     # so whoever gives up early should send a `cancel` to `control`, as fluxserve_client does
