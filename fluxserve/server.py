@@ -234,25 +234,24 @@ class TritonServer:
         raise ServerError(f"tritonserver was not ready within {timeout:.0f} s")
 
     def supervise(self, stopping: Callable[[], bool], report: Callable[[str], None]) -> None:
-        """Watch until `stopping` says so, reloading a GPU worker that died.
+        """Watch until `stopping` says so, loading a model again when one of its processes died.
 
         Raises:
-            ServerError: the server ended by itself, or a worker died too often or can't be loaded again.
+            ServerError: the server ended by itself, or processes died too often or a model can't be loaded again.
         """
         restarts: deque[float] = deque(maxlen=MAX_RESTARTS)
         while not stopping():
             if self.exit_status() is not None:
                 raise ServerError(f"tritonserver ended with status {self.exit_status()}")
-            if dead := self.table.dead_workers():
+            for model in self.table.dead_models():
                 now = time.monotonic()
                 if len(restarts) == MAX_RESTARTS and now - restarts[0] < RESTARTS_WITHIN_S:
-                    raise ServerError(
-                        f"the GPU worker died {MAX_RESTARTS + 1} times in {now - restarts[0]:.0f} s; giving up"
-                    )
+                    raise ServerError(f"{len(restarts) + 1} deaths in {now - restarts[0]:.0f} s; giving up at {model}")
                 restarts.append(now)
-                report(f"the GPU worker (pid {', '.join(map(str, dead))}) died; loading it again")
-                self.reload("generate")
-                report("the GPU worker is back")
+                report(f"a process of {model} died; loading the model again")
+                self.table.forget(model)
+                self.reload(model)
+                report(f"{model} is back")
             time.sleep(_POLL_S)
 
     def stop(self, drain_timeout: float = DRAIN_TIMEOUT_S) -> None:

@@ -3,23 +3,21 @@
 It exists because an ensemble can't cancel a step that runs, and HTTP can't cancel at all.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from fluxserve import contract, settings
+from fluxserve import contract
 from fluxserve.errors import InvalidRequest
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
-from fluxserve.serving.inflight import InflightTable, Status, checked_id
+from fluxserve.serving.inflight import Status, checked_id
+from fluxserve.serving.lifecycle import ServedModel
 
 
-class ControlModel:
+class ControlModel(ServedModel):
     """What Triton calls."""
 
-    def initialize(self, args: dict[str, str]) -> None:
-        config = settings.load(json.loads(args["model_config"])["parameters"])
-        self._table = InflightTable(config.inflight_path)
+    name = "control"
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return [self._answer(r) for r in requests]

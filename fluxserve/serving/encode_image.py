@@ -9,10 +9,13 @@ from fluxserve import contract
 from fluxserve.imaging import write_image
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
+from fluxserve.serving.lifecycle import ServedModel
 
 
-class EncodeImageModel:
+class EncodeImageModel(ServedModel):
     """What Triton calls."""
+
+    name = "encode_image"
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return [_answer(r) for r in requests]

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 import triton_python_backend_utils as pb_utils
 
-from fluxserve import checkpoint, contract, settings
+from fluxserve import checkpoint, contract
 from fluxserve.engines.open import open_components
 from fluxserve.errors import Cancelled, InvalidRequest
 from fluxserve.job import Job
 from fluxserve.pipeline import Drawing, Pipeline
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
-from fluxserve.serving.inflight import NO_TICKET, InflightTable
+from fluxserve.serving.inflight import NO_TICKET
+from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import DrawingMetrics
+from fluxserve.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,19 @@ class _Asked:
         return self.job.steps * len(self.job.noise_seeds)
 
 
-class GenerateModel:
+class GenerateModel(ServedModel):
     """What Triton calls."""
 
-    def initialize(self, args: dict[str, str]) -> None:
-        config = settings.load(json.loads(args["model_config"])["parameters"])
-        device_id = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
-        device = "cpu" if device_id is None else f"cuda:{device_id}"
+    name = "generate"
+
+    def load(self, config: Settings, args: dict[str, str]) -> None:
+        on_gpu = args["model_instance_kind"] == "GPU"
+        device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         folder = checkpoint.read(config.checkpoint_path)
         components = open_components(config.engine, folder, device, config.dtype)
         self._spec, self._max_rows = folder.spec, config.max_rows
         self._pipeline = Pipeline(folder.spec, components, device, config.max_rows)
-        self._table = InflightTable(config.inflight_path)
-        self._table.register_worker(device_id or 0)
         self._metrics = DrawingMetrics()
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -67,7 +68,7 @@ class GenerateModel:
             for part in self._parts(group):
                 self._draw(part)
 
-    def finalize(self) -> None:
+    def unload(self) -> None:
         self._pipeline.close()
 
     def _read(self, request: Any) -> _Asked:

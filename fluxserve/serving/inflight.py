@@ -36,19 +36,12 @@ LEASE_S = QUEUE_TIMEOUT_S + 10.0
 NO_TICKET = 0
 """A request that came past `prepare`, such as Triton's warm-up: it has no slot and can't be cancelled by id."""
 
-MAX_WORKERS = 64
-"""GPUs of one server."""
+MAX_PROCESSES = 256
+"""Model instances of one server."""
 
 _VERSION = 1
-_HEADER = np.dtype(
-    [
-        ("version", "<u4"),
-        ("draining", "<u4"),
-        ("worker_pid", "<u8", MAX_WORKERS),
-        ("worker_started", "<u8", MAX_WORKERS),
-    ],
-    align=True,
-)
+_PROCESS = np.dtype([("pid", "<u8"), ("started", "<u8"), ("model", "S32")], align=True)
+_HEADER = np.dtype([("version", "<u4"), ("draining", "<u4"), ("processes", _PROCESS, MAX_PROCESSES)], align=True)
 _SLOT = np.dtype(
     [
         ("generation", "<u8"),
@@ -107,6 +100,7 @@ class InflightTable:
             self._map = mmap.mmap(self._fd, size)
             self._header = np.frombuffer(self._map, _HEADER, count=1)
             self._slots = np.frombuffer(self._map, _SLOT, count=CAPACITY, offset=_HEADER.itemsize)
+            self._processes = self._header["processes"][0]
             if self._header["version"][0] not in (0, _VERSION):  # 0: made just now
                 raise ServerError(f"{path}: a table of version {self._header['version'][0]}; expected {_VERSION}")
             self._header["version"] = _VERSION
@@ -118,6 +112,23 @@ class InflightTable:
             yield
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    # --- every model -----------------------------------------------------------------------------------------------
+
+    def register(self, model: str) -> None:
+        """Say that this process runs a model, so that a supervisor can watch it. Raises ServerError if too many do."""
+        with self._locked():
+            free = np.flatnonzero(self._processes["pid"] == 0)
+            if not len(free):
+                raise ServerError(f"processes: {MAX_PROCESSES} are registered; no more are expected")
+            entry = self._processes[free[0]]
+            entry["started"], entry["model"] = process_started(os.getpid()), model.encode()
+            entry["pid"] = os.getpid()
+
+    def unregister(self) -> None:
+        """This process ends as it should."""
+        with self._locked():
+            self._processes["pid"][self._processes["pid"] == os.getpid()] = 0
 
     # --- prepare ---------------------------------------------------------------------------------------------------
 
@@ -146,13 +157,6 @@ class InflightTable:
             return int(slot["generation"]) * CAPACITY + int(free[0])
 
     # --- generate --------------------------------------------------------------------------------------------------
-
-    def register_worker(self, device: int = 0) -> None:
-        """Say which process owns a GPU, so that a supervisor can watch it."""
-        pid = os.getpid()
-        with self._locked():
-            self._header["worker_pid"][0, device] = pid
-            self._header["worker_started"][0, device] = process_started(pid)
 
     def start(self, ticket: int, steps: int) -> float:
         """Take a claimed request up; returns how many seconds it waited.
@@ -212,14 +216,21 @@ class InflightTable:
             self._sweep()
             return int((self._slots["state"] != FREE).sum())
 
-    def dead_workers(self) -> list[int]:
-        """Pids of the GPU workers that registered and are gone."""
-        workers = zip(self._header["worker_pid"][0], self._header["worker_started"][0], strict=True)
-        return [int(pid) for pid, started in workers if pid and process_started(int(pid)) != started]
+    def processes(self, model: str) -> list[int]:
+        """Pids of a model's instances that registered, dead or alive."""
+        ours = (self._processes["pid"] != 0) & (self._processes["model"] == model.encode())
+        return [int(pid) for pid in self._processes["pid"][ours]]
 
-    def workers(self) -> list[int]:
-        """Pids of the GPU workers, by device; those that never registered are left out."""
-        return [int(pid) for pid in self._header["worker_pid"][0] if pid]
+    def dead_models(self) -> list[str]:
+        """The models that have an instance whose process is gone without having said so."""
+        entries = self._processes[self._processes["pid"] != 0]
+        gone = [e for e in entries if process_started(int(e["pid"])) != e["started"]]
+        return sorted({bytes(e["model"]).decode() for e in gone})
+
+    def forget(self, model: str) -> None:
+        """Drop what is known of a model's processes: it is about to be loaded again."""
+        with self._locked():
+            self._processes["pid"][self._processes["model"] == model.encode()] = 0
 
     # --- with the lock held ----------------------------------------------------------------------------------------
 

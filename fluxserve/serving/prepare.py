@@ -1,15 +1,16 @@
 """The `prepare` model: a caller's tensors → validated request → in-flight ticket → job tensors. CPU, n instances."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from fluxserve import checkpoint, contract, errors, request, settings
+from fluxserve import checkpoint, contract, errors, request
 from fluxserve.job import Job, plan
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
-from fluxserve.serving.inflight import InflightTable, checked_id
+from fluxserve.serving.inflight import checked_id
+from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import RefusalMetrics
+from fluxserve.settings import Settings
 from fluxserve.text import Tokenizers
 
 _REASONS = (
@@ -20,14 +21,14 @@ _REASONS = (
 )
 
 
-class PrepareModel:
+class PrepareModel(ServedModel):
     """What Triton calls."""
 
-    def initialize(self, args: dict[str, str]) -> None:
-        config = settings.load(json.loads(args["model_config"])["parameters"])
+    name = "prepare"
+
+    def load(self, config: Settings, args: dict[str, str]) -> None:  # noqa: ARG002 (Triton's; not needed here)
         self._checkpoint = checkpoint.read(config.checkpoint_path)
         self._tokenizers = Tokenizers(self._checkpoint)
-        self._table = InflightTable(config.inflight_path)
         self._metrics = RefusalMetrics()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ import pytest
 
 import fluxserve.serving
 
-MODULES = ("tensors", "errors", "metrics", "prepare", "generate", "encode_image", "control")
+MODULES = ("tensors", "errors", "metrics", "lifecycle", "prepare", "generate", "encode_image", "control")
 
 
 class Tensor:

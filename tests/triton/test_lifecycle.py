@@ -91,7 +91,7 @@ def test_a_worker_that_dies_is_not_ready_and_comes_back() -> None:
         watching = pool.submit(server.supervise, stopping.is_set, reports.append)
         in_flight = pool.submit(client.refused, lambda: client.draw(request_id="orphan", **LONG))
         wait_for(lambda: client.control("orphan", "status")[1] > 0)
-        (worker,) = server.table.workers()
+        (worker,) = server.table.processes("generate")
         os.kill(worker, signal.SIGKILL)
         wait_for(lambda: not server.is_ready(), 2.0)
         assert not server.is_ready("flux")
@@ -100,12 +100,38 @@ def test_a_worker_that_dies_is_not_ready_and_comes_back() -> None:
         assert in_flight.result(30)[0] != "OK"
         wait_for(server.is_ready, READY_S)
         assert server.is_ready("flux")
-        assert worker not in server.table.workers()
+        assert worker not in server.table.processes("generate")
         assert client.draw(request_id="orphan", **SMALL)["images"].shape == (1,), "its id is free again"
         assert server.table.live() == 0
         stopping.set()
         watching.result(10)
         assert len(reports) == 2
+
+
+@pytest.mark.parametrize("model", ["prepare", "encode_image", "control"])
+def test_any_process_that_dies_comes_back(model: str) -> None:
+    """With two instances Triton would go on sending every other request to the dead one."""
+    stopping = threading.Event()
+    with (
+        tempfile.TemporaryFile() as log,
+        TritonServer(REPOSITORY, Ports.free(), bundled(), log) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        server.start()
+        server.wait_ready(READY_S)
+        watching = pool.submit(server.supervise, stopping.is_set, lambda _: None)
+        before = server.table.processes(model)
+        os.kill(before[-1], signal.SIGKILL)
+        wait_for(lambda: not server.is_ready(model), 2.0)
+        wait_for(server.is_ready, READY_S)
+        client = grpc(server.ports)
+        for _ in range(2 * len(before)):
+            client.draw(**SMALL)
+            assert client.control("nobody", "status")[0] == "unknown"
+        assert len(server.table.processes(model)) == len(before)
+        assert not set(server.table.processes(model)) & set(before)
+        stopping.set()
+        watching.result(10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

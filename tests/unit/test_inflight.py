@@ -243,10 +243,13 @@ def test_process_started() -> None:
 
 
 def test_the_worker_registers(table: InflightTable) -> None:
-    assert table.workers() == table.dead_workers() == []
-    table.register_worker()
-    assert InflightTable(table.path).workers() == [os.getpid()]
-    assert table.dead_workers() == []
+    other = InflightTable(table.path)
+    assert table.processes("generate") == table.dead_models() == []
+    table.register("generate")
+    assert other.processes("generate") == [os.getpid()]
+    assert other.processes("prepare") == other.dead_models() == []
+    table.unregister()
+    assert other.processes("generate") == []
 
 
 def test_the_file_is_private(table: InflightTable) -> None:

@@ -203,7 +203,7 @@ def test_a_size_outside_the_limits_never_reaches_the_loop(generate: Any, size: t
 
 
 def test_the_worker_is_known(generate: Any, table: InflightTable) -> None:
-    assert table.workers() == [os.getpid()]
+    assert table.processes("generate") == [os.getpid()]
 
 
 def test_an_unusable_checkpoint_fails_while_loading(serving: dict[str, Any], tmp_path: Path) -> None:
