@@ -6,10 +6,10 @@ A small file in shared memory, mapped by every model of one server. `prepare` cl
 Life of a slot:   FREE → QUEUED (claim) → RUNNING (start) → FREE (release)
 
 A claim may never reach `generate`: Triton can drop a request between two steps of an ensemble, and nobody tells us.
-So a QUEUED slot is a lease: it lapses once it is cancelled or has waited longer than the queue's timeout, and a
-lapsed slot is taken again when one is needed. A RUNNING slot belongs to a process: it lapses when that process is
-gone. A ticket names a slot and its generation, which every claim raises; so whoever comes late with an old ticket
-finds that it is not theirs.
+So a QUEUED slot is a lease: it lapses once it is cancelled, or has waited longer than the queue's timeout, or a few
+seconds after the last GPU went idle, when nothing can be left in the queue. A lapsed slot is taken again when needed.
+A RUNNING slot belongs to a process: it lapses when that process is gone. A ticket names a slot and its generation,
+which every claim raises; so whoever comes late with an old ticket finds that it is not theirs.
 
 Claims, starts, cancels and releases hold an exclusive lock on the file; the two things that happen at every step,
 noting the step and looking at the cancel flag, are single aligned words and take none.
@@ -33,6 +33,9 @@ FREE, QUEUED, RUNNING = 0, 1, 2
 CAPACITY = 256
 MAX_ID_BYTES = 128
 LEASE_S = QUEUE_TIMEOUT_S + 10.0
+IDLE_LEASE_S = 15.0
+"""With no GPU at work the queue is empty: what waits longer than the way from `prepare` to `generate` takes is gone."""
+
 NO_TICKET = 0
 """A request that came past `prepare`, such as Triton's warm-up: it has no slot and can't be cancelled by id."""
 
@@ -41,7 +44,10 @@ MAX_PROCESSES = 256
 
 _VERSION = 1
 _PROCESS = np.dtype([("pid", "<u8"), ("started", "<u8"), ("model", "S32")], align=True)
-_HEADER = np.dtype([("version", "<u4"), ("draining", "<u4"), ("processes", _PROCESS, MAX_PROCESSES)], align=True)
+_HEADER = np.dtype(
+    [("version", "<u4"), ("draining", "<u4"), ("idle_since_ns", "<u8"), ("processes", _PROCESS, MAX_PROCESSES)],
+    align=True,
+)
 _SLOT = np.dtype(
     [
         ("generation", "<u8"),
@@ -236,8 +242,10 @@ class InflightTable:
 
     def _sweep(self, cancelled_waits: bool = True) -> None:
         """Free what lapsed: waits that were too long or, unless somebody asks after them, cancelled; dead processes."""
-        slots = self._slots
-        lapsed = self._clock_ns() - slots["claimed_ns"] > LEASE_S * 1e9
+        slots, now = self._slots, self._clock_ns()
+        lapsed = now - slots["claimed_ns"] > LEASE_S * 1e9
+        if not (slots["state"] == RUNNING).any():
+            lapsed |= now - np.maximum(slots["claimed_ns"], self._header["idle_since_ns"]) > IDLE_LEASE_S * 1e9
         if cancelled_waits:
             lapsed |= slots["cancel"] != 0
         slots["state"][(slots["state"] == QUEUED) & lapsed] = FREE
@@ -266,3 +274,4 @@ class InflightTable:
     def _free(self, ticket: int) -> None:
         if self._holds(ticket):
             self._slots[ticket % CAPACITY]["state"] = FREE
+            self._header["idle_since_ns"] = self._clock_ns()

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,41 +76,9 @@ def listening(port: int) -> bool:
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_worker_that_dies_is_not_ready_and_comes_back() -> None:
-    """Readiness tells the truth, the request in flight is answered, the table is clean."""
-    stopping = threading.Event()
-    reports: list[str] = []
-    with (
-        tempfile.TemporaryFile() as log,
-        TritonServer(REPOSITORY, Ports.free(), bundled(), log) as server,
-        ThreadPoolExecutor(2) as pool,
-    ):
-        server.start()
-        server.wait_ready(READY_S)
-        client = grpc(server.ports)
-        watching = pool.submit(server.supervise, stopping.is_set, reports.append)
-        in_flight = pool.submit(client.refused, lambda: client.draw(request_id="orphan", **LONG))
-        wait_for(lambda: client.control("orphan", "status")[1] > 0)
-        (worker,) = server.table.processes("generate")
-        os.kill(worker, signal.SIGKILL)
-        wait_for(lambda: not server.is_ready(), 2.0)
-        assert not server.is_ready("flux")
-        assert not server.is_ready("generate")
-        assert server.is_ready("control")
-        assert in_flight.result(30)[0] != "OK"
-        wait_for(server.is_ready, READY_S)
-        assert server.is_ready("flux")
-        assert worker not in server.table.processes("generate")
-        assert client.draw(request_id="orphan", **SMALL)["images"].shape == (1,), "its id is free again"
-        assert server.table.live() == 0
-        stopping.set()
-        watching.result(10)
-        assert len(reports) == 2
-
-
-@pytest.mark.parametrize("model", ["prepare", "encode_image", "control"])
-def test_any_process_that_dies_comes_back(model: str) -> None:
-    """With two instances Triton would go on sending every other request to the dead one."""
+@contextmanager
+def supervised(reports: list[str]) -> Iterator[TritonServer]:
+    """A server under its supervisor, as `fluxserve serve` runs it."""
     stopping = threading.Event()
     with (
         tempfile.TemporaryFile() as log,
@@ -119,19 +87,60 @@ def test_any_process_that_dies_comes_back(model: str) -> None:
     ):
         server.start()
         server.wait_ready(READY_S)
-        watching = pool.submit(server.supervise, stopping.is_set, lambda _: None)
+        watching = pool.submit(server.supervise, stopping.is_set, reports.append)
+        try:
+            yield server
+        finally:
+            stopping.set()
+        watching.result(10)
+
+
+def readiness_until_back(server: TritonServer, models: Sequence[str]) -> dict[str, set[bool]]:
+    """What the server ("") and the models said of themselves, from now until it was unready and ready again."""
+    seen: dict[str, set[bool]] = {name: set() for name in ("", *models)}
+
+    def back() -> bool:
+        for name, said in seen.items():
+            said.add(server.is_ready(name or None))
+        return False in seen[""] and server.is_ready()
+
+    wait_for(back, READY_S)
+    return seen
+
+
+def test_a_worker_that_dies_is_not_ready_and_comes_back() -> None:
+    """Readiness tells the truth, the request in flight is answered, the table is clean."""
+    reports: list[str] = []
+    with supervised(reports) as server, ThreadPoolExecutor(1) as pool:
+        client = grpc(server.ports)
+        in_flight = pool.submit(client.refused, lambda: client.draw(request_id="orphan", **LONG))
+        wait_for(lambda: client.control("orphan", "status")[1] > 0)
+        (worker,) = server.table.processes("generate")
+        os.kill(worker, signal.SIGKILL)
+        seen = readiness_until_back(server, ["flux", "generate", "control"])
+        assert False in seen["flux"] & seen["generate"]
+        assert seen["control"] == {True}
+        assert in_flight.result(30)[0] != "OK"
+        wait_for(lambda: server.is_ready("flux"))
+        assert worker not in server.table.processes("generate")
+        assert client.draw(request_id="orphan", **SMALL)["images"].shape == (1,), "its id is free again"
+        assert server.table.live() == 0
+    assert len(reports) == 2
+
+
+@pytest.mark.parametrize("model", ["prepare", "encode_image", "control"])
+def test_any_process_that_dies_comes_back(model: str) -> None:
+    """With two instances Triton would go on sending every other request to the dead one."""
+    with supervised([]) as server:
         before = server.table.processes(model)
         os.kill(before[-1], signal.SIGKILL)
-        wait_for(lambda: not server.is_ready(model), 2.0)
-        wait_for(server.is_ready, READY_S)
+        assert False in readiness_until_back(server, [model])[model]
         client = grpc(server.ports)
         for _ in range(2 * len(before)):
             client.draw(**SMALL)
             assert client.control("nobody", "status")[0] == "unknown"
         assert len(server.table.processes(model)) == len(before)
         assert not set(server.table.processes(model)) & set(before)
-        stopping.set()
-        watching.result(10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

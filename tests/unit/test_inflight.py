@@ -8,7 +8,15 @@ import pytest
 from fluxserve.contract import MAX_WAITING
 from fluxserve.errors import Cancelled, Draining, QueueFull, RequestIdInUse, ServerError
 from fluxserve.serving import inflight
-from fluxserve.serving.inflight import CAPACITY, LEASE_S, MAX_ID_BYTES, InflightTable, Status, process_started
+from fluxserve.serving.inflight import (
+    CAPACITY,
+    IDLE_LEASE_S,
+    LEASE_S,
+    MAX_ID_BYTES,
+    InflightTable,
+    Status,
+    process_started,
+)
 
 UNKNOWN = Status("unknown", 0, 0)
 
@@ -216,6 +224,22 @@ def test_a_lease_lapses(table: InflightTable, clock: Clock) -> None:
     assert table.claim("lost") != lost
     with pytest.raises(Cancelled):
         table.start(lost, 1)
+
+
+def test_a_wait_lapses_soon_when_no_gpu_is_at_work(table: InflightTable, clock: Clock) -> None:
+    """Triton drops a request between two steps without a word; beside an idle GPU nothing can be in its queue."""
+    running = table.claim("running")
+    table.start(running, 5)
+    dropped = table.claim("dropped")
+    clock.wait(IDLE_LEASE_S + 60)
+    assert table.status("dropped").state == "queued", "the GPU is busy: it may still be waiting"
+    table.release(running)
+    clock.wait(IDLE_LEASE_S)
+    assert table.status("dropped").state == "queued", "it has as long as it takes to get there"
+    clock.wait(0.001)
+    assert table.live() == 0
+    with pytest.raises(Cancelled):
+        table.start(dropped, 5)
 
 
 def test_lapsed_leases_make_room(table: InflightTable, clock: Clock) -> None:
