@@ -46,10 +46,17 @@ def read(path: Path) -> Checkpoint:
     """Look a checkpoint folder over.
 
     Raises:
-        CheckpointError: missing, incomplete or truncated.
+        CheckpointError: missing, unreadable, incomplete or truncated.
         UnsafeWeights: weights only as pickles.
         UnsupportedArchitecture: not a FLUX.1 pipeline.
     """
+    try:
+        return _read(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: unreadable ({error})") from error
+
+
+def _read(path: Path) -> Checkpoint:
     if not path.is_dir():
         hint = "--checkpoint and FLUXSERVE_CHECKPOINT name one"
         raise CheckpointError(f"{path}: no such folder; expected a diffusers-format checkpoint ({hint})")

@@ -6,16 +6,16 @@ import re
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fluxserve import __version__, settings
+from fluxserve import __version__, process, settings
 from fluxserve.errors import FluxserveError, ServerError
-from fluxserve.server import DRAIN_TIMEOUT_S, LOOPBACK, Installation, Ports, TritonServer, bundled, installed_at
+from fluxserve.installation import Installation, bundled, installed_at
+from fluxserve.server import DRAIN_TIMEOUT_S, LOOPBACK, Ports, TritonServer
 from fluxserve.settings import Settings
 
 _EPILOG = """\
@@ -30,6 +30,7 @@ examples:
 """
 _REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
 _LOG_LINES = 12
+_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,9 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.captureWarnings(True)
     settings.let_threads_sleep()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is stopped
     try:
         status: int = options.command(options)
     except FluxserveError as error:
+        print(f"fluxserve: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a file that can't be written, a closed terminal
         print(f"fluxserve: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -61,9 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         "serve", help="run Triton until Ctrl-C or SIGTERM; admitted requests are finished first"
     )
     _server_options(serve)
-    serve.add_argument("--http-port", type=int, default=Ports.http, help="default: %(default)s")
-    serve.add_argument("--grpc-port", type=int, default=Ports.grpc, help="default: %(default)s")
-    serve.add_argument("--metrics-port", type=int, default=Ports.metrics, help="default: %(default)s")
+    serve.add_argument("--http-port", type=_port, default=Ports.http, help="default: %(default)s")
+    serve.add_argument("--grpc-port", type=_port, default=Ports.grpc, help="default: %(default)s")
+    serve.add_argument("--metrics-port", type=_port, default=Ports.metrics, help="default: %(default)s")
     serve.add_argument("--address", default=LOOPBACK, help="what to listen on; default: %(default)s, this machine only")
     serve.add_argument(
         "--drain-timeout", type=float, default=DRAIN_TIMEOUT_S, metavar="S", help="default: %(default)s s"
@@ -72,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="start a server on free ports, draw one picture through the client, stop")
     demo.add_argument("prompt", nargs="?", default="a fox on a blue background")
-    demo.add_argument("-o", "--output", type=Path, default=Path("demo.png"), help="default: %(default)s")
+    demo.add_argument("-o", "--output", type=_picture, default=Path("demo.png"), help="default: %(default)s")
     demo.add_argument("--seed", type=int, default=-1, help="default: -1, draw one")
     _server_options(demo)
     demo.set_defaults(command=_demo)
@@ -80,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="draw one picture in this process, without a server")
     generate.add_argument("prompt")
     generate.add_argument(
-        "-o", "--output", type=Path, default=Path("image.png"), help=".png, .jpg or .webp; default: %(default)s"
+        "-o", "--output", type=_picture, default=Path("image.png"), help=".png, .jpg or .webp; default: %(default)s"
     )
     for name, kind in (("height", int), ("width", int), ("num-inference-steps", int), ("guidance-scale", float)):
         generate.add_argument(f"--{name}", type=kind, help="default: the model's own")
@@ -92,6 +97,22 @@ def _parser() -> argparse.ArgumentParser:
     _server_options(doctor)
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _port(text: str) -> int:
+    if not (text.isdigit() and 0 < int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected 1 to 65535")
+    return int(text)
+
+
+def _picture(text: str) -> Path:
+    """A file that can be written once the picture is there, of a kind that we write."""
+    path = Path(text)
+    if path.suffix.lower() not in _FORMATS:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a name that ends in {', '.join(_FORMATS)}")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.absolute().parent}: no such folder")
+    return path
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -144,29 +165,28 @@ def _serve(options: argparse.Namespace) -> int:
     if "://" in options.server:
         return _attach(options.server)
     ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
-    stop = threading.Event()
+    signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    installation = _installation(options.server)
-    with TritonServer(
-        options.repository, ports, installation, options=_chosen(options), address=options.address
-    ) as server:
+        signal.signal(number, lambda number, _: signals.append(number))
+    server = TritonServer(
+        options.repository, ports, _installation(options.server), options=_chosen(options), address=options.address
+    )
+    with server:
         server.start()
-        try:
-            spent = server.wait_ready(stopping=stop.is_set)
-            if stop.is_set():
-                return 128 + signal.SIGTERM
-            print(f"ready after {spent:.1f} s; Ctrl-C stops", flush=True)
-            print(
-                f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}\n  metrics  {server.metrics_url}",
-                flush=True,
-            )
-            server.supervise(stop.is_set, lambda line: print(line, flush=True))
-            print("stopping: admitted requests are finished, new ones refused", flush=True)
-        finally:
-            server.stop(options.drain_timeout)
-    print("stopped", flush=True)
+        spent = server.wait_ready(stopping=lambda: bool(signals))
+        if signals:
+            return 128 + signals[0]
+        _say(f"ready after {spent:.1f} s; Ctrl-C stops")
+        _say(f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}\n  metrics  {server.metrics_url}")
+        server.supervise(lambda: bool(signals), _say)
+        _say("stopping: admitted requests are finished, new ones refused; once more stops at once")
+        server.stop(options.drain_timeout, hurry=lambda: len(signals) > 1)
+    _say("stopped")
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _attach(url: str) -> int:
@@ -186,7 +206,7 @@ def _attach(url: str) -> int:
 def _demo(options: argparse.Namespace) -> int:
     if "://" in options.server:
         return _draw_through(options.server, options)
-    with tempfile.NamedTemporaryFile(prefix="fluxserve-", suffix=".log") as log:
+    with tempfile.NamedTemporaryFile(prefix=process.own_prefix(), suffix=".log") as log:
         server = TritonServer(options.repository, Ports.free(), _installation(options.server), log, _chosen(options))
         with server:
             ticker = _Ticker("starting Triton")
@@ -245,8 +265,7 @@ def _generate(options: argparse.Namespace) -> int:
     folder = checkpoint.read(config.checkpoint_path)
     names = ("height", "width", "num_inference_steps", "guidance_scale", "seed")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    suffix = options.output.suffix.lower().lstrip(".")
-    given["output_format"] = {"jpg": "jpeg"}.get(suffix, suffix).encode()
+    given["output_format"] = _FORMATS[options.output.suffix.lower()].encode()
     parsed = request.parse({"prompt": options.prompt.encode(), **given}, folder.spec)
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -67,10 +67,14 @@ class Job:
         ):
             if not 0 < len(ids) <= most or ids.min() < 0 or ids.max() >= known:
                 raise InvalidRequest(name, f"{len(ids)} ids", f"1 to {most} ids from 0 to {known - 1}")
-        if not (self.steps > 0 and np.isfinite(self.sigmas).all() and np.isfinite(self.guidance)):
-            raise InvalidRequest("sigmas, guidance", "too few, or not finite", "finite numbers, two sigmas or more")
-        if not 0 < len(self.noise_seeds) <= limits.max_images:
-            raise InvalidRequest("noise_seeds", f"{len(self.noise_seeds)}", f"1 to {limits.max_images}")
+        if not 0 < self.steps <= limits.max_inference_steps or not ((self.sigmas >= 0) & (self.sigmas <= 1)).all():
+            allowed = f"2 to {limits.max_inference_steps + 1} numbers from 0 to 1"
+            raise InvalidRequest("sigmas", f"{len(self.sigmas)} numbers", allowed)
+        if not 0 <= self.guidance <= limits.max_guidance_scale:
+            raise InvalidRequest("guidance", str(self.guidance), f"0 to {limits.max_guidance_scale:g}")
+        if not 0 < len(self.noise_seeds) <= limits.max_images or min(self.noise_seeds) < 0:
+            allowed = f"1 to {limits.max_images}, none negative"
+            raise InvalidRequest("noise_seeds", f"{len(self.noise_seeds)} seeds", allowed)
 
     @property
     def likeness(self) -> tuple[object, ...]:

@@ -13,18 +13,14 @@ The server is a binary: the one in the wheel `nvidia-pytriton` on a machine with
 """
 
 import contextlib
-import ctypes
-import importlib.util
 import json
 import os
-import re
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.error
@@ -35,15 +31,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fluxserve import settings
+from fluxserve import contract, process, settings
 from fluxserve.errors import ServerError
-from fluxserve.serving.inflight import InflightTable, process_started
+from fluxserve.installation import Installation
+from fluxserve.serving.inflight import InflightTable
 
 LOOPBACK = "127.0.0.1"
 READY_TIMEOUT_S = 600.0
 DRAIN_TIMEOUT_S = 120.0
 EXIT_TIMEOUT_S = 8.0
-"""What was admitted is finished by then; a model whose worker was killed can never be unloaded, and uses this up."""
+"""For Triton's own unloading, after draining. A model whose process was killed is never unloaded, and uses it up."""
 
 STUB_TIMEOUT_S = 600
 """Triton's own default, 30 s, is too short to load 24 GB."""
@@ -54,7 +51,6 @@ _POLL_S = 0.1
 _ADMIN_HEADER = "fluxserve-admin"
 _ADMIN_APIS = "model-repository,shared-memory,trace,logging"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where Triton's Python backend puts its regions)
-_PR_SET_PDEATHSIG = 1
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks the server itself: a proxy of the environment has no business between the two, and none with the key."""
 
@@ -73,72 +69,6 @@ class Ports:
         for s in sockets:
             s.close()
         return Ports(*numbers)
-
-
-@dataclass(frozen=True)
-class Installation:
-    """A tritonserver binary, where its backends are, and the libraries it needs on its path."""
-
-    binary: Path
-    backends: Path | None = None
-    libraries: tuple[Path, ...] = ()
-    stub: Path | None = None
-
-
-def installed_at(binary: Path) -> Installation:
-    """Another server, by the path of its binary; it brings its backends and libraries itself."""
-    if not binary.is_file():
-        raise ServerError(f"{binary}: no such file; expected a tritonserver binary")
-    return Installation(binary)
-
-
-def bundled() -> Installation:
-    """The server inside the wheel nvidia-pytriton, with the Python stub of the running interpreter.
-
-    Raises:
-        ServerError: it is not installed, has no stub for this Python, libpython is missing, or NumPy is too new.
-    """
-    found = importlib.util.find_spec("pytriton")
-    if found is None or found.origin is None:
-        raise ServerError("no tritonserver: install the extra 'server' (pip install 'fluxserve[server]') or name one")
-    package = Path(found.origin).parent
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = package / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.is_file():
-        known = ", ".join(sorted(p.name for p in stub.parent.parent.iterdir()))
-        raise ServerError(f"the bundled tritonserver has no stub for Python {version}; it has {known}")
-    _refuse_new_numpy()
-    libraries = (package.parent / "nvidia_pytriton.libs", _libpython_folder(version))
-    return Installation(
-        binary=package / "tritonserver" / "bin" / "tritonserver",
-        backends=package / "tritonserver" / "backends",
-        libraries=libraries,
-        stub=stub,
-    )
-
-
-def _refuse_new_numpy() -> None:
-    import numpy as np
-
-    if int(np.__version__.split(".")[0]) >= 2:
-        raise ServerError(
-            f"numpy {np.__version__}: the bundled server's stub reads wrong values with it; install numpy<2"
-        )
-
-
-def _libpython_folder(version: str) -> Path:
-    """Where libpython of this interpreter is; a statically linked python needs the distribution's package for it."""
-    name = f"libpython{version}.so.1.0"
-    triplet = sysconfig.get_config_var("MULTIARCH") or ""
-    folders = [
-        Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib"),
-        Path("/usr/lib") / triplet,
-        Path("/usr/local/lib"),
-    ]
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder
-    raise ServerError(f"{name} not found; on Debian and Ubuntu it comes with the package libpython{version}")
 
 
 class TritonServer:
@@ -162,9 +92,9 @@ class TritonServer:
         self.repository, self.ports, self._installation = repository, ports, installation
         self._log, self._options, self._address = log, dict(options or {}), address
         self._key = secrets.token_hex(16)
-        _remove_leftovers()
-        self._home = Path(tempfile.mkdtemp(prefix="fluxserve-"))
-        self._prefix = f"fluxserve-{os.getpid()}-{process_started(os.getpid())}-{secrets.token_hex(3)}-"
+        process.remove_leftovers(_SHARED_MEMORY, Path(tempfile.gettempdir()))
+        self._prefix = f"{process.own_prefix()}{secrets.token_hex(3)}-"
+        self._home = Path(tempfile.mkdtemp(prefix=self._prefix))
         self._options.setdefault("inflight", str(_SHARED_MEMORY / f"{self._prefix}inflight"))
         self._process: subprocess.Popen[bytes] | None = None
         self.table = InflightTable(Path(self._options["inflight"]))
@@ -197,9 +127,14 @@ class TritonServer:
     # --- life ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the process; returns at once."""
+        """Start the process; returns at once. Call it from a thread that lives as long as the server should.
+
+        Raises:
+            ServerError: no repository, or a port that somebody listens on: whose answers would be taken for ours.
+        """
         if not self.repository.is_dir():
             raise ServerError(f"{self.repository}: no such folder; expected a model repository")
+        self._refuse_taken_ports()
         self._process = subprocess.Popen(
             self._command(),
             env=self._environment(),
@@ -207,7 +142,7 @@ class TritonServer:
             stdout=self._log,
             stderr=subprocess.STDOUT if self._log else None,
             start_new_session=True,  # Ctrl-C is for us to handle: the server would drop what waits in its queues
-            preexec_fn=_die_with_parent,
+            preexec_fn=process.die_with_parent,
         )
 
     def wait_ready(
@@ -223,52 +158,74 @@ class TritonServer:
         """
         begin = time.monotonic()
         while (spent := time.monotonic() - begin) < timeout:
-            if stopping():
-                return spent
-            if self.is_ready():
-                return spent
             if self.exit_status() is not None:
                 raise ServerError(f"tritonserver ended with status {self.exit_status()} before it was ready")
+            if stopping() or (self.table.processes("generate") and self.is_ready()):
+                return spent
             progress(spent)
             time.sleep(_POLL_S)
         raise ServerError(f"tritonserver was not ready within {timeout:.0f} s")
 
     def supervise(self, stopping: Callable[[], bool], report: Callable[[str], None]) -> None:
-        """Watch until `stopping` says so, loading a model again when one of its processes died.
+        """Watch until `stopping` says so; load a model again when one of its processes died, start Triton when it did.
 
         Raises:
-            ServerError: the server ended by itself, or processes died too often or a model can't be loaded again.
+            ServerError: too many deaths, or what died can't be brought back.
         """
-        restarts: deque[float] = deque(maxlen=MAX_RESTARTS)
+        deaths: deque[float] = deque(maxlen=MAX_RESTARTS)
+
+        def mourn(who: str) -> None:
+            now = time.monotonic()
+            if len(deaths) == MAX_RESTARTS and now - deaths[0] < RESTARTS_WITHIN_S:
+                raise ServerError(f"{who} died, the {MAX_RESTARTS + 1}th death in {now - deaths[0]:.0f} s; giving up")
+            deaths.append(now)
+            report(f"{who} died; starting it again")
+
         while not stopping():
             if self.exit_status() is not None:
-                raise ServerError(f"tritonserver ended with status {self.exit_status()}")
+                mourn(f"tritonserver (status {self.exit_status()})")
+                self._restart(stopping)
+                report("tritonserver is back")
             for model in self.table.dead_models():
-                now = time.monotonic()
-                if len(restarts) == MAX_RESTARTS and now - restarts[0] < RESTARTS_WITHIN_S:
-                    raise ServerError(f"{len(restarts) + 1} deaths in {now - restarts[0]:.0f} s; giving up at {model}")
-                restarts.append(now)
-                report(f"a process of {model} died; loading the model again")
-                self.table.forget(model)
+                mourn(f"a process of {model}")
+                self.table.forget_processes(model)
                 self.reload(model)
                 report(f"{model} is back")
             time.sleep(_POLL_S)
 
-    def stop(self, drain_timeout: float = DRAIN_TIMEOUT_S) -> None:
-        """Refuse new requests, let the admitted ones finish, end the server, remove what it left. Twice is harmless."""
-        process = self._process
-        if process is not None and process.poll() is None:
+    def _restart(self, stopping: Callable[[], bool]) -> None:
+        """Triton is gone, and with it every request; its stubs may linger."""
+        self._kill_group()
+        for model in contract.MODELS:
+            self.table.forget_processes(model)
+        self.table.release_waits()
+        self.start()
+        self.wait_ready(stopping=stopping)
+
+    def stop(self, drain_timeout: float = DRAIN_TIMEOUT_S, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Refuse new requests, let the admitted ones finish, end the server, remove what it left. Twice is harmless.
+
+        Draining ends with the last admitted request, after `drain_timeout` seconds, or once `hurry` says so.
+        """
+        running = self._process
+        if running is not None and running.poll() is None:
             self.table.drain()
             deadline = time.monotonic() + drain_timeout
-            while self.table.live() and time.monotonic() < deadline and process.poll() is None:
+            while self.table.live() and time.monotonic() < deadline and not hurry() and running.poll() is None:
                 time.sleep(_POLL_S)
-            process.terminate()
-            try:
-                process.wait(EXIT_TIMEOUT_S + 5)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            running.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(EXIT_TIMEOUT_S + 5)
+        self._kill_group()
         self._clean()
+
+    def _kill_group(self) -> None:
+        """End what is left of the server's session: Triton itself, or stubs that it left behind while they loaded."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def exit_status(self) -> int | None:
         return self._process.poll() if self._process else None
@@ -290,8 +247,10 @@ class TritonServer:
             return False
 
     def reload(self, model: str) -> None:
-        """Unload and load a model; what depends on it is not ready meanwhile."""
+        """Unload and load a model; what depends on it is not ready meanwhile, and what waited for it was answered."""
         self._admin(f"v2/repository/models/{model}/unload")
+        if model == contract.GENERATE.name:
+            self.table.release_waits()
         self._admin(f"v2/repository/models/{model}/load")
 
     def _admin(self, path: str) -> None:
@@ -314,7 +273,7 @@ class TritonServer:
         backends = [f"--backend-directory={self._backends()}"] if self._installation.backends else []
         return [
             str(self._installation.binary),
-            f"--model-repository={self.repository}",
+            f"--model-repository={self._repository()}",
             "--model-control-mode=explicit",
             "--load-model=*",
             "--disable-auto-complete-config",
@@ -327,10 +286,26 @@ class TritonServer:
             *ports,
         ]
 
+    def _refuse_taken_ports(self) -> None:
+        for name in ("http", "grpc", "metrics"):
+            port = getattr(self.ports, name)
+            try:
+                socket.create_server((self._address, port), family=_family(self._address)).close()
+            except OSError as error:
+                raise ServerError(f"--{name}-port: {self._address}:{port} can't be had ({error.strerror})") from error
+
+    def _repository(self) -> Path:
+        """The repository by a path of ours: Triton splits its stubs' command lines at blanks."""
+        link = self._home / "model_repository"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.repository.resolve())
+        return link
+
     def _backends(self) -> Path:
         """The bundled backends with the stub of the running Python put in its place, by links."""
         assert self._installation.backends is not None
         folder = self._home / "backends" / "python"
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for file in (self._installation.backends / "python").iterdir():
             if file.is_file():
@@ -363,21 +338,8 @@ class TritonServer:
         self.table.path.unlink(missing_ok=True)
 
 
-def _remove_leftovers() -> None:
-    """Shared memory of supervisors that were killed, and so could not clean up.
-
-    The start time is part of the name because in a container every supervisor has the same pid.
-    """
-    for left in _SHARED_MEMORY.glob("fluxserve-*"):
-        name = re.fullmatch(r"fluxserve-(\d+)-(\d+)-.*", left.name)
-        if name and process_started(int(name[1])) != int(name[2]):
-            with contextlib.suppress(PermissionError):  # another user's: theirs to remove
-                left.unlink(missing_ok=True)
-
-
-def _die_with_parent() -> None:
-    """In the child: get SIGTERM if the supervisor is killed, so that no server is orphaned."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fluxserve import process
 from fluxserve.errors import SettingsError
 
 _PREFIX = "FLUXSERVE_"
@@ -54,7 +55,7 @@ class Settings:
         """Every model of one server must agree on it: their common parent is the tritonserver process."""
         if self.inflight:
             return Path(self.inflight)
-        return Path(f"/dev/shm/fluxserve-inflight-{os.getppid()}")  # noqa: S108 (opened with care: serving/inflight.py)
+        return Path(f"/dev/shm/{process.prefix(os.getppid())}inflight")  # noqa: S108 (opened with care: serving/inflight.py)
 
 
 def load(parameters: Mapping[str, Any] | None = None) -> Settings:

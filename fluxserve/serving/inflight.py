@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fluxserve import process
 from fluxserve.contract import MAX_WAITING, QUEUE_TIMEOUT_S
 from fluxserve.errors import Cancelled, Draining, InvalidRequest, QueueFull, RequestIdInUse, ServerError
 
@@ -65,7 +66,7 @@ _SLOT = np.dtype(
 
 
 def checked_id(request_id: str) -> str:
-    """A request id that the table can hold; `prepare` allows an empty one as well. Raises InvalidRequest."""
+    """A request id that the table can hold, empty or not. Raises InvalidRequest."""
     size = len(request_id.encode())
     if size > MAX_ID_BYTES or "\x00" in request_id:
         raise InvalidRequest("request_id", f"{size} bytes", f"at most {MAX_ID_BYTES} bytes of UTF-8 without NUL")
@@ -79,16 +80,6 @@ class Status:
     state: str
     step: int = 0
     steps: int = 0
-
-
-def process_started(pid: int) -> int:
-    """When a process was started, in clock ticks since boot, 0 if there is none: tells a pid used again apart."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    fields = stat.rpartition(")")[2].split()
-    return 0 if fields[0] == "Z" else int(fields[19])
 
 
 class InflightTable:
@@ -128,7 +119,7 @@ class InflightTable:
             if not len(free):
                 raise ServerError(f"processes: {MAX_PROCESSES} are registered; no more are expected")
             entry = self._processes[free[0]]
-            entry["started"], entry["model"] = process_started(os.getpid()), model.encode()
+            entry["started"], entry["model"] = process.started(os.getpid()), model.encode()
             entry["pid"] = os.getpid()
 
     def unregister(self) -> None:
@@ -177,7 +168,7 @@ class InflightTable:
                 self._free(ticket)
                 raise Cancelled(request_id, 0, steps)
             slot["state"], slot["steps"] = RUNNING, steps
-            slot["owner_pid"], slot["owner_started"] = os.getpid(), process_started(os.getpid())
+            slot["owner_pid"], slot["owner_started"] = os.getpid(), process.started(os.getpid())
             return (self._clock_ns() - int(slot["claimed_ns"])) / 1e9
 
     def advance(self, ticket: int) -> bool:
@@ -222,6 +213,15 @@ class InflightTable:
             self._sweep()
             return int((self._slots["state"] != FREE).sum())
 
+    def release_waits(self) -> None:
+        """Free every slot that waits: `generate` was unloaded, and Triton has answered whatever was in its queue."""
+        with self._locked():
+            self._slots["state"][self._slots["state"] == QUEUED] = FREE
+
+    @property
+    def draining(self) -> bool:
+        return bool(self._header["draining"][0])
+
     def processes(self, model: str) -> list[int]:
         """Pids of a model's instances that registered, dead or alive."""
         ours = (self._processes["pid"] != 0) & (self._processes["model"] == model.encode())
@@ -230,10 +230,10 @@ class InflightTable:
     def dead_models(self) -> list[str]:
         """The models that have an instance whose process is gone without having said so."""
         entries = self._processes[self._processes["pid"] != 0]
-        gone = [e for e in entries if process_started(int(e["pid"])) != e["started"]]
+        gone = [e for e in entries if process.started(int(e["pid"])) != e["started"]]
         return sorted({bytes(e["model"]).decode() for e in gone})
 
-    def forget(self, model: str) -> None:
+    def forget_processes(self, model: str) -> None:
         """Drop what is known of a model's processes: it is about to be loaded again."""
         with self._locked():
             self._processes["pid"][self._processes["model"] == model.encode()] = 0
@@ -250,7 +250,7 @@ class InflightTable:
             lapsed |= slots["cancel"] != 0
         slots["state"][(slots["state"] == QUEUED) & lapsed] = FREE
         for index in np.flatnonzero(slots["state"] == RUNNING):
-            if process_started(int(slots[index]["owner_pid"])) != slots[index]["owner_started"]:
+            if process.started(int(slots[index]["owner_pid"])) != slots[index]["owner_started"]:
                 slots[index]["state"] = FREE
 
     def _find(self, request_id: str) -> int | None:

@@ -56,8 +56,8 @@ LAYERS = (
     ("flow", "imaging"),
     ("engines",),
     ("checkpoint", "settings"),
-    ("spec", "contract"),
-    ("errors",),
+    ("spec", "contract", "installation"),
+    ("errors", "process"),
 )
 ENGINES_MAY_IMPORT = {"spec", "errors", "artifact", "kernels", "checkpoint", "engines"}
 

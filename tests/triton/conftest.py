@@ -15,7 +15,8 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from tritonclient.utils import InferenceServerException
 
-from fluxserve.server import Ports, TritonServer, bundled
+from fluxserve.installation import bundled
+from fluxserve.server import Ports, TritonServer
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = ROOT / "model_repository"

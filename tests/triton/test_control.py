@@ -47,7 +47,7 @@ def test_cancel_a_running_request(client: PlainClient, server: TritonServer) -> 
     assert client.control("doomed", "status")[0] == "unknown"
     begin = time.monotonic()
     client.draw(height=64, width=64, num_inference_steps=1)
-    assert time.monotonic() - begin < 1.0, "the next one runs at once"
+    assert time.monotonic() - begin < 5.0, "the next one runs at once: the cancelled one had ten seconds and more to go"
 
 
 def test_cancel_a_waiting_request(client: PlainClient) -> None:
@@ -127,12 +127,12 @@ def test_grpc_cancel_of_generate_itself(server: TritonServer) -> None:
     ended = threading.Event()
     with triton.InferenceServerClient(server.grpc_url) as c:
         call = c.async_infer("generate", inputs, lambda result, error: ended.set())
-        time.sleep(0.5)
+        time.sleep(1.0)
         call.cancel()
         assert ended.wait(PATIENCE)
     begin = time.monotonic()
     plain(server, "grpc").draw(height=64, width=64, num_inference_steps=1)
-    assert time.monotonic() - begin < 2.0, "it was still being drawn"
+    assert time.monotonic() - begin < 5.0, "it was still being drawn"
 
 
 @pytest.mark.slow

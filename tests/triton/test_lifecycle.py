@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,9 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from fluxserve.errors import ServerError
-from fluxserve.server import Ports, TritonServer, bundled
+from fluxserve.installation import bundled
+from fluxserve.server import Ports, TritonServer
+from fluxserve.serving.inflight import InflightTable
 from fluxserve.settings import default_checkpoint
 from tests.triton.conftest import LONG, REPOSITORY, ROOT, PlainClient, status_of, wait_for
 
@@ -111,16 +112,20 @@ def readiness_until_back(server: TritonServer, models: Sequence[str]) -> dict[st
 def test_a_worker_that_dies_is_not_ready_and_comes_back() -> None:
     """Readiness tells the truth, the request in flight is answered, the table is clean."""
     reports: list[str] = []
-    with supervised(reports) as server, ThreadPoolExecutor(1) as pool:
+    with supervised(reports) as server, ThreadPoolExecutor(9) as pool:
         client = grpc(server.ports)
         in_flight = pool.submit(client.refused, lambda: client.draw(request_id="orphan", **LONG))
         wait_for(lambda: client.control("orphan", "status")[1] > 0)
+        waiting = [pool.submit(client.refused, lambda k=k: client.draw(request_id=f"w{k}", **LONG)) for k in range(8)]
+        wait_for(lambda: server.table.live() == 9)
         (worker,) = server.table.processes("generate")
         os.kill(worker, signal.SIGKILL)
         seen = readiness_until_back(server, ["flux", "generate", "control"])
         assert False in seen["flux"] & seen["generate"]
         assert seen["control"] == {True}
         assert in_flight.result(30)[0] != "OK"
+        assert all(w.result(30)[0] != "OK" for w in waiting)
+        assert server.table.live() == 0, "who waited was answered, and waits no longer"
         wait_for(lambda: server.is_ready("flux"))
         assert worker not in server.table.processes("generate")
         assert client.draw(request_id="orphan", **SMALL)["images"].shape == (1,), "its id is free again"
@@ -131,16 +136,56 @@ def test_a_worker_that_dies_is_not_ready_and_comes_back() -> None:
 @pytest.mark.parametrize("model", ["prepare", "encode_image", "control"])
 def test_any_process_that_dies_comes_back(model: str) -> None:
     """With two instances Triton would go on sending every other request to the dead one."""
-    with supervised([]) as server:
+    reports: list[str] = []
+    with supervised(reports) as server:
         before = server.table.processes(model)
         os.kill(before[-1], signal.SIGKILL)
-        assert False in readiness_until_back(server, [model])[model]
+        wait_for(lambda: len(reports) == 2, READY_S)
+        wait_for(server.is_ready, READY_S)
         client = grpc(server.ports)
         for _ in range(2 * len(before)):
             client.draw(**SMALL)
             assert client.control("nobody", "status")[0] == "unknown"
         assert len(server.table.processes(model)) == len(before)
         assert not set(server.table.processes(model)) & set(before)
+
+
+def test_a_server_that_dies_is_started_again() -> None:
+    """Whatever kills Triton itself: 2.51 ends at one HTTP request with a shape of 2**62."""
+    reports: list[str] = []
+    with supervised(reports) as server:
+        before = server.pid
+        os.kill(before, signal.SIGSEGV)
+        wait_for(lambda: len(reports) == 2, READY_S)
+        wait_for(server.is_ready, READY_S)
+        assert grpc(server.ports).draw(**SMALL)["images"].shape == (1,)
+
+
+def test_a_taken_port_is_refused() -> None:
+    with serve() as (_, ports), tempfile.TemporaryFile() as log:
+        other = TritonServer(REPOSITORY, ports, bundled(), log)
+        with other, pytest.raises(ServerError, match=f"--http-port: 127.0.0.1:{ports.http} can't be had"):
+            other.start()
+
+
+def test_a_path_with_blanks(tmp_path: Path) -> None:
+    """The stubs' command lines are split at blanks by Triton."""
+    repository = Path(shutil.copytree(REPOSITORY, tmp_path / "my models" / "repo sitory"))
+    with tempfile.TemporaryFile() as log, TritonServer(repository, Ports.free(), bundled(), log) as server:
+        server.start()
+        server.wait_ready(READY_S)
+        assert grpc(server.ports).draw(**SMALL)["images"].shape == (1,)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_demo_that_is_stopped_while_it_loads_leaves_no_process(number: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fluxserve", "demo", "-o", str(tmp_path / "x.png")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(tree(process.pid)) >= 5, READY_S)
+    pids = tree(process.pid)
+    process.send_signal(number)
+    process.wait(READY_S)
+    wait_for(lambda: not alive(pids), READY_S)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -156,8 +201,9 @@ def test_a_signal_drains_and_leaves_nothing(number: int) -> None:
         wait_for(lambda: client.control("running", "status")[1] > 0)
         waiting = pool.submit(client.draw, request_id="waiting", **(size | {"width": 128}))
         wait_for(lambda: client.control("waiting", "status")[0] == "queued")
+        (table,) = (InflightTable(f) for f in Path("/dev/shm").glob(f"fluxserve-{process.pid}-*inflight"))
         process.send_signal(number)
-        time.sleep(0.3)
+        wait_for(lambda: table.draining)
         with pytest.raises(InferenceServerException) as refused:
             client.draw(**SMALL)
         assert status_of(refused.value) == "UNAVAILABLE"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fluxserve import process
 from fluxserve.contract import MAX_WAITING
 from fluxserve.errors import Cancelled, Draining, QueueFull, RequestIdInUse, ServerError
 from fluxserve.serving import inflight
@@ -15,7 +16,6 @@ from fluxserve.serving.inflight import (
     MAX_ID_BYTES,
     InflightTable,
     Status,
-    process_started,
 )
 
 UNKNOWN = Status("unknown", 0, 0)
@@ -254,16 +254,16 @@ def test_lapsed_leases_make_room(table: InflightTable, clock: Clock) -> None:
 def test_a_pid_that_is_used_again(table: InflightTable, monkeypatch: pytest.MonkeyPatch) -> None:
     table.start(table.claim("a"), 1)
     assert table.live() == 1
-    started = process_started(os.getpid())
-    monkeypatch.setattr(inflight, "process_started", lambda pid: started + 1)
+    started = process.started(os.getpid())
+    monkeypatch.setattr(process, "started", lambda pid: started + 1)
     assert table.live() == 0
 
 
-def test_process_started() -> None:
-    mine = process_started(os.getpid())
+def test_when_a_process_started() -> None:
+    mine = process.started(os.getpid())
     assert mine > 0
-    assert mine == process_started(os.getpid()) >= process_started(1) >= 0
-    assert process_started(2**22 + 1) == 0, "above the largest pid there is"
+    assert mine == process.started(os.getpid()) >= process.started(1) >= 0
+    assert process.started(2**22 + 1) == 0, "above the largest pid there is"
 
 
 def test_the_worker_registers(table: InflightTable) -> None:

@@ -110,7 +110,7 @@ def test_a_dead_workers_slot_is_free(table: InflightTable, dead: int) -> None:
 def test_a_dead_worker_is_seen(table: InflightTable, dead: int) -> None:
     assert table.processes("generate") == [dead]
     assert table.dead_models() == ["generate"]
-    table.forget("generate")
+    table.forget_processes("generate")
     assert table.dead_models() == table.processes("generate") == []
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxserve import server
+from fluxserve import installation, process, server
 from fluxserve.errors import ServerError
-from fluxserve.server import Installation, Ports, TritonServer, bundled, installed_at
-from fluxserve.serving.inflight import process_started
+from fluxserve.installation import Installation, bundled, installed_at
+from fluxserve.server import Ports, TritonServer
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 LIBRARY = f"libpython{VERSION}.so.1.0"
@@ -80,10 +80,10 @@ def test_no_libpython(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for libdir in (str(tmp_path), None):
         settle(monkeypatch, LIBDIR=libdir, MULTIARCH=None)
         with pytest.raises(ServerError, match=r"libpython2\.0\.so\.1\.0 not found; .* package libpython2\.0"):
-            server._libpython_folder("2.0")
+            installation._libpython_folder("2.0")
     (tmp_path / "libpython2.0.so.1.0").touch()
     settle(monkeypatch, LIBDIR=str(tmp_path), MULTIARCH=None)
-    assert server._libpython_folder("2.0") == tmp_path
+    assert installation._libpython_folder("2.0") == tmp_path
 
 
 # --- one server, not started -----------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ GONE = 2**22 + 1
 
 
 def test_leftovers_of_the_dead_are_removed_and_of_the_living_kept(tmp_path: Path, memory: Path) -> None:
-    pid, started = os.getpid(), process_started(os.getpid())
+    pid, started = os.getpid(), process.started(os.getpid())
     dead = [memory / f"fluxserve-{GONE}-77-abc-inflight", memory / f"fluxserve-{pid}-{started + 1}-abc-inflight"]
     living = memory / f"fluxserve-{pid}-{started}-abc-inflight"
     for file in (*dead, living):
@@ -156,7 +156,7 @@ def test_a_leftover_of_another_user(tmp_path: Path, memory: Path, monkeypatch: p
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", sticky)
-        server._remove_leftovers()
+        process.remove_leftovers(memory)
 
 
 def test_the_command(tmp_path: Path, memory: Path) -> None:
