@@ -275,7 +275,7 @@ def test_the_demo_says_why_it_failed(tmp_path: Path) -> None:
         "--checkpoint",
         str(tmp_path / "none"),
         "-o",
-        str(tmp_path / "x"),
+        str(tmp_path / "x.png"),
     ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert run.returncode == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxserve import settings
+from fluxserve import process, settings
 from fluxserve.errors import SettingsError
 from fluxserve.settings import Settings
 
@@ -79,7 +79,7 @@ def test_numbers_are_numbers() -> None:
 
 def test_the_table_of_a_server_is_named_after_it() -> None:
     assert settings.load(given(inflight="/tmp/t")).inflight_path == Path("/tmp/t")
-    assert settings.load().inflight_path.name == f"fluxserve-inflight-{os.getppid()}"
+    assert settings.load().inflight_path.name == f"{process.prefix(os.getppid())}inflight"
 
 
 def test_environment_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
