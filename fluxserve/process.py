@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_STUB_PARENT = 5
+"""Position of the server's pid: stub, model.py, shared memory's name, its size, its growth, the pid, …"""
 
 
 def started(pid: int) -> int:
@@ -46,7 +48,7 @@ def remove_leftovers(*folders: Path) -> None:
 
 def end_with_parent() -> None:
     """End this process, from a thread that watches, when its parent is gone: Triton's stubs miss it while they load."""
-    parent = os.getppid()
+    parent = _parent_of_stub(Path("/proc/self/cmdline").read_bytes().split(b"\0")) or os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -54,6 +56,13 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
+def _parent_of_stub(command: list[bytes]) -> int | None:
+    """The server's pid as a stub's command line has it: the stub may be an orphan by the time it runs Python."""
+    if len(command) > _STUB_PARENT and command[0].endswith(b"triton_python_backend_stub"):
+        return int(command[_STUB_PARENT]) if command[_STUB_PARENT].isdigit() else None
+    return None
 
 
 def die_with_parent() -> None:

@@ -182,10 +182,15 @@ def test_a_demo_that_is_stopped_while_it_loads_leaves_no_process(number: int, tm
     command = [sys.executable, "-m", "fluxserve", "demo", "-o", str(tmp_path / "x.png")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: len(tree(process.pid)) >= 5, READY_S)
-    pids = tree(process.pid)
+    prefix = f"/fluxserve-{process.pid}-"  # of the stubs' own path: one may be started after we looked
     process.send_signal(number)
     process.wait(READY_S)
-    wait_for(lambda: not alive(pids), READY_S)
+
+    def stubs() -> list[str]:
+        commands = (p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists())
+        return [c.decode(errors="replace") for c in commands if prefix.encode() in c]
+
+    wait_for(lambda: not stubs(), READY_S)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
