@@ -207,7 +207,8 @@ def test_the_worker_is_known(generate: Any, table: InflightTable) -> None:
 
 
 def test_an_unusable_checkpoint_fails_while_loading(serving: dict[str, Any], tmp_path: Path) -> None:
-    parameters = {"checkpoint": {"string_value": str(tmp_path / "nowhere")}}
+    given = {"checkpoint": tmp_path / "nowhere", "inflight": tmp_path / "table"}
+    parameters = {name: {"string_value": str(value)} for name, value in given.items()}
     args = {"model_config": json.dumps({"parameters": parameters}), "model_instance_kind": "CPU"}
     with pytest.raises(Exception, match="nowhere: no such folder"):
         serving["generate"].GenerateModel().initialize(args)
