@@ -1,18 +1,14 @@
-"""Processes by pid and start time, and what they leave behind. Linux: /proc, prctl."""
+"""Processes by pid and start time, what they leave behind, and who ends them. Linux: /proc."""
 
 import contextlib
-import ctypes
 import os
 import re
 import shutil
-import signal
-import threading
-import time
+import subprocess
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
-_STUB_PARENT = 5
-"""Position of the server's pid: stub, model.py, shared memory's name, its size, its growth, the pid, …"""
+_GRACE_S = 10
+"""What a server has to end by itself once nobody watches it any more."""
 
 
 def started(pid: int) -> int:
@@ -46,25 +42,12 @@ def remove_leftovers(*folders: Path) -> None:
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
-def end_with_parent() -> None:
-    """End this process, from a thread that watches, when its parent is gone: Triton's stubs miss it while they load."""
-    parent = _parent_of_stub(Path("/proc/self/cmdline").read_bytes().split(b"\0")) or os.getppid()
+def guard(server: int) -> "subprocess.Popen[bytes]":
+    """Start a watcher that ends a server, and all of its session, when this process is gone, killed included.
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
-
-
-def _parent_of_stub(command: list[bytes]) -> int | None:
-    """The server's pid as a stub's command line has it: the stub may be an orphan by the time it runs Python."""
-    if len(command) > _STUB_PARENT and command[0].endswith(b"triton_python_backend_stub"):
-        return int(command[_STUB_PARENT]) if command[_STUB_PARENT].isdigit() else None
-    return None
-
-
-def die_with_parent() -> None:
-    """For a child, before exec: get SIGTERM when the parent's thread ends, so that no server is orphaned."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    It waits for the end of a pipe that this process holds. Kill it once the server has ended as it should.
+    """
+    script = 'cat >/dev/null; kill -TERM "$1"; sleep "$2"; kill -KILL "-$1"'
+    command = ["/bin/sh", "-c", script, "fluxserve-guard", str(server), str(_GRACE_S)]
+    silent = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=silent, stderr=silent, start_new_session=True)

@@ -97,6 +97,7 @@ class TritonServer:
         self._home = Path(tempfile.mkdtemp(prefix=self._prefix))
         self._options.setdefault("inflight", str(_SHARED_MEMORY / f"{self._prefix}inflight"))
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self.table = InflightTable(Path(self._options["inflight"]))
 
     @property
@@ -127,7 +128,7 @@ class TritonServer:
     # --- life ------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the process; returns at once. Call it from a thread that lives as long as the server should.
+        """Start the process; returns at once.
 
         Raises:
             ServerError: no repository, or a port that somebody listens on: whose answers would be taken for ours.
@@ -142,8 +143,8 @@ class TritonServer:
             stdout=self._log,
             stderr=subprocess.STDOUT if self._log else None,
             start_new_session=True,  # Ctrl-C is for us to handle: the server would drop what waits in its queues
-            preexec_fn=process.die_with_parent,
         )
+        self._guard = process.guard(self._process.pid)
 
     def wait_ready(
         self,
@@ -221,8 +222,10 @@ class TritonServer:
 
     def _kill_group(self) -> None:
         """End what is left of the server's session: Triton itself, or stubs that it left behind while they loaded."""
-        if self._process is None:
+        if self._process is None or self._guard is None:
             return
+        self._guard.kill()
+        self._guard.communicate()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -3,7 +3,7 @@
 import json
 from typing import ClassVar
 
-from fluxserve import process, settings
+from fluxserve import settings
 from fluxserve.serving.inflight import InflightTable
 from fluxserve.settings import Settings
 
@@ -19,7 +19,6 @@ class ServedModel:
     _table: InflightTable
 
     def initialize(self, args: dict[str, str]) -> None:
-        process.end_with_parent()
         config = settings.load(json.loads(args["model_config"])["parameters"])
         self._table = InflightTable(config.inflight_path)
         self.load(config, args)

@@ -1,5 +1,6 @@
 """Starting, dying, draining: each test with a server of its own."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 from tritonclient.utils import InferenceServerException
 
+from fluxserve import process as process_of
 from fluxserve.errors import ServerError
 from fluxserve.installation import bundled
 from fluxserve.server import Ports, TritonServer
@@ -63,9 +65,7 @@ def tree(pid: int) -> set[int]:
 
 
 def alive(pids: set[int]) -> set[int]:
-    return {
-        p for p in pids if Path(f"/proc/{p}").exists() and "\nState:\tZ" not in Path(f"/proc/{p}/status").read_text()
-    }
+    return {pid for pid in pids if process_of.started(pid)}
 
 
 def shared_memory(supervisor: int) -> list[str]:
@@ -187,8 +187,11 @@ def test_a_demo_that_is_stopped_while_it_loads_leaves_no_process(number: int, tm
     process.wait(READY_S)
 
     def stubs() -> list[str]:
-        commands = (p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists())
-        return [c.decode(errors="replace") for c in commands if prefix.encode() in c]
+        found = []
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # it ended while we looked
+                found.append(file.read_bytes().decode(errors="replace"))
+        return [command for command in found if prefix in command]
 
     wait_for(lambda: not stubs(), READY_S)
 
