@@ -179,7 +179,7 @@ def _serve(options: argparse.Namespace) -> int:
         _say(f"ready after {spent:.1f} s; Ctrl-C stops")
         _say(f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}\n  metrics  {server.metrics_url}")
         server.supervise(lambda: bool(signals), _say)
-        _say("stopping: admitted requests are finished, new ones refused; once more stops at once")
+        _say("stopping: admitted requests are finished, new ones refused; once more ends the waiting")
         server.stop(options.drain_timeout, hurry=lambda: len(signals) > 1)
     _say("stopped")
     return 0
