@@ -42,8 +42,11 @@ class Checkpoint:
         return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else None
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, weights: bool = True) -> Checkpoint:
     """Look a checkpoint folder over.
+
+    Args:
+        weights: whether it must have them; an artifact keeps a copy of the folder without.
 
     Raises:
         CheckpointError: missing, unreadable, incomplete or truncated.
@@ -51,12 +54,12 @@ def read(path: Path) -> Checkpoint:
         UnsupportedArchitecture: not a FLUX.1 pipeline.
     """
     try:
-        return _read(path)
+        return _read(path, weights)
     except OSError as error:
         raise CheckpointError(f"{path}: unreadable ({error})") from error
 
 
-def _read(path: Path) -> Checkpoint:
+def _read(path: Path, weights: bool) -> Checkpoint:
     if not path.is_dir():
         hint = "--checkpoint and FLUXSERVE_CHECKPOINT name one"
         raise CheckpointError(f"{path}: no such folder; expected a diffusers-format checkpoint ({hint})")
@@ -64,7 +67,9 @@ def _read(path: Path) -> Checkpoint:
     if pipeline not in _PIPELINES:
         raise UnsupportedArchitecture(f"{path / 'model_index.json'}: _class_name", pipeline, " or ".join(_PIPELINES))
     for name, architecture in _COMPONENTS.items():
-        _check_component(path / name, architecture)
+        _check_architecture(path / name, architecture)
+        if weights:
+            _check_weights(path / name)
     return Checkpoint(path, _spec(path))
 
 
@@ -85,11 +90,14 @@ def _spec(path: Path) -> ModelSpec:
         raise UnsupportedArchitecture(str(path), str(error), "the dimensions of a FLUX.1 model") from error
 
 
-def _check_component(folder: Path, architecture: str) -> None:
+def _check_architecture(folder: Path, architecture: str) -> None:
     config = _json(folder / "config.json")
     got = config.get("_class_name") or config.get("architectures")
     if got not in (architecture, [architecture]):
         raise UnsupportedArchitecture(f"{folder / 'config.json'}: architecture", got, architecture)
+
+
+def _check_weights(folder: Path) -> None:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickled = sorted(f for f in folder.iterdir() if f.suffix in _PICKLES)

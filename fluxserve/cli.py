@@ -16,7 +16,6 @@ from fluxserve import __version__, process, settings
 from fluxserve.errors import FluxserveError, ServerError
 from fluxserve.installation import Installation, bundled, installed_at
 from fluxserve.server import DRAIN_TIMEOUT_S, LOOPBACK, Ports, TritonServer
-from fluxserve.settings import Settings
 
 _EPILOG = """\
 examples:
@@ -117,7 +116,8 @@ def _picture(text: str) -> Path:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="a diffusers-format folder; default: the tiny model that is shipped")
-    parser.add_argument("--engine", help=f"default: {Settings.engine}")
+    parser.add_argument("--artifact", help="a folder made by `fluxserve export`, in place of a checkpoint")
+    parser.add_argument("--engine", help="default: the artifact's; for a checkpoint, torch_eager")
 
 
 def _server_options(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +134,7 @@ def _server_options(parser: argparse.ArgumentParser) -> None:
 
 def _chosen(options: argparse.Namespace) -> dict[str, str]:
     """The settings that were given on the command line."""
-    return {name: getattr(options, name) for name in ("checkpoint", "engine") if getattr(options, name)}
+    return {name: getattr(options, name) for name in ("checkpoint", "artifact", "engine") if getattr(options, name)}
 
 
 def _installation(server: str) -> Installation:
@@ -254,27 +254,25 @@ def _draw_through(url: str, options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     import torch
 
-    from fluxserve import checkpoint, request
-    from fluxserve.engines.open import open_components
+    from fluxserve import request, source
     from fluxserve.imaging import write_image
     from fluxserve.job import plan
     from fluxserve.pipeline import Pipeline
     from fluxserve.text import Tokenizers
 
     config = settings.load({name: {"string_value": value} for name, value in _chosen(options).items()})
-    folder = checkpoint.read(config.checkpoint_path)
+    found = source.find(config)
     names = ("height", "width", "num_inference_steps", "guidance_scale", "seed")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given["output_format"] = _FORMATS[options.output.suffix.lower()].encode()
-    parsed = request.parse({"prompt": options.prompt.encode(), **given}, folder.spec)
+    parsed = request.parse({"prompt": options.prompt.encode(), **given}, found.spec)
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = found.device("cuda:0" if torch.cuda.is_available() else "cpu")
     ticker, begin = _Ticker("loading"), time.perf_counter()
-    components = open_components(config.engine, folder, device, config.dtype)
-    pipeline = Pipeline(folder.spec, components, device, config.max_rows)
+    pipeline = Pipeline(found.spec, found.open_components(device, config.dtype), device, config.max_rows)
     ticker.done(time.perf_counter() - begin)
-    job = plan(parsed, folder.spec, Tokenizers(folder))
+    job = plan(parsed, found.spec, Tokenizers(found.checkpoint))
     (drawing,) = pipeline.draw([job])
     assert drawing is not None, "nobody can cancel it"
     options.output.write_bytes(write_image(drawing.images[0], parsed.output_format, parsed.quality))
@@ -287,7 +285,7 @@ def _doctor(options: argparse.Namespace) -> int:
     """Every check is made, whatever the others say; the status is 1 if one failed."""
     import torch
 
-    from fluxserve import checkpoint
+    from fluxserve import source
 
     config = settings.load({name: {"string_value": value} for name, value in _chosen(options).items()})
 
@@ -296,9 +294,14 @@ def _doctor(options: argparse.Namespace) -> int:
             return "none; the CPU is used"
         return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
+    def model() -> str:
+        found = source.find(config)
+        where = config.artifact_path if found.artifact else config.checkpoint_path
+        return f"{found.spec.name} at {where}, engine {found.engine}"
+
     checks: dict[str, Callable[[], str]] = {
         "tritonserver": lambda: str(_installation(options.server).binary),
-        "checkpoint": lambda: f"{checkpoint.read(config.checkpoint_path).spec.name} at {config.checkpoint_path}",
+        "model": model,
         "GPU": gpu,
         "torch": lambda: str(torch.__version__),
     }

@@ -10,8 +10,13 @@ FluxserveError
 ├── CheckpointError        a folder of weights that can't be served
 │   ├── UnsafeWeights      pickled weights where safetensors are required
 │   └── UnsupportedArchitecture
+├── ArtifactError          an exported folder that can't be served
+│   └── ArtifactDamaged    a file that is not the one that was exported
+├── ExportError            a checkpoint that can't be exported as it was asked
 ├── EngineError
 │   ├── UnknownEngine
+│   ├── LibraryMissing     the engine's library is not installed
+│   ├── LibraryRefused     TensorRT or ONNX Runtime said no, in its own words
 │   └── ShapeError         a tensor outside an engine's signature
 ├── SettingsError          an environment variable or a Triton parameter
 └── ServerError            tritonserver could not be started, reached or stopped
@@ -20,6 +25,7 @@ FluxserveError
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FluxserveError(Exception):
@@ -78,6 +84,19 @@ class UnsupportedArchitecture(CheckpointError):
         super().__init__(f"{where}: got {got!r}; expected {expected}")
 
 
+class ArtifactError(FluxserveError):
+    """An artifact is missing, says what can't be, or can't work on this machine."""
+
+
+class ArtifactDamaged(ArtifactError):
+    def __init__(self, file: Path, got: str) -> None:
+        super().__init__(f"{file}: {got}. It is not the file that was exported: export again, or copy it again")
+
+
+class ExportError(FluxserveError):
+    """A checkpoint can't be exported as it was asked."""
+
+
 class EngineError(FluxserveError):
     """An engine can't be opened, bound or run."""
 
@@ -85,6 +104,15 @@ class EngineError(FluxserveError):
 class UnknownEngine(EngineError):
     def __init__(self, got: str, known: Iterable[str]) -> None:
         super().__init__(f"engine: got {got!r}; known engines: {', '.join(sorted(known))}")
+
+
+class LibraryMissing(EngineError):
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(f"{library}: not installed; expected the extra {extra!r} (pip install 'fluxserve[{extra}]')")
+
+
+class LibraryRefused(EngineError):
+    """An engine's own library refused; the message has its words."""
 
 
 class ShapeError(EngineError):

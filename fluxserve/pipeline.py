@@ -18,7 +18,8 @@ from torch import Tensor
 from fluxserve import flow
 from fluxserve.device import DeviceClock, Pacer
 from fluxserve.engines.base import Bound, Components, Engine, Shapes
-from fluxserve.job import Job
+from fluxserve.errors import SettingsError
+from fluxserve.job import RGB_CHANNELS, Job
 from fluxserve.spec import ModelSpec
 
 Watch = Callable[[int], bool]
@@ -61,12 +62,34 @@ class Pipeline:
     Args:
         max_rows: images that go through the transformer together. With 1, an image has the same bytes alone and in a
             batch; with more, matrix products of another height may round differently in the last place.
+
+    Raises:
+        SettingsError: the engine takes fewer rows than max_rows.
     """
 
     def __init__(self, spec: ModelSpec, components: Components, device: str = "cpu", max_rows: int = 1) -> None:
+        most = components.transformer.signature.most("rows")
+        if max_rows > most:
+            raise SettingsError("max_rows", max_rows, f"1 to {most}, which this engine takes")
         self.spec, self._engines, self._max_rows = spec, components, max_rows
         self.device = torch.device(device)
         self._bounds: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
+
+    def warm_up(self) -> None:
+        """One step of image-to-image at the default size, through every component.
+
+        So that no first request pays for what is loaded, compiled or captured late, and that what can't run fails now.
+        """
+        text, side = self.spec.text, self.spec.defaults.side
+        job = Job(
+            clip_ids=np.zeros(text.clip_tokens, dtype=np.int64),
+            t5_ids=np.zeros(text.t5_tokens, dtype=np.int64),
+            pixels=np.zeros((side, side, RGB_CHANNELS), dtype=np.uint8),
+            sigmas=np.array([1.0, 0.0], dtype=np.float32),
+            guidance=self.spec.defaults.guidance_scale,
+            noise_seeds=(0,),
+        )
+        self.draw([job])
 
     def close(self) -> None:
         self._bounds.clear()

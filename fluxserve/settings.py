@@ -28,8 +28,10 @@ class Settings:
 
     checkpoint: str = ""
     """A diffusers-format folder; empty: the tiny model."""
-    engine: str = "torch_eager"
-    """Which engine runs the modules; see fluxserve/engines/open.py."""
+    artifact: str = ""
+    """A folder made by `fluxserve export`, served in place of a checkpoint."""
+    engine: str = ""
+    """Which engine runs the model; empty: the one that an artifact is for, and torch_eager for a checkpoint."""
     dtype: str = "auto"
     """float32, bfloat16, float16; auto: bfloat16 on a GPU, float32 on a CPU."""
     threads: int = 0
@@ -49,6 +51,10 @@ class Settings:
     @property
     def checkpoint_path(self) -> Path:
         return Path(self.checkpoint) if self.checkpoint else default_checkpoint()
+
+    @property
+    def artifact_path(self) -> Path:
+        return Path(self.artifact)
 
     @property
     def inflight_path(self) -> Path:

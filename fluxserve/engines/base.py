@@ -6,7 +6,7 @@ engine runs inline) and neither allocates nor waits.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from fluxserve.errors import ShapeError
@@ -65,6 +65,24 @@ class Signature:
         for tensor in self.inputs:
             _match(tensor, shapes[tensor.name], values)
         return {t.name: _shape(t, values) for t in (*self.inputs, *self.outputs)}
+
+    def most(self, symbol: str) -> int:
+        """The largest value of a symbol."""
+        return min(d.most for t in self.inputs for d in t.dims if isinstance(d, Dim) and d.symbol == symbol)
+
+    def narrowed(self, ranges: Mapping[str, tuple[int, int]]) -> "Signature":
+        """The same tensors, each symbol only from the least to the most given for it; others stay as they are."""
+
+        def narrow(dim: int | Dim) -> int | Dim:
+            if isinstance(dim, int) or dim.symbol not in ranges:
+                return dim
+            least, most = ranges[dim.symbol]
+            return replace(dim, least=least, most=most)
+
+        def all_of(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+            return tuple(replace(t, dims=tuple(narrow(d) for d in t.dims)) for t in tensors)
+
+        return Signature(all_of(self.inputs), all_of(self.outputs))
 
 
 def _match(tensor: TensorSpec, shape: tuple[int, ...], values: dict[str, int]) -> None:

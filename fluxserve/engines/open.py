@@ -2,28 +2,57 @@
 
 from importlib import import_module
 
+from fluxserve.artifact import Artifact
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.base import Components
-from fluxserve.errors import UnknownEngine
+from fluxserve.errors import EngineError, UnknownEngine
 
-ENGINES = {
-    "torch_eager": "fluxserve.engines.torch_eager",
+WEIGHTS = {"torch_eager": "fluxserve.engines.torch_eager"}
+"""Engines that run a checkpoint's weights."""
+
+ARTIFACTS = {
+    "onnxruntime": "fluxserve.engines.onnxruntime",
+    "tensorrt": "fluxserve.engines.tensorrt",
+    "tensorrt-rtx": "fluxserve.engines.tensorrt",
 }
+"""Engines that run what was exported; the artifact says which."""
+
+ENGINES = {**WEIGHTS, **ARTIFACTS}
+DEFAULT = "torch_eager"
+CPU_ONLY = ("onnxruntime",)
+
+
+def needs_artifact(name: str) -> bool:
+    """Raises UnknownEngine, which lists the valid names."""
+    if name not in ENGINES:
+        raise UnknownEngine(name, ENGINES)
+    return name in ARTIFACTS
 
 
 def open_components(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> Components:
     """Load every component of a checkpoint.
 
     Args:
-        name: a key of ENGINES.
+        name: a key of WEIGHTS.
         device: as torch spells it: "cpu", "cuda:0".
         dtype: "float32", "bfloat16", "float16", or "auto".
 
     Raises:
-        UnknownEngine: lists the valid names.
+        EngineError: a name that is unknown, or of an engine that runs artifacts.
         CheckpointError: the weights do not fit the architecture.
     """
-    if name not in ENGINES:
-        raise UnknownEngine(name, ENGINES)
-    components: Components = import_module(ENGINES[name]).open_components(checkpoint, device, dtype)
+    if needs_artifact(name):
+        raise EngineError(f"engine: {name} runs an artifact, not a checkpoint; expected one of {', '.join(WEIGHTS)}")
+    components: Components = import_module(WEIGHTS[name]).open_components(checkpoint, device, dtype)
+    return components
+
+
+def open_artifact(artifact: Artifact, device: str) -> Components:
+    """Load every component of an artifact with the engine that it was exported for.
+
+    Raises:
+        ArtifactError: its files are damaged, or can't work on this device.
+        EngineError: the engine's library is missing or refuses.
+    """
+    components: Components = import_module(ARTIFACTS[artifact.engine]).open_artifact(artifact, device)
     return components

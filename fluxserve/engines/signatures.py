@@ -1,5 +1,6 @@
 """The signature of each component of FLUX.1: what every engine, whatever it runs on, takes and gives."""
 
+from fluxserve.artifact import Component
 from fluxserve.engines.base import FLOATING, Dim, Signature, TensorSpec
 from fluxserve.spec import PATCH, ModelSpec
 
@@ -70,3 +71,18 @@ def vae_encoder(spec: ModelSpec) -> Signature:
         inputs=(TensorSpec("pixels", FLOATING, (_rows(), _RGB, *_sides(spec, spec.vae.downscale))),),
         outputs=(TensorSpec("mean", FLOATING, latents), TensorSpec("std", FLOATING, latents)),
     )
+
+
+BY_COMPONENT = {
+    "clip": clip,
+    "t5": t5,
+    "transformer": transformer,
+    "vae_encoder": vae_encoder,
+    "vae_decoder": vae_decoder,
+}
+"""Field of base.Components → its signature of a ModelSpec."""
+
+
+def exported(component: Component, spec: ModelSpec) -> Signature:
+    """The signature of an artifact's component: only the shapes that its engine was built for."""
+    return BY_COMPONENT[component.name](spec).narrowed({s: (r[0], r[2]) for s, r in component.shapes.items()})

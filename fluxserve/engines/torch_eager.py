@@ -3,7 +3,8 @@
 Not fast, and not meant to be: no graph, no fused kernel, one library call per operation.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,42 +20,47 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Components, Shapes, Signature, TensorSpec
 from fluxserve.errors import CheckpointError
+from fluxserve.spec import ModelSpec
 
 Tensors = Mapping[str, Tensor]
 
 
 class TorchEngine:
-    """A module and how to call it with the signature's names."""
+    """A component's module, called with the signature's names."""
 
-    def __init__(self, signature: Signature, module: nn.Module, call: Callable[[Tensors], Tensors]) -> None:
+    def __init__(self, signature: Signature, module: nn.Module) -> None:
         self.signature = signature
         self._module: nn.Module | None = module
-        self._call: Callable[[Tensors], Tensors] | None = call
 
     def bind(self, shapes: Shapes) -> "TorchBound":
-        assert self._module is not None and self._call is not None, "bind after close"
+        assert self._module is not None, "bind after close"
         weight = next(self._module.parameters())
         sizes = self.signature.resolve(shapes)
 
         def allocate(tensors: tuple[TensorSpec, ...]) -> dict[str, Tensor]:
             return {t.name: torch.zeros(sizes[t.name], dtype=_dtype(t, weight), device=weight.device) for t in tensors}
 
-        return TorchBound(allocate(self.signature.inputs), allocate(self.signature.outputs), self._call)
+        return TorchBound(allocate(self.signature.inputs), allocate(self.signature.outputs), self._module)
 
     def close(self) -> None:
-        self._module = self._call = None
+        self._module = None
 
 
 class TorchBound:
     """Eager PyTorch at fixed addresses: results are copied to where they are expected."""
 
-    def __init__(self, inputs: Tensors, outputs: Tensors, call: Callable[[Tensors], Tensors]) -> None:
-        self.inputs, self.outputs, self._call = inputs, outputs, call
+    def __init__(self, inputs: Tensors, outputs: Tensors, module: nn.Module) -> None:
+        self.inputs, self.outputs, self._module = inputs, outputs, module
 
     @torch.inference_mode()
     def run(self) -> None:
-        for name, value in self._call(self.inputs).items():
-            self.outputs[name].copy_(value)
+        results = self._module(**self.inputs)
+        for output, result in zip(self.outputs.values(), _tuple(results), strict=True):
+            output.copy_(result)
+
+
+def _tuple(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else results
 
 
 def _dtype(tensor: TensorSpec, weight: Tensor) -> torch.dtype:
@@ -64,37 +70,120 @@ def _dtype(tensor: TensorSpec, weight: Tensor) -> torch.dtype:
     return dtype
 
 
+# --- the components as functions of their signatures' tensors; what is exported is exactly what is called here ------
+
+
+class _Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class Clip(_Wrapper):
+    """signatures.clip of a CLIPTextModel."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        pooled: Tensor = self.module(input_ids).pooler_output
+        return pooled
+
+
+class T5(_Wrapper):
+    """signatures.t5 of a T5EncoderModel."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        sequence: Tensor = self.module(input_ids).last_hidden_state
+        return sequence
+
+
+class Transformer(_Wrapper):
+    """signatures.transformer of a FluxTransformer2DModel; one without guidance ignores it."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+    ) -> Tensor:
+        guided = self.module.config.guidance_embeds  # type: ignore[union-attr]
+        velocity: Tensor = self.module(
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=timestep,
+            guidance=guidance if guided else None,
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            return_dict=False,
+        )[0]
+        return velocity
+
+
+class VaeEncoder(_Wrapper):
+    """signatures.vae_encoder of an AutoencoderKL."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        distribution = self.module.encode(pixels).latent_dist  # type: ignore[operator]
+        return distribution.mean, distribution.std
+
+
+class VaeDecoder(_Wrapper):
+    """signatures.vae_decoder of an AutoencoderKL."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        pixels: Tensor = self.module.decode(latents, return_dict=False)[0]  # type: ignore[operator]
+        return pixels
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a component's weights are in a diffusers folder, their class, and how it is called."""
+
+    folder: str
+    module: type[nn.Module]
+    wrapper: type[_Wrapper]
+
+
+ARCHITECTURES = {
+    "clip": Architecture("text_encoder", CLIPTextModel, Clip),
+    "t5": Architecture("text_encoder_2", T5EncoderModel, T5),
+    "transformer": Architecture("transformer", FluxTransformer2DModel, Transformer),
+    "vae_encoder": Architecture("vae", AutoencoderKL, VaeEncoder),
+    "vae_decoder": Architecture("vae", AutoencoderKL, VaeDecoder),
+}
+
+
+def load_module(checkpoint: Checkpoint, component: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """The module behind one component, without its wrapper. Raises CheckpointError."""
+    architecture = ARCHITECTURES[component]
+    folder = checkpoint.component(architecture.folder)
+    for library in (diffusers_logging, transformers_logging):  # a server's log is no place for their progress bars
+        library.disable_progress_bar()
+    try:
+        module, report = architecture.module.from_pretrained(  # type: ignore[attr-defined]
+            str(folder),
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        _refuse_gaps(folder, report)
+        loaded: nn.Module = module.eval().requires_grad_(False).to(device)
+    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return loaded
+
+
 def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Components:
     """Load all five components; see engines.open.open_components."""
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    precision: torch.dtype = getattr(torch, dtype)
-    for library in (diffusers_logging, transformers_logging):  # a server's log is no place for their progress bars
-        library.disable_progress_bar()
-
-    def load(cls: type, name: str) -> nn.Module:
-        folder = checkpoint.component(name)
-        try:
-            module, report = cls.from_pretrained(  # type: ignore[attr-defined]
-                str(folder),
-                torch_dtype=precision,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-            _refuse_gaps(folder, report)
-            loaded: nn.Module = module.eval().requires_grad_(False).to(device)
-        except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-            raise CheckpointError(f"{folder}: {error}") from error
-        return loaded
-
-    return from_modules(
-        checkpoint,
-        clip=load(CLIPTextModel, "text_encoder"),
-        t5=load(T5EncoderModel, "text_encoder_2"),
-        transformer=load(FluxTransformer2DModel, "transformer"),
-        vae=load(AutoencoderKL, "vae"),
-    )
+    names = ("clip", "t5", "transformer", "vae_decoder")
+    clip, t5, transformer, vae = (load_module(checkpoint, n, device, getattr(torch, dtype)) for n in names)
+    return from_modules(checkpoint.spec, clip, t5, transformer, vae)
 
 
 def _refuse_gaps(folder: Path, report: Mapping[str, Iterable[object]]) -> None:
@@ -107,29 +196,12 @@ def _refuse_gaps(folder: Path, report: Mapping[str, Iterable[object]]) -> None:
             )
 
 
-def from_modules(
-    checkpoint: Checkpoint, clip: nn.Module, t5: nn.Module, transformer: nn.Module, vae: nn.Module
-) -> Components:
+def from_modules(spec: ModelSpec, clip: nn.Module, t5: nn.Module, transformer: nn.Module, vae: nn.Module) -> Components:
     """Wrap modules that are loaded already, all on one device and of one dtype."""
-    spec = checkpoint.spec
-    guided = spec.transformer.guidance_embeds
-
-    def run_transformer(x: Tensors) -> Tensors:
-        guidance = x["guidance"] if guided else None
-        return {"velocity": transformer(**{**x, "guidance": guidance}, return_dict=False)[0]}
-
-    def run_vae_encoder(x: Tensors) -> Tensors:
-        distribution = vae.encode(x["pixels"]).latent_dist  # type: ignore[operator]
-        return {"mean": distribution.mean, "std": distribution.std}
-
+    modules = {"clip": clip, "t5": t5, "transformer": transformer, "vae_encoder": vae, "vae_decoder": vae}
     return Components(
-        clip=TorchEngine(signatures.clip(spec), clip, lambda x: {"pooled": clip(x["input_ids"]).pooler_output}),
-        t5=TorchEngine(signatures.t5(spec), t5, lambda x: {"sequence": t5(x["input_ids"]).last_hidden_state}),
-        transformer=TorchEngine(signatures.transformer(spec), transformer, run_transformer),
-        vae_encoder=TorchEngine(signatures.vae_encoder(spec), vae, run_vae_encoder),
-        vae_decoder=TorchEngine(
-            signatures.vae_decoder(spec),
-            vae,
-            lambda x: {"pixels": vae.decode(x["latents"], return_dict=False)[0]},  # type: ignore[operator]
-        ),
+        **{
+            name: TorchEngine(signature(spec), ARCHITECTURES[name].wrapper(modules[name]))
+            for name, signature in signatures.BY_COMPONENT.items()
+        }
     )

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 import triton_python_backend_utils as pb_utils
 
-from fluxserve import checkpoint, contract
-from fluxserve.engines.open import open_components
+from fluxserve import contract, source
 from fluxserve.errors import Cancelled, InvalidRequest
 from fluxserve.job import Job
 from fluxserve.pipeline import Drawing, Pipeline
@@ -46,10 +45,12 @@ class GenerateModel(ServedModel):
         on_gpu = args["model_instance_kind"] == "GPU"
         device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
-        folder = checkpoint.read(config.checkpoint_path)
-        components = open_components(config.engine, folder, device, config.dtype)
-        self._spec, self._max_rows = folder.spec, config.max_rows
-        self._pipeline = Pipeline(folder.spec, components, device, config.max_rows)
+        found = source.find(config)
+        device = found.device(device)
+        components = found.open_components(device, config.dtype)
+        self._spec, self._max_rows = found.spec, config.max_rows
+        self._pipeline = Pipeline(found.spec, components, device, config.max_rows)
+        self._pipeline.warm_up()
         self._metrics = DrawingMetrics()
 
     def execute(self, requests: Sequence[Any]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fluxserve import checkpoint, contract, errors, request
+from fluxserve import contract, errors, request, source
 from fluxserve.job import Job, plan
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
@@ -27,8 +27,8 @@ class PrepareModel(ServedModel):
     name = "prepare"
 
     def load(self, config: Settings, args: dict[str, str]) -> None:  # noqa: ARG002 (Triton's; not needed here)
-        self._checkpoint = checkpoint.read(config.checkpoint_path)
-        self._tokenizers = Tokenizers(self._checkpoint)
+        found = source.find(config)
+        self._spec, self._tokenizers = found.spec, Tokenizers(found.checkpoint)
         self._metrics = RefusalMetrics()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -44,10 +44,10 @@ class PrepareModel(ServedModel):
     def _prepare(self, triton_request: Any) -> Any:
         request_id = checked_id(triton_request.request_id())
         fields = tensors.read_scalars(triton_request, contract.PREPARE)
-        parsed = request.parse(fields, self._checkpoint.spec)
+        parsed = request.parse(fields, self._spec)
         ticket = self._table.claim(request_id)
         try:
-            job = plan(parsed, self._checkpoint.spec, self._tokenizers)
+            job = plan(parsed, self._spec, self._tokenizers)
             return tensors.response(contract.PREPARE, _job_tensors(job, ticket) | _format_tensors(parsed))
         except BaseException:
             self._table.release(ticket)

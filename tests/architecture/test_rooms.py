@@ -24,8 +24,8 @@ MAX_MODEL_LINES = 40
 # What a module may name, and where it lives. Paths are prefixes, relative to the root.
 IMPORTS = {
     "triton_python_backend_utils": ("fluxserve/serving/", "model_repository/"),
-    "tensorrt": ("fluxserve/engines/tensorrt.py", "export/"),
-    "tensorrt_rtx": ("fluxserve/engines/tensorrt.py", "export/"),
+    "tensorrt": ("fluxserve/engines/tensorrt_library.py",),
+    "tensorrt_rtx": ("fluxserve/engines/tensorrt_library.py",),
     "onnxruntime": ("fluxserve/engines/onnxruntime.py", "export/"),
     "modelopt": ("export/",),
     "diffusers": ("fluxserve/engines/torch_eager.py", "export/", "training/", "benchmarks/"),
@@ -54,7 +54,9 @@ LAYERS = (
     ("device", "job"),
     ("text", "request"),
     ("flow", "imaging"),
+    ("source",),
     ("engines",),
+    ("artifact",),
     ("checkpoint", "settings"),
     ("spec", "contract", "installation"),
     ("errors", "process"),

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from fluxserve import spec as specs
-from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import torch_eager
 from fluxserve.engines.base import Components
 from fluxserve.spec import ModelSpec
@@ -38,8 +36,7 @@ class RandomFlux:
     spec: ModelSpec
 
     def components(self) -> Components:
-        checkpoint = Checkpoint(Path("random"), self.spec)
-        return torch_eager.from_modules(checkpoint, self.clip, self.t5, self.transformer, self.vae)
+        return torch_eager.from_modules(self.spec, self.clip, self.t5, self.transformer, self.vae)
 
     def new_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler(**self.scheduler)

@@ -37,6 +37,7 @@ class Runs:
 
     def __init__(self, engine: object) -> None:
         self._engine, self.rows, self.bound = engine, list[int](), 0
+        self.signature = engine.signature  # type: ignore[attr-defined]
 
     def bind(self, shapes: Shapes) -> Bound:
         self.bound += 1

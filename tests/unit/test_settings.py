@@ -31,6 +31,7 @@ def test_defaults() -> None:
 
 VALUES = {
     "checkpoint": ("/a", "/b"),
+    "artifact": ("/c", "/d"),
     "engine": ("one", "two"),
     "dtype": ("float16", "bfloat16"),
     "threads": ("3", "4"),

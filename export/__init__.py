@@ -1,0 +1,1 @@
+"""Checkpoint → ONNX → quantised ONNX → engine and manifest. See README.md beside this file."""

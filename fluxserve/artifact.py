@@ -1,0 +1,173 @@
+"""An exported model: a folder of engines and the manifest that says what they are and where they run.
+
+    ARTIFACT/
+      manifest.json        checked against manifest.schema.json
+      checkpoint/          the configurations and tokenizers of the diffusers folder, without its weights
+      <component>/         engines: model.onnx (+ its data), or one plan for each GPU architecture
+      scales.json          what calibration measured, for every engine that wants it
+      reference/           inputs and outputs of the float32 reference, which `fluxserve export verify` compares with
+
+`read` checks the manifest, the sizes of all files and the contents of the small ones; the engines' files are hashed
+when an engine asks for them by `file`, so that a tampered or truncated one is noticed before it is used.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from fluxserve import checkpoint as checkpoints
+from fluxserve.checkpoint import Checkpoint
+from fluxserve.errors import ArtifactDamaged, ArtifactError, CheckpointError
+from fluxserve.spec import ModelSpec
+
+MANIFEST = "manifest.json"
+CHECKPOINT = "checkpoint"
+SCALES = "scales.json"
+REFERENCE = "reference"
+COMPONENTS = ("clip", "t5", "transformer", "vae_encoder", "vae_decoder")
+ANYWHERE = "any"
+"""The key of an engine that is not built for one GPU architecture."""
+
+Range = tuple[int, int, int]
+"""Least, typical and most of a dimension."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One engine of an artifact."""
+
+    name: str
+    precision: str
+    compute_dtype: str
+    shapes: Mapping[str, Range]
+    engines: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder that was looked over, and its manifest."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    checkpoint: Checkpoint
+
+    @property
+    def engine(self) -> str:
+        return str(self.manifest["engine"])
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Of the libraries that made it."""
+        versions: Mapping[str, str] = self.manifest["made"]["versions"]
+        return versions
+
+    def component(self, name: str) -> Component:
+        """One of COMPONENTS."""
+        entry = self.manifest["components"][name]
+        shapes = {symbol: tuple(values) for symbol, values in entry["shapes"].items()}
+        return Component(name, entry["precision"], entry["compute_dtype"], shapes, entry["engines"])
+
+    def file(self, name: str) -> Path:
+        """A file of the artifact, after its hash was compared with the manifest's.
+
+        Raises:
+            ArtifactDamaged: it is not the file that was exported.
+        """
+        entry = self.manifest["files"].get(name)
+        if entry is None:
+            raise ArtifactDamaged(self.path / name, "not listed in the manifest")
+        got = sha256(self.path / name)
+        if got != entry["sha256"]:
+            raise ArtifactDamaged(self.path / name, f"sha256 {got[:12]}…; the manifest says {entry['sha256'][:12]}…")
+        return self.path / name
+
+    def folder(self, name: str) -> list[Path]:
+        """Every file under a folder of the artifact, each after the check of `file`."""
+        return [self.file(listed) for listed in sorted(self.manifest["files"]) if listed.startswith(f"{name}/")]
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model, with the limits narrowed to what the engines were built for."""
+        base, shapes = self.checkpoint.spec, self.manifest["shapes"]
+        least, most = min(shapes["min_size"]), max(shapes["max_size"])
+        limits = replace(
+            base.limits,
+            min_side=max(base.limits.min_side, least),
+            max_side=min(base.limits.max_side, most),
+            max_pixels=min(base.limits.max_pixels, shapes["max_size"][0] * shapes["max_size"][1]),
+        )
+        side = min(max(base.defaults.side, limits.min_side), limits.max_side)
+        if side * side > limits.max_pixels:
+            side = min(shapes["opt_size"])
+        return replace(base, limits=limits, defaults=replace(base.defaults, side=side))
+
+
+def sha256(file: Path) -> str:
+    """Of a file's content, in hex; as `sha256sum` prints it."""
+    try:
+        with file.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactDamaged(file, f"unreadable ({error})") from error
+
+
+def read(path: Path) -> Artifact:
+    """Look an artifact over.
+
+    Raises:
+        ArtifactError: no artifact, or a manifest that says what can't be.
+        ArtifactDamaged: a file that is missing, truncated or (a small one) changed.
+    """
+    manifest = read_manifest(path)
+    for name, entry in manifest["files"].items():
+        _check_size(path / name, entry["bytes"])
+    for component, entry in manifest["components"].items():
+        for name in entry["engines"].values():
+            if name not in manifest["files"]:
+                raise ArtifactError(f"{path / MANIFEST}: {component} names {name}, which is not among the files")
+    try:
+        folder = checkpoints.read(path / CHECKPOINT, weights=False)
+    except CheckpointError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    if folder.spec.name != manifest["model"]:
+        raise ArtifactError(
+            f"{path / MANIFEST}: model {manifest['model']!r}; the configurations are of {folder.spec.name!r}"
+        )
+    artifact = Artifact(path, manifest, folder)
+    artifact.folder(CHECKPOINT)
+    return artifact
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of an artifact's folder, checked against the schema. Raises ArtifactError."""
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{file}: missing; expected an artifact made by `fluxserve export`") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file}: unreadable ({error})") from error
+    check_manifest(manifest, file)
+    return manifest  # type: ignore[no-any-return]
+
+
+def check_manifest(manifest: object, file: Path) -> None:
+    """Compare with manifest.schema.json; the message names the field. Raises ArtifactError."""
+    schema = json.loads(resources.files("fluxserve").joinpath("manifest.schema.json").read_text(encoding="utf-8"))
+    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(manifest))
+    if error is not None:
+        raise ArtifactError(f"{file}: {error.json_path.removeprefix('$.')}: {error.message}")
+
+
+def _check_size(file: Path, size: int) -> None:
+    if not file.is_file():
+        raise ArtifactDamaged(file, "missing")
+    if file.stat().st_size != size:
+        raise ArtifactDamaged(file, f"{file.stat().st_size} bytes; the manifest says {size}")

@@ -1,0 +1,110 @@
+"""ONNX Runtime on the CPU: runs an exported ONNX file, and so is the check of every export.
+
+FP8 here is simulated: quantised values are exact, products are computed in float32. ONNX Runtime's own optimisations
+fold or fuse quantise/dequantise pairs of FP8 wrongly (1.31), so an FP8 file runs without them.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fluxserve.artifact import ANYWHERE, Artifact, Component
+from fluxserve.engines import signatures
+from fluxserve.engines.base import FLOATING, Components, Shapes, Signature, TensorSpec
+from fluxserve.errors import ArtifactError, LibraryMissing, LibraryRefused
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise LibraryMissing("onnxruntime", "onnxruntime") from error
+
+_NUMPY_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.int64: "int64"}
+
+
+class OrtEngine:
+    """One session; every bound has its own tensors."""
+
+    def __init__(self, signature: Signature, file: str, compute_dtype: str, simulated_fp8: bool) -> None:
+        self.signature, self._dtype = signature, getattr(torch, compute_dtype)
+        self._session: ort.InferenceSession | None = _open(file, simulated_fp8)
+
+    def bind(self, shapes: Shapes) -> "OrtBound":
+        assert self._session is not None, "bind after close"
+        sizes = self.signature.resolve(shapes)
+
+        def allocate(tensors: tuple[TensorSpec, ...]) -> dict[str, Tensor]:
+            return {t.name: torch.zeros(sizes[t.name], dtype=self._dtype_of(t)) for t in tensors}
+
+        return OrtBound(self._session, allocate(self.signature.inputs), allocate(self.signature.outputs))
+
+    def close(self) -> None:
+        self._session = None
+
+    def _dtype_of(self, tensor: TensorSpec) -> torch.dtype:
+        dtype: torch.dtype = self._dtype if tensor.dtype == FLOATING else getattr(torch, tensor.dtype)
+        return dtype
+
+
+class OrtBound:
+    """A session that reads and writes torch's own memory."""
+
+    def __init__(
+        self, session: "ort.InferenceSession", inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> None:
+        self.inputs, self.outputs, self._session = inputs, outputs, session
+        self._binding = session.io_binding()
+        known = {i.name for i in session.get_inputs()}  # a model without guidance has no such input
+        for name, tensor in inputs.items():
+            if name in known:
+                self._binding.bind_input(name, "cpu", 0, _name(tensor), tuple(tensor.shape), tensor.data_ptr())
+        for name, tensor in outputs.items():
+            self._binding.bind_output(name, "cpu", 0, _name(tensor), tuple(tensor.shape), tensor.data_ptr())
+
+    def run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # the library's errors share no class but this
+            raise LibraryRefused(f"onnxruntime: {error}") from error
+
+
+def _name(tensor: Tensor) -> str:
+    return _NUMPY_NAMES[tensor.dtype]
+
+
+def open_artifact(artifact: Artifact, device: str) -> Components:
+    """Load all five components; see engines.open.open_artifact."""
+    if device != "cpu":
+        raise ArtifactError(f"{artifact.path}: onnxruntime runs it on the CPU; got the device {device}")
+
+    def load(name: str) -> OrtEngine:
+        component = artifact.component(name)
+        artifact.folder(name)  # the file and its data, hashed before they are read
+        file = artifact.path / component.engines[ANYWHERE]
+        return OrtEngine(
+            _signature(artifact, component), str(file), component.compute_dtype, component.precision == "fp8"
+        )
+
+    return Components(**{name: load(name) for name in signatures.BY_COMPONENT})
+
+
+def _signature(artifact: Artifact, component: Component) -> Signature:
+    if component.compute_dtype not in ("float32", "float16"):
+        raise ArtifactError(
+            f"{artifact.path}: {component.name} computes in {component.compute_dtype};"
+            " ONNX Runtime's CPU provider has float32 and float16"
+        )
+    return signatures.exported(component, artifact.spec)
+
+
+def _open(file: str, simulated_fp8: bool) -> "ort.InferenceSession":
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as settings.let_threads_sleep does
+    options.log_severity_level = 3
+    if simulated_fp8:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library's errors share no class but this
+        raise LibraryRefused(f"onnxruntime: {file}: {error}") from error

@@ -1,0 +1,59 @@
+"""What is served: a checkpoint's weights, or an artifact's engines. The settings say which."""
+
+from dataclasses import dataclass
+
+from fluxserve import artifact as artifacts
+from fluxserve import checkpoint as checkpoints
+from fluxserve.artifact import Artifact
+from fluxserve.checkpoint import Checkpoint
+from fluxserve.engines import open as engines
+from fluxserve.engines.base import Components
+from fluxserve.errors import SettingsError
+from fluxserve.settings import Settings
+from fluxserve.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder that was looked over; `checkpoint` has the tokenizers and configurations in either case."""
+
+    engine: str
+    checkpoint: Checkpoint
+    artifact: Artifact | None = None
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.artifact.spec if self.artifact else self.checkpoint.spec
+
+    def open_components(self, device: str, dtype: str) -> Components:
+        """Load every component. Raises CheckpointError, ArtifactError, EngineError."""
+        if self.artifact:
+            return engines.open_artifact(self.artifact, device)
+        return engines.open_components(self.engine, self.checkpoint, device, dtype)
+
+    def device(self, offered: str) -> str:
+        """Where the engine runs: on what is offered, or on the CPU if it runs nowhere else."""
+        return "cpu" if self.engine in engines.CPU_ONLY else offered
+
+
+def find(config: Settings) -> Source:
+    """The source that the settings name; an artifact is served in place of a checkpoint.
+
+    Raises:
+        SettingsError: the settings contradict each other.
+        CheckpointError, ArtifactError: the folder can't be served.
+        UnknownEngine: lists the valid names.
+    """
+    if not config.artifact:
+        name = config.engine or engines.DEFAULT
+        if engines.needs_artifact(name):
+            raise SettingsError(
+                "artifact", "", f"the folder of an artifact, which {name} runs: `fluxserve export` makes one"
+            )
+        return Source(name, checkpoints.read(config.checkpoint_path))
+    if config.dtype != "auto":
+        raise SettingsError("dtype", config.dtype, "auto beside an artifact: its precision was chosen at export")
+    artifact = artifacts.read(config.artifact_path)
+    if config.engine not in ("", artifact.engine):
+        raise SettingsError("engine", config.engine, f"{artifact.engine}, which {config.artifact} is for; or nothing")
+    return Source(artifact.engine, artifact.checkpoint, artifact)
