@@ -34,7 +34,10 @@ _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for an error with a message, 2 for usage, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["export"]:
+        return _export(given[1:])
+    options = _parser().parse_args(given)
     logging.captureWarnings(True)
     settings.let_threads_sleep()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is stopped
@@ -92,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(generate)
     generate.set_defaults(command=_generate)
 
+    commands.add_parser("export", help="turn a checkpoint into an artifact: ONNX, TensorRT or TensorRT-RTX engines")
     doctor = commands.add_parser("doctor", help="check what this machine can run; print every setting")
     _server_options(doctor)
     doctor.set_defaults(command=_doctor)
@@ -246,6 +250,21 @@ def _draw_through(url: str, options: argparse.Namespace) -> int:
         f" {result.format} {t.image:.1f} ms; connecting to file, as the client saw it: {spent:.0f} ms"
     )
     return 0
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def _export(arguments: Sequence[str]) -> int:
+    """A program of its own, whose libraries nothing else needs."""
+    settings.let_threads_sleep()
+    try:
+        from export.cli import main as export
+    except ImportError as error:
+        missing = f"{error.name or error}: not installed; expected the extra 'export' (pip install 'fluxserve[export]')"
+        print(f"fluxserve export: {missing}", file=sys.stderr)
+        return 1
+    return export(arguments)
 
 
 # --- generate, doctor ------------------------------------------------------------------------------------------------

@@ -107,8 +107,11 @@ class UnknownEngine(EngineError):
 
 
 class LibraryMissing(EngineError):
-    def __init__(self, library: str, extra: str) -> None:
-        super().__init__(f"{library}: not installed; expected the extra {extra!r} (pip install 'fluxserve[{extra}]')")
+    """An engine's library is not installed: an extra brings it, or, where none does, what `comes_with` says."""
+
+    def __init__(self, library: str, extra: str = "", comes_with: str = "") -> None:
+        expected = comes_with or f"the extra {extra!r} (pip install 'fluxserve[{extra}]')"
+        super().__init__(f"{library}: not installed; expected {expected}")
 
 
 class LibraryRefused(EngineError):

@@ -164,7 +164,7 @@ class Pipeline:
     def _encode_pixels(self, job: Job, sample: Tensor) -> Tensor:
         """The input image as latents, float32 [1, C, h, w]: mean + std·sample, shifted and scaled."""
         bound = self._bind(self._engines.vae_encoder, {"pixels": (1, 3, job.height, job.width)})
-        pixels = torch.from_numpy(job.pixels).to(self.device, torch.float32) / 255.0
+        pixels = torch.tensor(job.pixels).to(self.device, torch.float32) / 255.0
         bound.inputs["pixels"].copy_((2.0 * pixels - 1.0).permute(2, 0, 1)[None])
         bound.run()
         mean, std = bound.outputs["mean"].float(), bound.outputs["std"].float()

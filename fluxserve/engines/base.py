@@ -66,6 +66,10 @@ class Signature:
             _match(tensor, shapes[tensor.name], values)
         return {t.name: _shape(t, values) for t in (*self.inputs, *self.outputs)}
 
+    def at(self, values: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """The shapes of all inputs and outputs at given values of the symbols; nothing is checked."""
+        return {t.name: _shape(t, values) for t in (*self.inputs, *self.outputs)}
+
     def most(self, symbol: str) -> int:
         """The largest value of a symbol."""
         return min(d.most for t in self.inputs for d in t.dims if isinstance(d, Dim) and d.symbol == symbol)

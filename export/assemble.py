@@ -1,0 +1,175 @@
+"""Finished stages → an artifact: one folder, put in place whole."""
+
+import datetime
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from export import console
+from export.options import FP8
+from export.stages import Stages
+from export.work import Result
+from fluxserve import __version__, process
+from fluxserve.artifact import (
+    ANYWHERE,
+    CHECKPOINT,
+    COMPONENTS,
+    MANIFEST,
+    REFERENCE,
+    SCALES,
+    check_manifest,
+    read_manifest,
+    sha256,
+)
+from fluxserve.errors import ExportError
+
+_CONFIGURATIONS = (".json", ".model", ".txt")
+
+
+def refuse_foreign(target: Path) -> None:
+    """Raise ExportError if `target` is something else than an earlier artifact, which would be replaced."""
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise ExportError(f"{target}: exists and is not an artifact; expected a new folder, or one to replace")
+
+
+def assemble(stages: Stages, numerics: Mapping[str, Result], target: Path) -> Path:
+    """Copy everything that is served into `target`, with its manifest; an earlier artifact there is replaced.
+
+    Until the last step the folder has its process's name; a killed export leaves that, and never half an artifact.
+    """
+    refuse_foreign(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    process.remove_leftovers(target.parent)
+    partial = target.parent / f"{process.own_prefix()}{target.name}"
+    try:
+        with console.line("assemble") as line:
+            partial.mkdir()
+            components = {name: _component(stages, name, numerics[name], partial) for name in COMPONENTS}
+            _copy_configurations(stages.checkpoint.path, partial / CHECKPOINT)
+            _place(stages.reference(), partial / REFERENCE)
+            if stages.options.precision == FP8:
+                shutil.copy(stages.scales().path / SCALES, partial / SCALES)
+            line.say("hashing")
+            manifest = _manifest(stages, components, partial)
+            check_manifest(manifest, partial / MANIFEST)
+            write_manifest(partial, manifest)
+            _swap(partial, target)
+            line.end(f"{target}, {console.size(sum(f['bytes'] for f in manifest['files'].values()))}")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Replace the manifest in one step."""
+    written = folder / f"{process.own_prefix()}{MANIFEST}"
+    written.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    written.replace(folder / MANIFEST)
+
+
+def add_verification(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Append what `verify` measured to an artifact's manifest."""
+    manifest = read_manifest(folder)
+    manifest.setdefault("verified", []).append(dict(entry))
+    check_manifest(manifest, folder / MANIFEST)
+    write_manifest(folder, manifest)
+
+
+def _component(stages: Stages, name: str, numerics: Result, partial: Path) -> dict[str, Any]:
+    """Place a component's files; its entry in the manifest."""
+    graph, engines, seconds = stages.graph(name), {}, {"onnx": stages.onnx(name).seconds}
+    reports = {}
+    for architecture, (result, main) in stages.engines(name).items():
+        folder = f"{name}/{architecture}"
+        _place(result, partial / folder)
+        engines[architecture] = f"{folder}/{main}"
+        seconds[architecture] = result.seconds
+        reports[architecture] = result.record
+    precision = stages.options.precision_of(name)
+    entry = {
+        "precision": precision,
+        "compute_dtype": str(stages.options.dtype).removeprefix("torch."),
+        "shapes": {symbol: list(values) for symbol, values in stages.ranges(name).items()},
+        "engines": engines,
+        "seconds": seconds,
+        "built": {name: record for name, record in reports.items() if name != ANYWHERE},
+        "numerics": numerics.record,
+    }
+    if precision == FP8:
+        entry["quantised"] = [*graph.record["linears"], *(f"{a} (attention)" for a in graph.record["attention"])]
+    return entry
+
+
+def _place(result: Result, folder: Path) -> None:
+    """Copies of a stage's files at their place. No hard links: ONNX readers take them for an attack."""
+    folder.mkdir(parents=True)
+    for name in result.files:
+        shutil.copy(result.path / name, folder / name)
+
+
+def _copy_configurations(source: Path, target: Path) -> None:
+    """The diffusers folder without its weights."""
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source)
+        wanted = file.suffix in _CONFIGURATIONS and not file.name.endswith(".index.json")
+        known = len(name.parts) == 2 or file.name == "model_index.json"
+        if file.is_file() and wanted and known and not any(part.startswith(".") for part in name.parts):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target / name)
+
+
+def _manifest(stages: Stages, components: Mapping[str, Any], partial: Path) -> dict[str, Any]:
+    options, asked = stages.options, stages.calibration
+    files = sorted(f for f in partial.rglob("*") if f.is_file())
+    calibration = {
+        "prompts": asked.count,
+        "prompts_sha256": asked.prompts.sha256,
+        "steps": asked.steps,
+        "seed": asked.seed,
+        "size": list(options.sizes.opt_size),
+        "method": asked.method,
+        "scales": SCALES,
+    }
+    return {
+        "format": 1,
+        "model": stages.checkpoint.spec.name,
+        "engine": options.engine,
+        "precision": options.precision,
+        "architectures": list(stages.architectures),
+        "shapes": {
+            "min_size": list(options.sizes.min_size),
+            "opt_size": list(options.sizes.opt_size),
+            "max_size": list(options.sizes.max_size),
+            "max_batch": options.sizes.max_batch,
+        },
+        "components": dict(components),
+        "files": {f.relative_to(partial).as_posix(): {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files},
+        "checkpoint": stages.hashes,
+        "calibration": calibration if options.precision == FP8 else None,
+        "made": {
+            "fluxserve": __version__,
+            "commit": _commit(),
+            "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": stages.versions,
+        },
+    }
+
+
+def _commit() -> str:
+    """Of the source tree this runs from; "unknown" outside of one."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Give the new artifact its name; an earlier one goes only when the new one is whole."""
+    old = target.parent / f"{process.own_prefix()}old-{target.name}"
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,153 @@
+"""Activations' ranges, measured on real prompts along real trajectories.
+
+The float reference draws every prompt of the calibration file; hooks see each quantised linear's input and each FP8
+attention's q, k, v at every timestep. Kept is a histogram of log2|x| for each tensor, from which any method reads its
+amax. The same prompts, seed, steps and device type give the same numbers.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from export.fp8 import ATTENTION, KEPT, Scales, quantised_linears, root_scale, watched_attention
+from fluxserve.errors import ExportError
+from fluxserve.job import plan
+from fluxserve.pipeline import Pipeline
+from fluxserve.request import parse
+from fluxserve.text import Tokenizers
+
+METHODS = ("max", "percentile-99.99", "percentile-99.999", "percentile-99.9")
+_BINS_PER_OCTAVE, _LEAST, _MOST = 16, -40, 40
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A calibration file: one prompt a line, empty lines and lines that begin with # left out."""
+
+    lines: tuple[str, ...]
+    sha256: str
+
+
+def read_prompts(file: Path) -> Prompts:
+    """Raises ExportError."""
+    try:
+        content = file.read_bytes()
+        lines = [line.strip() for line in content.decode("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"{file}: unreadable ({error}); expected a text file, one prompt a line") from error
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
+        raise ExportError(f"{file}: no prompts; expected one a line")
+    return Prompts(prompts, hashlib.sha256(content).hexdigest())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How ranges are measured."""
+
+    prompts: Prompts
+    count: int
+    """How many of the prompts are drawn, from the first."""
+    steps: int
+    seed: int
+    """Prompt k is drawn from seed + k."""
+    method: str
+    device: str
+
+
+class Range:
+    """How large a tensor's values get: their maximum, and a histogram of log2|x|."""
+
+    def __init__(self) -> None:
+        self._largest = 0.0
+        self._counts = torch.zeros((_MOST - _LEAST) * _BINS_PER_OCTAVE, dtype=torch.int64)
+
+    def see(self, x: Tensor) -> None:
+        magnitude = x.detach().abs().float()
+        self._largest = max(self._largest, float(magnitude.max()))
+        bins = ((magnitude.clamp(min=2.0**_LEAST).log2() - _LEAST) * _BINS_PER_OCTAVE).long()
+        counted = torch.bincount(bins.flatten().clamp_(max=len(self._counts) - 1), minlength=len(self._counts))
+        self._counts += counted.cpu()
+
+    def amax(self, method: str) -> float:
+        """By a method of METHODS; never more than the maximum, and above 0."""
+        if method == "max":
+            return max(self._largest, 1e-12)
+        share = float(method.removeprefix("percentile-")) / 100
+        reached = (self._counts.cumsum(0) >= share * self._counts.sum()).nonzero()[0]
+        upper = 2.0 ** (_LEAST + (float(reached) + 1) / _BINS_PER_OCTAVE)
+        return float(max(min(upper, self._largest), 1e-12))
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Of one component: each quantised linear's input; each FP8 attention's q, k, v."""
+
+    linears: Mapping[str, Range]
+    attention: Mapping[str, tuple[Range, Range, Range]]
+
+    def scales(self, method: str) -> Scales:
+        q_k_v = {name: tuple(r.amax(method) for r in ranges) for name, ranges in self.attention.items()}
+        return Scales({name: r.amax(method) for name, r in self.linears.items()}, q_k_v)  # type: ignore[arg-type]
+
+
+@contextmanager
+def watched(component: str, module: nn.Module) -> Iterator[Ranges]:
+    """Within, every call of the module adds to the ranges."""
+    linears = {name: Range() for name in quantised_linears(component, module)}
+    attention: dict[str, tuple[Range, Range, Range]] = {}
+
+    def see(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+        root = root_scale(q.shape[-1])
+        for range_, x in zip(
+            attention.setdefault(name, (Range(), Range(), Range())), (q * root, k * root, v), strict=True
+        ):
+            range_.see(x)
+
+    with ExitStack() as stack:
+        for name, linear in quantised_linears(component, module).items():
+            hook = linear.register_forward_pre_hook(lambda _, inputs, name=name: linears[name].see(inputs[0]))
+            stack.callback(hook.remove)
+        stack.enter_context(watched_attention(component, module, see))
+        yield Ranges(linears, attention)
+
+
+def calibrate(
+    pipeline: Pipeline,
+    tokenizers: Tokenizers,
+    modules: Mapping[str, nn.Module],
+    asked: Calibration,
+    size: tuple[int, int],
+    progress: Progress = lambda *_: None,
+) -> dict[str, Ranges]:
+    """Draw every prompt and watch.
+
+    Args:
+        pipeline: over torch_eager's components of `modules`, so that the hooks see what it runs.
+        size: height, width in pixels.
+
+    Returns:
+        component → ranges, for the components that FP8 is for.
+    """
+    assert set(ATTENTION) <= set(KEPT)
+    with ExitStack() as stack:
+        ranges = {name: stack.enter_context(watched(name, modules[name])) for name in KEPT}
+        prompts = asked.prompts.lines[: asked.count]
+        for index, prompt in enumerate(prompts):
+            fields = {
+                "height": size[0],
+                "width": size[1],
+                "num_inference_steps": asked.steps,
+                "seed": asked.seed + index,
+            }
+            request = parse({"prompt": prompt.encode(), **fields}, pipeline.spec)
+            pipeline.draw([plan(request, pipeline.spec, tokenizers)])
+            progress(index + 1, len(prompts))
+    return ranges

@@ -1,0 +1,200 @@
+"""fluxserve export: a checkpoint becomes an artifact that the server runs. See README.md beside this file."""
+
+import argparse
+import logging
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from export import console
+from export.options import DTYPES, FP8, ONNXRUNTIME, TENSORRT, TENSORRT_RTX, Options, Size, Sizes, default_sizes
+from fluxserve.artifact import COMPONENTS
+from fluxserve.errors import ArtifactError, EngineError, ExportError, FluxserveError
+
+STAGES = ("onnx", "quantize", "build", "verify")
+_PROMPTS = Path(__file__).parent / "prompts.txt"
+_EPILOG = """\
+examples:
+  fluxserve export checkpoints/tiny --out tiny.onnx --engine onnxruntime
+  fluxserve export checkpoints/tiny --out tiny.fp8 --engine onnxruntime --precision fp8
+  fluxserve export /models/FLUX.1-dev --out dev.rtx --engine tensorrt-rtx --precision fp8 --sm sm89 --sm sm120
+  fluxserve export /models/FLUX.1-dev --out dev.plan --engine tensorrt --precision fp8 --max-size 1536x1536
+  fluxserve serve --artifact dev.plan
+stages alone; each makes what it needs and keeps it in the work folder (OUT.work, or --work):
+  fluxserve export onnx CHECKPOINT --out OUT ...          the graphs
+  fluxserve export quantize CHECKPOINT --out OUT ...      calibrate, and put FP8 into the graphs
+  fluxserve export build CHECKPOINT --out OUT ...         engines
+  fluxserve export verify ARTIFACT                        engines against the reference that the artifact carries
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point; returns the exit status: 0; 1 for an error or a missed gate, 2 for usage, 130 for Ctrl-C."""
+    first = arguments[0] if arguments else ""
+    stage, rest = (first, arguments[1:]) if first in STAGES else ("", arguments)
+    options = _verify_parser().parse_args(rest) if stage == "verify" else _parser(stage).parse_args(rest)
+    logging.captureWarnings(True)  # the tracer's, about what it does itself
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        return _verify(options.artifact, options.device) if stage == "verify" else _export(stage, options)
+    except (FluxserveError, OSError) as error:
+        print(f"fluxserve export: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fluxserve export: stopped; what was finished is kept", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _parser(stage: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"fluxserve export {stage}".strip(),
+        description="Turn a diffusers-format checkpoint into an artifact: engines, scales, reference and manifest.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, help="a diffusers-format folder")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the artifact's folder; an earlier artifact is replaced"
+    )
+    parser.add_argument("--work", type=Path, help="where finished stages are kept; default: OUT.work")
+    parser.add_argument("--engine", choices=(ONNXRUNTIME, TENSORRT, TENSORRT_RTX), default=ONNXRUNTIME)
+    parser.add_argument("--precision", choices=(*DTYPES, FP8), default="fp32", help="default: %(default)s")
+    parser.add_argument("--opset", type=int, choices=(22, 23), default=0, help="of ONNX; TensorRT 10.13 needs 22")
+    parser.add_argument(
+        "--sm", action="append", default=[], type=_architecture, metavar="SM", help="GPU architecture, such as sm89"
+    )
+    if stage:
+        parser.add_argument(
+            "--component", action="append", choices=COMPONENTS, default=[], help="only this one; may be repeated"
+        )
+    shapes = parser.add_argument_group("shapes that the engines are built for")
+    shapes.add_argument("--min-size", type=_size, metavar="HxW", help="default: the model's smallest")
+    shapes.add_argument("--opt-size", type=_size, metavar="HxW", help="where it is fastest; default: the model's own")
+    shapes.add_argument("--max-size", type=_size, metavar="HxW", help="default: as --opt-size")
+    shapes.add_argument("--max-batch", type=int, default=1, metavar="N", help="images at once; default: %(default)s")
+    calibration = parser.add_argument_group("calibration (FP8) and reference")
+    calibration.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="prompts, one a line; default: CHECKPOINT/calibration.txt or ours",
+    )
+    calibration.add_argument(
+        "--prompts", type=int, default=32, metavar="N", help="how many of them; default: %(default)s"
+    )
+    calibration.add_argument("--steps", type=int, metavar="N", help="default: the model's own")
+    calibration.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    calibration.add_argument("--method", default="max", help="max, or percentile-99.99; default: %(default)s")
+    calibration.add_argument("--device", default="", help="where PyTorch computes; default: a GPU if there is one")
+    return parser
+
+
+def _verify_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fluxserve export verify",
+        description="Run an artifact's engines against its reference; the result goes into its manifest.",
+    )
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--device", default="", help="default: a GPU if there is one")
+    return parser
+
+
+def _architecture(text: str) -> str:
+    name = text.lower()
+    if not (name.startswith("sm") and name[2:].isdigit()):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected one such as sm89")
+    return name
+
+
+def _size(text: str) -> Size:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdigit() and (width or height).isdigit()):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected HEIGHTxWIDTH, such as 1024x1024")
+    return int(height), int(width or height)
+
+
+def _export(stage: str, options: argparse.Namespace) -> int:
+    from export.assemble import assemble, refuse_foreign
+
+    if not stage:
+        refuse_foreign(options.out)
+    begun = time.perf_counter()
+    stages = _stages(options)
+    components = tuple(getattr(options, "component", ())) or COMPONENTS
+    if stage:
+        for component in components:
+            for path in _run_stage(stages, stage, component):
+                print(f"  {path}")
+        return 0
+    for component in COMPONENTS:
+        stages.engines(component)
+    artifact = assemble(stages, {component: stages.numerics(component) for component in COMPONENTS}, options.out)
+    print(
+        f"exported in {console.duration(time.perf_counter() - begun)}; serve it: fluxserve serve --artifact {artifact}"
+    )
+    return _verify_if_possible(artifact, options)
+
+
+def _run_stage(stages, stage: str, component: str) -> list[Path]:  # type: ignore[no-untyped-def]
+    if stage == "onnx":
+        return [stages.onnx(component).path]
+    if stage == "quantize":
+        return [stages.graph(component).path]
+    return [result.path for result, _ in stages.engines(component).values()]
+
+
+def _stages(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from export.calibrate import METHODS, Calibration, read_prompts
+    from export.stages import Stages
+    from export.work import Work
+    from fluxserve import checkpoint
+
+    folder = checkpoint.read(options.checkpoint)
+    usual = default_sizes(folder.spec)
+    opt = options.opt_size or usual.opt_size
+    sizes = Sizes(options.min_size or usual.min_size, opt, options.max_size or opt, options.max_batch)
+    if options.method not in METHODS:
+        raise ExportError(f"method: got {options.method!r}; expected one of {', '.join(METHODS)}")
+    own = folder.path / "calibration.txt"
+    prompts = read_prompts(options.calibration or (own if own.is_file() else _PROMPTS))
+    calibration = Calibration(
+        prompts,
+        count=min(options.prompts, len(prompts.lines)),
+        steps=options.steps or folder.spec.defaults.num_inference_steps,
+        seed=options.seed,
+        method=options.method,
+        device=options.device or _device(),
+    )
+    wanted = Options(options.engine, options.precision, sizes, tuple(dict.fromkeys(options.sm)), options.opset)
+    work = options.work or options.out.with_name(f"{options.out.name}.work")
+    return Stages(folder, wanted, calibration, Work(work))
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def _verify_if_possible(artifact: Path, options: argparse.Namespace) -> int:
+    """Verify what was just exported, unless its engine can't run on this machine: then say so, which is no failure."""
+    try:
+        return _verify(artifact, options.device)
+    except (ArtifactError, EngineError) as error:
+        print(f"not verified, because it can't run here: {error}")
+        print(f"  on the machine that serves it: fluxserve export verify {artifact}")
+        return 0
+
+
+def _verify(path: Path, device: str) -> int:
+    from export.assemble import add_verification
+    from export.verify import table, verify
+    from fluxserve import artifact
+
+    found = verify(artifact.read(path), device or _device())
+    add_verification(path, found)
+    print(table(found))
+    print("passed" if found["passed"] else "FAILED: see the rows that are marked; the manifest has them")
+    return 0 if found["passed"] else 1

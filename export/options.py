@@ -1,0 +1,132 @@
+"""What an export is asked for, and the shapes that follow from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from export.fp8 import KEPT
+from fluxserve.artifact import Range
+from fluxserve.errors import ExportError
+from fluxserve.spec import PATCH, ModelSpec
+
+ONNXRUNTIME, TENSORRT, TENSORRT_RTX = "onnxruntime", "tensorrt", "tensorrt-rtx"
+FP8 = "fp8"
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Precision → what the graph computes in; under fp8 the engine decides (see Options.dtype)."""
+
+OPSETS = {ONNXRUNTIME: 22, TENSORRT: 23, TENSORRT_RTX: 23}
+"""22 spells attention out, so that ONNX Runtime can simulate an FP8 softmax and TensorRT 10.13 can read it; 23 has it
+as one operator, which newer TensorRTs fuse or refuse to build."""
+
+ATTENTION_OPSET = 23
+"""From which attention is one operator."""
+
+Size = tuple[int, int]
+"""Height, width in pixels."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What an engine is built for: any size from the shorter side of min_size to the longer of max_size, and at most
+    max_size's area; fastest at opt_size."""
+
+    min_size: Size
+    opt_size: Size
+    max_size: Size
+    max_batch: int = 1
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raises ExportError, which names the size, what came and what the model allows."""
+        limits, step = spec.limits, spec.size_multiple
+        for name in ("min_size", "opt_size", "max_size"):
+            height, width = getattr(self, name)
+            fits = all(limits.min_side <= s <= limits.max_side and s % step == 0 for s in (height, width))
+            if not fits or height * width > limits.max_pixels:
+                allowed = f"multiples of {step} from {limits.min_side} to {limits.max_side}"
+                raise ExportError(f"{name}: got {height}x{width}; {spec.name} allows {allowed}")
+        areas = [h * w for h, w in (self.min_size, self.opt_size, self.max_size)]
+        sides = (min(self.min_size), *self.opt_size, max(self.max_size))
+        if areas != sorted(areas) or min(sides) != sides[0] or max(sides) != sides[-1]:
+            got = ", ".join("x".join(map(str, s)) for s in (self.min_size, self.opt_size, self.max_size))
+            raise ExportError(f"min, opt, max size: got {got}; expected each to hold the one before")
+        if self.max_batch < 1:
+            raise ExportError(f"max_batch: got {self.max_batch}; expected 1 or more")
+
+
+def default_sizes(spec: ModelSpec) -> Sizes:
+    """From the model's smallest picture to its default size, where it is fastest."""
+    side = spec.defaults.side
+    return Sizes((spec.limits.min_side,) * 2, (side, side), (side, side))
+
+
+@dataclass(frozen=True)
+class Options:
+    """One export, whole."""
+
+    engine: str
+    precision: str
+    sizes: Sizes
+    architectures: tuple[str, ...] = ()
+    opset: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the graph computes in. ONNX Runtime's CPU provider has no bfloat16."""
+        if self.precision == FP8:
+            return torch.float32 if self.engine == ONNXRUNTIME else torch.bfloat16
+        return DTYPES[self.precision]
+
+    @property
+    def onnx_opset(self) -> int:
+        """TensorRT builds no Attention operator in float32."""
+        return self.opset or (22 if self.dtype == torch.float32 else OPSETS[self.engine])
+
+    def precision_of(self, component: str) -> str:
+        """FP8 is for the components that fp8.KEPT lists; the others compute in the graph's dtype."""
+        if self.precision == FP8 and component not in KEPT:
+            return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return self.precision
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raises ExportError."""
+        self.sizes.check(spec)
+        if self.engine == ONNXRUNTIME and self.precision == "bf16":
+            raise ExportError("precision: got bf16; ONNX Runtime on a CPU computes in fp32, fp16 or (simulated) fp8")
+        if self.engine == TENSORRT_RTX and not self.architectures:
+            raise ExportError("sm: got none; expected the GPU architectures to build for, such as sm89 or sm120")
+        if self.engine == ONNXRUNTIME and self.architectures:
+            raise ExportError(f"sm: got {', '.join(self.architectures)}; ONNX Runtime's files are for any machine")
+
+
+def ranges(component: str, spec: ModelSpec, sizes: Sizes) -> dict[str, Range]:
+    """The varying dimensions of a component's signature: least, typical, most.
+
+    Text is always padded to its full length, so that its dimension does not vary.
+    """
+    rows = (1, 1, sizes.max_batch)
+    if component in ("clip", "t5"):
+        tokens = spec.text.clip_tokens if component == "clip" else spec.text.t5_tokens
+        return {"rows": rows, "tokens": (tokens,) * 3}
+    if component == "transformer":
+        least = min(sizes.min_size)
+        image = tuple(spec.image_tokens(*size) for size in ((least, least), sizes.opt_size, sizes.max_size))
+        return {"rows": rows, "image_tokens": image, "text_tokens": (spec.text.t5_tokens,) * 3}  # type: ignore[dict-item]
+    least, most = min(sizes.min_size) // spec.vae.downscale, max(sizes.max_size) // spec.vae.downscale
+    height, width = spec.latent_size(*sizes.opt_size)
+    return {"rows": rows, "latent_height": (least, height, most), "latent_width": (least, width, most)}
+
+
+def profile(shapes: Mapping[str, Range], which: int) -> dict[str, int]:
+    """The symbols at the least (0), typical (1) or most (2) of their range."""
+    return {symbol: values[which] for symbol, values in shapes.items()}
+
+
+def example(shapes: Mapping[str, Range]) -> dict[str, int]:
+    """A small point inside the ranges: sizes that torch.export takes for variable (0 and 1 it takes for fixed)."""
+    small = {symbol: min(max(least, 2), most) for symbol, (least, _, most) in shapes.items()}
+    for symbol in ("latent_height", "latent_width"):
+        if symbol in small:
+            small[symbol] += small[symbol] % PATCH
+    return small

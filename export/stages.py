@@ -1,0 +1,274 @@
+"""The stages of an export over a work folder: onnx → calibrate → quantize → build, and the reference beside them."""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from export import build, calibrate, numerics, quantize, reference, trace
+from export.console import Line
+from export.fp8 import KEPT, Scales
+from export.options import ATTENTION_OPSET, FP8, ONNXRUNTIME, Options, profile, ranges
+from export.work import Result, Work
+from fluxserve.artifact import ANYWHERE, SCALES, Range
+from fluxserve.checkpoint import Checkpoint
+from fluxserve.engines import signatures, tensorrt_library, torch_eager
+from fluxserve.engines.base import Components
+from fluxserve.engines.tensorrt import Cuda
+from fluxserve.engines.torch_eager import ARCHITECTURES
+from fluxserve.errors import ExportError
+from fluxserve.pipeline import Pipeline
+from fluxserve.text import Tokenizers
+
+ONNX = "model.onnx"
+PLAN = "model.plan"
+_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+
+
+def refuse_misses(component: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ExportError if an ONNX file is further from the reference than plain arithmetic allows."""
+    for row in rows:
+        if not row["relative_error"] <= row["allowed"]:
+            got = f"relative error {row['relative_error']:.2e} of {row['output']} {row['shape']}"
+            raise ExportError(f"numerics: {component}: {got}; expected at most {row['allowed']:.2e}")
+
+
+def _refuse_lost_fp8(component: str, architecture: str, got: int, record: Mapping[str, Any]) -> None:
+    """Raise ExportError if the network that was built has fewer FP8 products than were put into its graph."""
+    spelled_out = 2 * len(record.get("attention", ())) if record["opset"] < ATTENTION_OPSET else 0
+    expected = len(record.get("linears", ())) + spelled_out
+    if got != expected:
+        raise ExportError(f"build: {component} {architecture}: {got} products in FP8; expected {expected}")
+
+
+class Stages:
+    """One export: a checkpoint, what is wanted of it, and where results are kept."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, options: Options, calibration: calibrate.Calibration, work: Work
+    ) -> None:
+        options.check(checkpoint.spec)
+        self.checkpoint, self.options, self.calibration, self.work = checkpoint, options, calibration, work
+
+    # --- what the stages are keyed by ---------------------------------------------------------------------------------
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of every file of the checkpoint that counts."""
+        return self.work.hashes(self.checkpoint.path)
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        found = {name: metadata.version(name) for name in _LIBRARIES}
+        if self.options.engine != ONNXRUNTIME:
+            found[self.options.engine] = self._library.version
+        return {"python": platform.python_version(), **found}
+
+    def ranges(self, component: str) -> dict[str, Range]:
+        return ranges(component, self.checkpoint.spec, self.options.sizes)
+
+    def _weights(self, components: Iterable[str]) -> dict[str, str]:
+        folders = tuple(f"{ARCHITECTURES[name].folder}/" for name in components)
+        return {name: digest for name, digest in self.hashes.items() if name.startswith(folders)}
+
+    @cached_property
+    def _library(self) -> tensorrt_library.Library:
+        return tensorrt_library.load(self.options.engine)
+
+    # --- onnx ---------------------------------------------------------------------------------------------------------
+
+    def onnx(self, component: str) -> Result:
+        """The component's graph, and how far it is from the module."""
+        dtype, opset, shapes = self.options.dtype, self.options.onnx_opset, self.ranges(component)
+
+        def make(folder: Path, line: Line) -> dict[str, Any]:
+            line.say("tracing")
+            model = trace.trace(self.checkpoint, component, shapes, dtype, opset)
+            trace.save(model, folder / ONNX, line.progress)
+            return {"opset": opset, "dtype": str(dtype).removeprefix("torch."), "nodes": len(list(model.graph))}
+
+        inputs = {
+            "weights": self._weights([component]),
+            "shapes": shapes,
+            "dtype": str(dtype),
+            "opset": opset,
+            "versions": {name: self.versions[name] for name in _LIBRARIES},
+        }
+        return self.work.stage(f"onnx {component}", inputs, make)
+
+    # --- calibrate ----------------------------------------------------------------------------------------------------
+
+    def scales(self) -> Result:
+        """SCALES: the amax of everything that is quantised, for every engine."""
+        asked = self.calibration
+
+        def make(folder: Path, line: Line) -> dict[str, Any]:
+            line.say("loading")
+            modules = self._modules(torch.float32)
+            pipeline = self._pipeline(modules)
+            found = calibrate.calibrate(
+                pipeline, Tokenizers(self.checkpoint), modules, asked, self.options.sizes.opt_size, line.progress
+            )
+            content = {
+                "format": "e4m3",
+                "method": asked.method,
+                "components": {name: r.scales(asked.method).to_json() for name, r in found.items()},
+            }
+            (folder / SCALES).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            return {}
+
+        inputs = {
+            "weights": self.hashes,
+            "calibration": asdict(asked) | {"prompts": asked.prompts.sha256},
+            "size": self.options.sizes.opt_size,
+            "device": asked.device,
+            "torch": self.versions["torch"],
+        }
+        return self.work.stage("calibrate", inputs, make)
+
+    def scales_of(self, component: str) -> Scales:
+        content = json.loads((self.scales().path / SCALES).read_text(encoding="utf-8"))
+        return Scales.from_json(content["components"][component])
+
+    # --- quantize -----------------------------------------------------------------------------------------------------
+
+    def graph(self, component: str) -> Result:
+        """The ONNX that an engine is made of: quantised, if the precision says so."""
+        source = self.onnx(component)
+        if self.options.precision_of(component) != FP8:
+            return source
+        scales = self.scales_of(component)
+
+        def make(folder: Path, line: Line) -> dict[str, Any]:
+            model = quantize.load(source.path / ONNX)
+            report = quantize.quantise(model, scales)
+            trace.save(model, folder / ONNX, line.progress)
+            return {**source.record, "linears": report.linears, "attention": report.attention}
+
+        return self.work.stage(f"quantize {component}", {"onnx": source.files, "scales": scales.to_json()}, make)
+
+    # --- numerics -----------------------------------------------------------------------------------------------------
+
+    def numerics(self, component: str) -> Result:
+        """The ONNX file through ONNX Runtime against the reference's calls, which have two shapes."""
+        graph, kept = self.graph(component), self.reference()
+        signature = signatures.BY_COMPONENT[component](self.checkpoint.spec)
+
+        def make(folder: Path, line: Line) -> dict[str, Any]:
+            cases = reference.load_cases(kept.path / f"{component}.safetensors")
+            file = graph.path / ONNX
+            wide = self.options.dtype == torch.bfloat16
+            if wide:
+                line.say("widening bfloat16")
+                file = folder / ONNX
+                numerics.widened(graph.path / ONNX, file)
+            line.say("running")
+            results = numerics.run_onnx(file, signature, [case.inputs for case in cases])
+            for made in folder.iterdir():
+                made.unlink()
+            rows = reference.compare(cases, results)
+            refuse_misses(component, rows)
+            return {"widened": wide, "cases": rows}
+
+        return self.work.stage(f"numerics {component}", {"graph": graph.files, "reference": kept.files}, make)
+
+    # --- build --------------------------------------------------------------------------------------------------------
+
+    def engine(self, component: str, architecture: str) -> Result:
+        """The component's plan for one GPU architecture."""
+        graph, shapes = self.graph(component), self.ranges(component)
+        signature = signatures.BY_COMPONENT[component](self.checkpoint.spec)
+        points = [signature.at(profile(shapes, which)) for which in range(3)]
+        inputs = {t.name: (points[0][t.name], points[1][t.name], points[2][t.name]) for t in signature.inputs}
+        attention = len(graph.record.get("attention", ())) if self.options.onnx_opset >= ATTENTION_OPSET else 0
+
+        def make(folder: Path, line: Line) -> dict[str, Any]:
+            report = build.build(
+                self._library,
+                graph.path / ONNX,
+                inputs,
+                folder / PLAN,
+                architecture=architecture,
+                fp8_attentions=attention,
+                progress=lambda phase, step, steps: line.say(f"{phase} {step}/{steps}"),
+            )
+            _refuse_lost_fp8(component, architecture, report.fp8_matmuls, graph.record)
+            return asdict(report)
+
+        keyed = {
+            "graph": graph.files,
+            "shapes": {name: [list(point) for point in three] for name, three in inputs.items()},
+            "architecture": architecture,
+            "library": [self._library.flavour, self._library.version],
+            "attention": attention,
+        }
+        return self.work.stage(f"build {component} {architecture}", keyed, make)
+
+    def engines(self, component: str) -> dict[str, tuple[Result, str]]:
+        """Architecture (or ANYWHERE) → the stage that made the engine, and its main file."""
+        if self.options.engine == ONNXRUNTIME:
+            return {ANYWHERE: (self.graph(component), ONNX)}
+        return {a: (self.engine(component, a), PLAN) for a in self.architectures}
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """What to build for; full TensorRT builds for the GPU that is present, unless it is told."""
+        if self.options.architectures or self.options.engine == ONNXRUNTIME:
+            return self.options.architectures
+        return (Cuda("cuda:0").architecture,)
+
+    # --- reference ----------------------------------------------------------------------------------------------------
+
+    def reference(self) -> Result:
+        """What the float32 reference computes, and plain arithmetic's error in the export's precision."""
+        spec, sizes, device = self.checkpoint.spec, self.options.sizes, self.calibration.device
+        asked = reference.pictures(spec, sizes, self.calibration.prompts.lines, self.calibration.seed)
+        quantised = self.options.precision == FP8
+        scales = {name: self.scales_of(name) for name in KEPT} if quantised else None
+
+        def make(folder: Path, line: Line) -> dict[str, Any]:
+            line.say("drawing in float32")
+            tokenizers, modules = Tokenizers(self.checkpoint), self._modules(torch.float32)
+            components = self._components(modules)
+            cases, images = reference.record(spec, components, tokenizers, asked, device)
+            line.say(f"drawing plainly in {self.options.precision}")
+            if self.options.dtype != torch.float32:
+                del modules, components
+                modules = self._modules(self.options.dtype)
+            with reference.in_precision(modules, scales):
+                for name, calls in cases.items():
+                    reference.measure_plain(name, signatures.BY_COMPONENT[name](spec), modules[name], calls)
+                pipeline = self._pipeline(modules, reference.rows_of(asked))
+                plain = reference.draw(asked, pipeline, tokenizers, images[0])
+            reference.save(folder, cases, asked, images, plain)
+            return {}
+
+        keyed = {
+            "weights": self.hashes,
+            "asked": [asdict(each) for each in asked],
+            "dtype": str(self.options.dtype),
+            "scales": {name: s.to_json() for name, s in scales.items()} if scales else None,
+            "device": device,
+            "torch": self.versions["torch"],
+        }
+        return self.work.stage("reference", keyed, make)
+
+    def _modules(self, dtype: torch.dtype) -> dict[str, nn.Module]:
+        device = self.calibration.device
+        names = ("clip", "t5", "transformer", "vae_decoder")
+        modules = {name: torch_eager.load_module(self.checkpoint, name, device, dtype) for name in names}
+        return {**modules, "vae_encoder": modules["vae_decoder"]}
+
+    def _components(self, modules: Mapping[str, nn.Module]) -> Components:
+        own = {name: modules[name] for name in ("clip", "t5", "transformer")}
+        return torch_eager.from_modules(self.checkpoint.spec, **own, vae=modules["vae_decoder"])
+
+    def _pipeline(self, modules: Mapping[str, nn.Module], rows: int = 1) -> Pipeline:
+        return Pipeline(self.checkpoint.spec, self._components(modules), self.calibration.device, rows)

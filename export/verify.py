@@ -1,0 +1,95 @@
+"""An artifact's engines against the reference that it carries, wherever they run."""
+
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from export import reference
+from export.numerics import psnr
+from export.reference import Case
+from fluxserve.artifact import COMPONENTS, REFERENCE, Artifact
+from fluxserve.engines.base import Components, Engine
+from fluxserve.engines.open import CPU_ONLY, open_artifact
+from fluxserve.pipeline import Pipeline
+from fluxserve.text import Tokenizers
+
+PSNR_ENOUGH, PSNR_SLACK = 40.0, 3.0
+"""dB. An image is good enough at PSNR_ENOUGH, or no more than PSNR_SLACK below plain arithmetic's: twenty steps carry
+rounding along, and two ways of rounding equally well end at pictures that differ from each other."""
+
+
+def verify(artifact: Artifact, device: str) -> dict[str, Any]:
+    """Run every engine on the reference's inputs, and draw the reference's pictures from the same noise.
+
+    Returns:
+        what was measured, fit for the manifest's `verified`; `passed` says whether all of it is within its gate.
+
+    Raises:
+        ArtifactError, EngineError: the engines can't run here; the message says why.
+    """
+    device = "cpu" if artifact.engine in CPU_ONLY else device
+    files = {file.stem: file for file in artifact.folder(REFERENCE)}
+    components = open_artifact(artifact, device)
+    try:
+        rows = []
+        for name in COMPONENTS:
+            cases = reference.load_cases(files[name])
+            results = [_run(getattr(components, name), case) for case in cases]
+            rows += [{"component": name, **row} for row in reference.compare(cases, results)]
+        images = _images(artifact, components, device, files)
+    finally:
+        components.close()
+    for row in rows:
+        row["passed"] = row["relative_error"] <= row["allowed"]
+    return {
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
+        "components": rows,
+        "images": images,
+        "passed": all(row["passed"] for row in [*rows, *images]),
+    }
+
+
+def _run(engine: Engine, case: Case) -> dict[str, torch.Tensor]:
+    bound = engine.bind({name: tuple(value.shape) for name, value in case.inputs.items()})
+    for name, value in case.inputs.items():
+        bound.inputs[name].copy_(value)
+    bound.run()
+    return {name: value.float().cpu().clone() for name, value in bound.outputs.items()}
+
+
+def _images(artifact: Artifact, components: Components, device: str, files: Mapping[str, Any]) -> list[dict[str, Any]]:
+    asked, expected, plain = reference.load_images(files[reference.IMAGES])
+    pipeline = Pipeline(artifact.spec, components, device, reference.rows_of(asked))
+    drawn = reference.draw(asked, pipeline, Tokenizers(artifact.checkpoint), expected[0])
+    return [
+        {
+            "size": [each.height, each.width],
+            "task": "text-to-image" if each.strength is None else "image-to-image",
+            "psnr": psnr(image, wanted),
+            "plain": plain_psnr,
+            "allowed": min(PSNR_ENOUGH, plain_psnr - PSNR_SLACK),
+            "passed": psnr(image, wanted) >= min(PSNR_ENOUGH, plain_psnr - PSNR_SLACK),
+        }
+        for each, image, wanted, plain_psnr in zip(asked, drawn, expected, plain, strict=True)
+    ]
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """What was measured, for people."""
+    lines = [f"{'':<34}{'relative error':>15}{'plain':>10}{'allowed':>10}{'cosine':>10}"]
+    for row in found["components"]:
+        name = f"{row['component']}.{row['output']} {'x'.join(map(str, row['shape']))}"
+        numbers = f"{row['relative_error']:>15.2e}{row['plain']:>10.1e}{row['allowed']:>10.1e}{row['cosine']:>10.6f}"
+        lines.append(f"{name:<34}{numbers}{_mark(row)}")
+    lines.append(f"{'':<34}{'PSNR dB':>15}{'plain':>10}{'allowed':>10}")
+    for row in found["images"]:
+        name = f"{row['task']} {row['size'][0]}x{row['size'][1]}"
+        lines.append(f"{name:<34}{row['psnr']:>15.1f}{row['plain']:>10.1f}{row['allowed']:>10.1f}{'':>10}{_mark(row)}")
+    return "\n".join(lines)
+
+
+def _mark(row: Mapping[str, Any]) -> str:
+    return "" if row["passed"] else "   FAILED"
