@@ -1,21 +1,46 @@
-# make demo | serve | test | check | clean. Everything goes into .venv; a second run installs nothing.
+# make demo | serve | export | test | check | clean. Everything goes into .venv; a second run installs nothing.
+#
+#   make demo                                          the tiny model through the faster engine for a CPU
+#   make demo ENGINE=onnxruntime PRECISION=fp8         with FP8, simulated
+#   make demo ENGINE=torch_eager                       the checkpoint as it is
 
 # The first that runs: a name on the path may be a shim of a version that is not there.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c pass 2>/dev/null && command -v $$p && break; done)
 PROMPT ?= a fox on a blue background
+ENGINE ?= onnxruntime
+PRECISION ?= fp32
+ARTIFACT ?= artifacts/tiny-$(ENGINE)-$(PRECISION)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 INPUTS := pyproject.toml client/pyproject.toml constraints.txt
 
-.PHONY: demo serve test check format clean
+# The tiny model is exported once for ONNX Runtime; another checkpoint or engine is served as it is, another artifact too.
+ifneq ($(CHECKPOINT),)
+MODEL := --checkpoint "$(CHECKPOINT)"
+else ifeq ($(ENGINE),onnxruntime)
+MODEL := --artifact "$(ARTIFACT)"
+NEEDED := $(if $(findstring ://,$(SERVER)),,$(ARTIFACT).made)
+else
+MODEL := --engine "$(ENGINE)"
+endif
+
+.PHONY: demo serve export test check format clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.demo
-	@$(BIN)/fluxserve demo "$(PROMPT)" $(if $(SERVER),--server "$(SERVER)")
+demo: $(VENV)/.demo $(NEEDED)
+	@$(BIN)/fluxserve demo "$(PROMPT)" $(MODEL) $(if $(SERVER),--server "$(SERVER)")
 
-serve: $(VENV)/.demo
-	@$(BIN)/fluxserve serve $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") $(if $(SERVER),--server "$(SERVER)")
+serve: $(VENV)/.demo $(NEEDED)
+	@$(BIN)/fluxserve serve $(MODEL) $(if $(SERVER),--server "$(SERVER)")
+
+export: $(ARTIFACT).made
+
+$(ARTIFACT).made: $(VENV)/.demo $(wildcard export/*.py checkpoints/tiny/*/*.safetensors)
+	@echo "exporting the tiny model to $(ARTIFACT); the next time it is there"
+	@$(BIN)/fluxserve export checkpoints/tiny --out "$(ARTIFACT)" --work artifacts/work \
+	    --engine $(ENGINE) --precision $(PRECISION) --max-size 512x512
+	@touch $@
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -36,12 +61,12 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo: $(INPUTS) | $(VENV)/bin/python
 	@echo "installing into $(VENV); the first time it downloads PyTorch and Triton, 0.6 GB or more"
-	@$(PIP) --editable '.[server]' --editable ./client
+	@$(PIP) --editable '.[server,onnxruntime,export]' --editable ./client
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	@$(PIP) --editable '.[server,test]' --editable ./client
+	@$(PIP) --editable '.[server,onnxruntime,export,tensorrt-rtx,test]' --editable ./client
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info client/*.egg-info .mypy_cache .ruff_cache .pytest_cache demo.png
+	rm -rf $(VENV) artifacts build *.egg-info client/*.egg-info .mypy_cache .ruff_cache .pytest_cache demo.png

@@ -1,0 +1,233 @@
+"""`fluxserve export --engine onnxruntime` on the tiny model: numbers, shapes, what is in the files, verify."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from export import reference
+from export.fp8 import Scales, simulated
+from export.numerics import outputs_of, relative_error
+from export.trace import MODULE
+from fluxserve import artifact as artifacts
+from fluxserve import checkpoint
+from fluxserve.artifact import COMPONENTS
+from fluxserve.engines import signatures
+from fluxserve.engines.open import open_artifact
+from fluxserve.engines.torch_eager import ARCHITECTURES, load_module
+from fluxserve.errors import ShapeError
+from tests.support.exports import TINY, Exports, run
+
+pytestmark = pytest.mark.xdist_group("export")
+
+PRECISIONS = ("fp32", "fp16", "fp8")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "fp8": torch.float32}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_command_exports_and_verifies(export: Exports, precision: str) -> None:
+    made = export("onnxruntime", precision)
+    assert made.status == 0, made.said
+    assert made.said.rstrip().endswith("passed")
+    (verified,) = made.artifact.manifest["verified"]
+    assert {row["component"] for row in verified["components"]} == set(COMPONENTS)
+    assert verified["passed"] and len(verified["images"]) == 2
+    for name in COMPONENTS:
+        assert made.artifact.manifest["components"][name]["numerics"]["cases"], name
+
+
+def inputs_at(component: str, rows: int, side: int) -> dict[str, torch.Tensor]:
+    """Random but sensible inputs of a component at a batch and a size that the export did not see."""
+    spec = checkpoint.read(TINY).spec
+    generator = torch.Generator().manual_seed(rows * side)
+    tokens = {"clip": spec.text.clip_tokens, "t5": spec.text.t5_tokens}.get(component, 0)
+    vocabulary = min(spec.text.clip_vocabulary, spec.text.t5_vocabulary)
+    values = {
+        "rows": rows,
+        "tokens": tokens,
+        "image_tokens": spec.image_tokens(side, 2 * side),
+        "text_tokens": spec.text.t5_tokens,
+        "latent_height": side // spec.vae.downscale,
+        "latent_width": 2 * side // spec.vae.downscale,
+    }
+    signature = signatures.BY_COMPONENT[component](spec)
+    at = signature.at(values)
+    made = {t.name: torch.randn(at[t.name], generator=generator) for t in signature.inputs}
+    for name in made:
+        if name == "input_ids":
+            made[name] = torch.randint(0, vocabulary, at[name], generator=generator)
+        elif name in ("timestep", "pixels"):
+            made[name] = torch.rand(at[name], generator=generator)
+        elif name == "guidance":
+            made[name] = torch.full(at[name], 3.0)
+        elif name.endswith("_ids"):
+            made[name] = torch.randint(0, 16, at[name], generator=generator).float()
+    return made
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("rows", "side"), [(1, 64), (2, 112)])
+def test_any_size_and_batch_within_the_profile(
+    export: Exports, precision: str, component: str, rows: int, side: int
+) -> None:
+    """Against the float32 module; judged by what plain PyTorch in the same precision loses."""
+    artifact = export("onnxruntime", precision).artifact
+    folder = checkpoint.read(TINY)
+    signature = signatures.BY_COMPONENT[component](folder.spec)
+    inputs = inputs_at(component, rows, side)
+
+    def plainly(dtype: torch.dtype, scales: Scales | None = None) -> dict[str, torch.Tensor]:
+        module = load_module(folder, component, "cpu", dtype)
+        wrapper = ARCHITECTURES[component].wrapper(module)
+        if scales is None:
+            return outputs_of(wrapper, signature, inputs)
+        with simulated(component, module, scales):
+            return outputs_of(wrapper, signature, inputs)
+
+    expected = plainly(torch.float32)
+    scales = None
+    if artifact.component(component).precision == "fp8":
+        content = json.loads(artifact.file("scales.json").read_text())
+        scales = Scales.from_json(content["components"][component])
+    plain = plainly(DTYPES[precision], scales)
+
+    components = open_artifact(artifact, "cpu")
+    bound = getattr(components, component).bind({name: tuple(value.shape) for name, value in inputs.items()})
+    for name, value in inputs.items():
+        bound.inputs[name].copy_(value)
+    bound.run()
+    for name, wanted in expected.items():
+        allowed = reference.GATE * relative_error(plain[name], wanted) + reference.FLOOR
+        assert relative_error(bound.outputs[name].float(), wanted) <= allowed
+    components.close()
+
+
+def test_the_profile_is_the_limit(export: Exports) -> None:
+    artifact = export("onnxruntime", "fp32").artifact
+    components = open_artifact(artifact, "cpu")
+    with pytest.raises(ShapeError, match="latent_height from 8 to 32"):
+        components.vae_decoder.bind({"latents": (1, 16, 34, 8)})
+    with pytest.raises(ShapeError, match="rows from 1 to 2"):
+        components.clip.bind({"input_ids": (3, 77)})
+    with pytest.raises(ShapeError, match="tokens from 32 to 32"):
+        components.t5.bind({"input_ids": (1, 31)})
+    assert artifact.spec.limits.max_side == 256
+    components.close()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_graph_is_valid_and_says_nothing_of_the_machine(export: Exports, precision: str) -> None:
+    artifact = export("onnxruntime", precision).artifact
+    for name in COMPONENTS:
+        file = artifact.path / artifact.component(name).engines["any"]
+        onnx.checker.check_model(str(file), full_check=True)
+        content = file.read_bytes()
+        assert b"site-packages" not in content and str(Path.home()).encode() + b"/" not in content
+        assert b'File "' not in content, "no stack traces"
+        assert len(content) < 2**20, "weights are beside the graph"
+
+
+def test_fp8_is_where_the_rule_says_and_nowhere_else(export: Exports) -> None:
+    artifact = export("onnxruntime", "fp8").artifact
+    model = ir.load(artifact.path / artifact.component("transformer").engines["any"])
+    quantised, kept = set(), set()
+    for node in model.graph:
+        if node.op_type not in ("MatMul", "Gemm") or node.metadata_props.get(MODULE, "").endswith("attn"):
+            continue
+        producers = [value.producer() for value in node.inputs[:2]]
+        pairs = [p is not None and p.op_type == "DequantizeLinear" for p in producers]
+        assert len(set(pairs)) == 1, "both factors or none"
+        (quantised if pairs[0] else kept).add(node.metadata_props[MODULE])
+    assert "transformer_blocks.0.attn.to_q" in quantised and "single_transformer_blocks.4.proj_out" in quantised
+    assert {"x_embedder", "context_embedder", "norm_out.linear", "proj_out"} <= kept
+    assert all(".norm" in name or "embed" in name or name in ("norm_out.linear", "proj_out") for name in kept)
+    pairs = [n for n in model.graph if n.op_type == "QuantizeLinear" and ".attn.softmax" in str(n.name)]
+    assert len(pairs) == 6, "one softmax a block"
+
+
+def test_q_k_v_share_one_pair(export: Exports) -> None:
+    artifact = export("onnxruntime", "fp8").artifact
+    model = ir.load(artifact.path / artifact.component("transformer").engines["any"])
+    inputs = {
+        n.metadata_props[MODULE]: n.inputs[0]
+        for n in model.graph
+        if n.op_type == "MatMul" and n.metadata_props.get(MODULE, "").startswith("single_transformer_blocks.2.attn.to_")
+    }
+    assert len(inputs) == 3 and len({id(value) for value in inputs.values()}) == 1
+
+
+def test_the_same_export_gives_the_same_bytes(export: Exports, tmp_path: Path) -> None:
+    """From nothing, twice: calibration and files are reproducible."""
+    first = export("onnxruntime", "fp8")
+    given = ("--precision", "fp8", "--max-size", "256x256", "--max-batch", "2", "--prompts", "8")
+    status, said = run(str(TINY), "--out", str(tmp_path / "again"), *given)
+    assert status == 0, said
+    files = [artifacts.read(path).manifest["files"] for path in (first.path, tmp_path / "again")]
+    assert files[0] == files[1]
+
+
+def test_a_second_export_repeats_nothing(export: Exports) -> None:
+    made = export("onnxruntime", "fp32")
+    status, said = run(
+        str(TINY),
+        "--out",
+        str(made.path),
+        "--work",
+        str(export.work),
+        "--max-size",
+        "256x256",
+        "--max-batch",
+        "2",
+        "--prompts",
+        "8",
+    )
+    assert status == 0
+    stages = [line for line in said.splitlines() if line.startswith(("onnx", "reference", "numerics"))]
+    assert len(stages) == 11 and all("kept" in line for line in stages), said
+
+
+def copied(made: Path, target: Path) -> Path:
+    return Path(shutil.copytree(made, target))
+
+
+def test_verify_again_by_itself(export: Exports, tmp_path: Path) -> None:
+    path = copied(export("onnxruntime", "fp8").path, tmp_path / "copy")
+    status, said = run("verify", str(path))
+    assert status == 0 and said.rstrip().endswith("passed"), said
+    assert "transformer.velocity 2x" in said, "a batch is verified as well"
+    assert len(artifacts.read(path).manifest["verified"]) == 2
+
+
+def test_verify_notices_a_wrong_engine(export: Exports, tmp_path: Path) -> None:
+    """A file with one weight matrix of another training, and a manifest that was made to fit it."""
+    path = copied(export("onnxruntime", "fp32").path, tmp_path / "wrong")
+    data = path / "transformer/any/model.onnx.data"
+    raw = np.fromfile(data, dtype=np.float32)
+    raw[len(raw) // 2 : len(raw) // 2 + 65536] *= -1
+    raw.tofile(data)
+    status, said = run("verify", str(path))
+    assert status == 1 and "sha256" in said, "a tampered file is not even opened"
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["transformer/any/model.onnx.data"]["sha256"] = artifacts.sha256(data)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    status, said = run("verify", str(path))
+    assert status == 1 and "FAILED" in said
+    assert artifacts.read(path).manifest["verified"][-1]["passed"] is False
+
+
+@pytest.mark.parametrize("stage", ["onnx", "quantize", "build"])
+def test_stages_alone(export: Exports, tmp_path: Path, stage: str) -> None:
+    given = ("--precision", "fp8", "--max-size", "256x256", "--max-batch", "2", "--prompts", "8", "--component", "clip")
+    status, said = run(stage, str(TINY), "--out", str(tmp_path / "x"), "--work", str(export.work), *given)
+    assert status == 0, said
+    folder = Path(said.splitlines()[-1].strip())
+    assert (folder / "model.onnx").is_file()
+    quantised = b"FLOAT8" in (folder / "stage.json").read_bytes() or "quantize-clip" in folder.name
+    assert quantised == (stage != "onnx")
+    assert not (tmp_path / "x").exists(), "no artifact of one component"
