@@ -6,6 +6,7 @@ amax. The same prompts, seed, steps and device type give the same numbers.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,11 @@ from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.text import Tokenizers
 
-METHODS = ("max", "percentile-99.99", "percentile-99.999", "percentile-99.9")
+METHODS = ("max", "percentile-99.999", "percentile-99.99")
+"""The first is the default: nothing that was tried beats it (benchmarks/calibration.py)."""
 _BINS_PER_OCTAVE, _LEAST, _MOST = 16, -40, 40
+BIN_WIDTH = 1 / _BINS_PER_OCTAVE
+"""Of a histogram of log2|x|."""
 
 Progress = Callable[[int, int], None]
 
@@ -70,8 +74,12 @@ class Range:
         self._counts = torch.zeros((_MOST - _LEAST) * _BINS_PER_OCTAVE, dtype=torch.int64)
 
     def see(self, x: Tensor) -> None:
+        """Raises ValueError if a value is not finite."""
         magnitude = x.detach().abs().float()
-        self._largest = max(self._largest, float(magnitude.max()))
+        largest = float(magnitude.max())
+        if not math.isfinite(largest):
+            raise ValueError(f"got {largest}; expected finite values")
+        self._largest = max(self._largest, largest)
         bins = ((magnitude.clamp(min=2.0**_LEAST).log2() - _LEAST) * _BINS_PER_OCTAVE).long()
         counted = torch.bincount(bins.flatten().clamp_(max=len(self._counts) - 1), minlength=len(self._counts))
         self._counts += counted.cpu()
@@ -84,6 +92,11 @@ class Range:
         reached = (self._counts.cumsum(0) >= share * self._counts.sum()).nonzero()[0]
         upper = 2.0 ** (_LEAST + (float(reached) + 1) / _BINS_PER_OCTAVE)
         return float(max(min(upper, self._largest), 1e-12))
+
+    def histogram(self) -> tuple[Tensor, Tensor]:
+        """Bins that were hit: how often, int64, and where each begins, as log2|x|; BIN_WIDTH wide."""
+        hit = self._counts.nonzero().flatten()
+        return self._counts[hit], _LEAST + hit / _BINS_PER_OCTAVE
 
 
 @dataclass(frozen=True)
@@ -109,11 +122,17 @@ def watched(component: str, module: nn.Module) -> Iterator[Ranges]:
         for range_, x in zip(
             attention.setdefault(name, (Range(), Range(), Range())), (q * root, k * root, v), strict=True
         ):
+            note(name, range_, x)
+
+    def note(name: str, range_: Range, x: Tensor) -> None:
+        try:
             range_.see(x)
+        except ValueError as error:
+            raise ExportError(f"calibrate: {component}.{name}: {error}") from error
 
     with ExitStack() as stack:
         for name, linear in quantised_linears(component, module).items():
-            hook = linear.register_forward_pre_hook(lambda _, inputs, name=name: linears[name].see(inputs[0]))
+            hook = linear.register_forward_pre_hook(lambda _, x, name=name: note(name, linears[name], x[0]))
             stack.callback(hook.remove)
         stack.enter_context(watched_attention(component, module, see))
         yield Ranges(linears, attention)

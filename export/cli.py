@@ -61,7 +61,9 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, help="where finished stages are kept; default: OUT.work")
     parser.add_argument("--engine", choices=(ONNXRUNTIME, TENSORRT, TENSORRT_RTX), default=ONNXRUNTIME)
     parser.add_argument("--precision", choices=(*DTYPES, FP8), default="fp32", help="default: %(default)s")
-    parser.add_argument("--opset", type=int, choices=(22, 23), default=0, help="of ONNX; TensorRT 10.13 needs 22")
+    parser.add_argument(
+        "--spell-attention-out", action="store_true", help="products and a softmax, as TensorRT 10.13 needs it"
+    )
     parser.add_argument(
         "--sm", action="append", default=[], type=_architecture, metavar="SM", help="GPU architecture, such as sm89"
     )
@@ -167,7 +169,9 @@ def _stages(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         method=options.method,
         device=options.device or _device(),
     )
-    wanted = Options(options.engine, options.precision, sizes, tuple(dict.fromkeys(options.sm)), options.opset)
+    wanted = Options(
+        options.engine, options.precision, sizes, tuple(dict.fromkeys(options.sm)), not options.spell_attention_out
+    )
     work = options.work or options.out.with_name(f"{options.out.name}.work")
     return Stages(folder, wanted, calibration, Work(work))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from export.fp8 import KEPT
+from export.fp8 import ATTENTION, KEPT
 from fluxserve.artifact import Range
 from fluxserve.errors import ExportError
 from fluxserve.spec import PATCH, ModelSpec
@@ -16,12 +16,12 @@ FP8 = "fp8"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Precision → what the graph computes in; under fp8 the engine decides (see Options.dtype)."""
 
-OPSETS = {ONNXRUNTIME: 22, TENSORRT: 23, TENSORRT_RTX: 23}
-"""22 spells attention out, so that ONNX Runtime can simulate an FP8 softmax and TensorRT 10.13 can read it; 23 has it
-as one operator, which newer TensorRTs fuse or refuse to build."""
+SPELLED_OUT_OPSET = 22
+"""Attention is products and a softmax. ONNX Runtime can simulate FP8 in it, and every TensorRT can read it."""
 
 ATTENTION_OPSET = 23
-"""From which attention is one operator."""
+"""Attention is one operator, which TensorRT fuses into one kernel or refuses to build: what FP8 attention needs. Newer
+than TensorRT 10.13. No kernel is there for float32, nor for the VAE's single head of 512."""
 
 Size = tuple[int, int]
 """Height, width in pixels."""
@@ -69,7 +69,8 @@ class Options:
     precision: str
     sizes: Sizes
     architectures: tuple[str, ...] = ()
-    opset: int = 0
+    fused_attention: bool = True
+    """Whether attention may be one operator, where the engine has a kernel for it."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,10 +79,10 @@ class Options:
             return torch.float32 if self.engine == ONNXRUNTIME else torch.bfloat16
         return DTYPES[self.precision]
 
-    @property
-    def onnx_opset(self) -> int:
-        """TensorRT builds no Attention operator in float32."""
-        return self.opset or (22 if self.dtype == torch.float32 else OPSETS[self.engine])
+    def onnx_opset(self, component: str) -> int:
+        """The dialect in which a component's attention is written."""
+        has_kernel = component in ATTENTION and self.engine != ONNXRUNTIME and self.dtype != torch.float32
+        return ATTENTION_OPSET if has_kernel and self.fused_attention else SPELLED_OUT_OPSET
 
     def precision_of(self, component: str) -> str:
         """FP8 is for the components that fp8.KEPT lists; the others compute in the graph's dtype."""

@@ -76,12 +76,11 @@ class Asked:
         return plan(parse({**fields, "prompt": self.prompt.encode()}, spec), spec, tokenizers)
 
 
-def pictures(spec: ModelSpec, sizes: Sizes, prompts: Sequence[str], seed: int) -> list[Asked]:
+def pictures(spec: ModelSpec, sizes: Sizes, prompts: Sequence[str], steps: int, seed: int) -> list[Asked]:
     """What is drawn: the usual picture; and from it, by another prompt at another size, up to two at once."""
     height, width = sizes.opt_size
     step = spec.size_multiple
     narrow = max(min(sizes.min_size), width * 3 // 4 // step * step)
-    steps = spec.defaults.num_inference_steps
     rows = min(sizes.max_batch, _ROWS)
     return [
         Asked(prompts[0], height, width, steps, seed),

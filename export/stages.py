@@ -86,7 +86,7 @@ class Stages:
 
     def onnx(self, component: str) -> Result:
         """The component's graph, and how far it is from the module."""
-        dtype, opset, shapes = self.options.dtype, self.options.onnx_opset, self.ranges(component)
+        dtype, opset, shapes = self.options.dtype, self.options.onnx_opset(component), self.ranges(component)
 
         def make(folder: Path, line: Line) -> dict[str, Any]:
             line.say("tracing")
@@ -187,7 +187,9 @@ class Stages:
         signature = signatures.BY_COMPONENT[component](self.checkpoint.spec)
         points = [signature.at(profile(shapes, which)) for which in range(3)]
         inputs = {t.name: (points[0][t.name], points[1][t.name], points[2][t.name]) for t in signature.inputs}
-        attention = len(graph.record.get("attention", ())) if self.options.onnx_opset >= ATTENTION_OPSET else 0
+        attention = (
+            len(graph.record.get("attention", ())) if self.options.onnx_opset(component) >= ATTENTION_OPSET else 0
+        )
 
         def make(folder: Path, line: Line) -> dict[str, Any]:
             report = build.build(
@@ -229,7 +231,8 @@ class Stages:
     def reference(self) -> Result:
         """What the float32 reference computes, and plain arithmetic's error in the export's precision."""
         spec, sizes, device = self.checkpoint.spec, self.options.sizes, self.calibration.device
-        asked = reference.pictures(spec, sizes, self.calibration.prompts.lines, self.calibration.seed)
+        calibration = self.calibration
+        asked = reference.pictures(spec, sizes, calibration.prompts.lines, calibration.steps, calibration.seed)
         quantised = self.options.precision == FP8
         scales = {name: self.scales_of(name) for name in KEPT} if quantised else None
 

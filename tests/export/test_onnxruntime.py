@@ -21,7 +21,7 @@ from fluxserve.engines import signatures
 from fluxserve.engines.open import open_artifact
 from fluxserve.engines.torch_eager import ARCHITECTURES, load_module
 from fluxserve.errors import ShapeError
-from tests.support.exports import TINY, Exports, run
+from tests.support.exports import QUICK, SHAPES, TINY, Exports, run
 
 pytestmark = pytest.mark.xdist_group("export")
 
@@ -165,7 +165,7 @@ def test_q_k_v_share_one_pair(export: Exports) -> None:
 def test_the_same_export_gives_the_same_bytes(export: Exports, tmp_path: Path) -> None:
     """From nothing, twice: calibration and files are reproducible."""
     first = export("onnxruntime", "fp8")
-    given = ("--precision", "fp8", "--max-size", "256x256", "--max-batch", "2", "--prompts", "8")
+    given = ("--precision", "fp8", *SHAPES, *QUICK)
     status, said = run(str(TINY), "--out", str(tmp_path / "again"), *given)
     assert status == 0, said
     files = [artifacts.read(path).manifest["files"] for path in (first.path, tmp_path / "again")]
@@ -223,7 +223,7 @@ def test_verify_notices_a_wrong_engine(export: Exports, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["onnx", "quantize", "build"])
 def test_stages_alone(export: Exports, tmp_path: Path, stage: str) -> None:
-    given = ("--precision", "fp8", "--max-size", "256x256", "--max-batch", "2", "--prompts", "8", "--component", "clip")
+    given = ("--precision", "fp8", *SHAPES, *QUICK, "--component", "clip")
     status, said = run(stage, str(TINY), "--out", str(tmp_path / "x"), "--work", str(export.work), *given)
     assert status == 0, said
     folder = Path(said.splitlines()[-1].strip())
