@@ -12,3 +12,9 @@ settings.let_threads_sleep()
 def export(tmp_path_factory: pytest.TempPathFactory) -> exports.Exports:
     """`export(engine, precision, *arguments)`: the tiny model, exported at most once."""
     return exports.make(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def onnx(tmp_path_factory: pytest.TempPathFactory) -> "exports.OnnxOf":
+    """`onnx(flux)`: the components of random weights, traced to ONNX and opened with ONNX Runtime, once."""
+    return exports.OnnxOf(tmp_path_factory.mktemp("onnx"))

@@ -1,6 +1,6 @@
 """The loop is ours, diffusers is the judge: latents after every step and the final image, in float32."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -9,11 +9,14 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
 from fluxserve import flow
+from fluxserve.engines.base import Components
 from fluxserve.job import Job
 from fluxserve.pipeline import Conditioning, Pipeline
 from fluxserve.spec import ModelSpec
-from tests.support import random_flux
+from tests.support import exports, random_flux
 from tests.support.random_flux import RandomFlux
+
+pytestmark = pytest.mark.xdist_group("parity")
 
 RELATIVE = 1e-4
 
@@ -84,9 +87,20 @@ def our_steps(pipeline: Pipeline, job: Job) -> list[torch.Tensor]:
         return [x.clone() for x in pipeline.denoise(latents, rows, job.sigmas, size)]
 
 
-def check(flux: RandomFlux, job: Job, steps: int, image: np.ndarray | None = None, strength: float = 1.0) -> None:
+Open = Callable[[RandomFlux], Components]
+
+
+@pytest.fixture(params=["torch_eager", "onnxruntime"])
+def opened(request: pytest.FixtureRequest, onnx: exports.OnnxOf) -> Open:
+    """Opens the same weights with each engine that a machine without a GPU has."""
+    return RandomFlux.components if request.param == "torch_eager" else onnx
+
+
+def check(
+    opened: Open, flux: RandomFlux, job: Job, steps: int, image: np.ndarray | None = None, strength: float = 1.0
+) -> None:
     theirs, their_images = their_run(flux, job, steps, image, strength)
-    pipeline = Pipeline(flux.spec, flux.components())
+    pipeline = Pipeline(flux.spec, opened(flux))
     ours = our_steps(pipeline, job)
     assert len(ours) == len(theirs) == job.steps
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -107,27 +121,29 @@ def check(flux: RandomFlux, job: Job, steps: int, image: np.ndarray | None = Non
         ((256, 256), 2, 0.0, [3]),
     ],
 )
-def test_text_to_image(size: tuple[int, int], steps: int, guidance: float, seeds: list[int]) -> None:
+def test_text_to_image(opened: Open, size: tuple[int, int], steps: int, guidance: float, seeds: list[int]) -> None:
     flux = random_flux.make()
-    check(flux, job_of(flux.spec, size, steps, guidance, seeds), steps)
+    check(opened, flux, job_of(flux.spec, size, steps, guidance, seeds), steps)
 
 
 @pytest.mark.parametrize(("size", "steps", "seeds"), [((64, 64), 4, [0]), ((96, 64), 3, [5, 6])])
-def test_schnell_has_no_guidance_and_a_static_shift(size: tuple[int, int], steps: int, seeds: list[int]) -> None:
+def test_schnell_has_no_guidance_and_a_static_shift(
+    opened: Open, size: tuple[int, int], steps: int, seeds: list[int]
+) -> None:
     flux = random_flux.make(guidance_embeds=False, dynamic=False)
     assert flux.spec.name == "custom"
     assert not flux.spec.schedule.use_dynamic_shifting
-    check(flux, job_of(flux.spec, size, steps, 0.0, seeds), steps)
+    check(opened, flux, job_of(flux.spec, size, steps, 0.0, seeds), steps)
 
 
 @pytest.mark.parametrize(
     ("size", "steps", "strength", "seeds"),
     [((64, 64), 5, 0.6, [1]), ((96, 80), 4, 1.0, [2, 3]), ((64, 128), 10, 0.15, [4]), ((64, 64), 7, 0.5, [8])],
 )
-def test_image_to_image(size: tuple[int, int], steps: int, strength: float, seeds: list[int]) -> None:
+def test_image_to_image(opened: Open, size: tuple[int, int], steps: int, strength: float, seeds: list[int]) -> None:
     flux = random_flux.make()
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    check(flux, job_of(flux.spec, size, steps, 3.5, seeds, image, strength), steps, image, strength)
+    check(opened, flux, job_of(flux.spec, size, steps, 3.5, seeds, image, strength), steps, image, strength)
 
 
 def test_the_judge_sees_a_wrong_schedule() -> None:
@@ -140,10 +156,10 @@ def test_the_judge_sees_a_wrong_schedule() -> None:
 
 
 @pytest.mark.parametrize("max_rows", [1, 3])
-def test_noise_depends_on_the_seed_alone(max_rows: int) -> None:
+def test_noise_depends_on_the_seed_alone(opened: Open, max_rows: int) -> None:
     """Seed 42 alone, as image 2 of three, and in a batch with another request."""
     flux = random_flux.make()
-    pipeline = Pipeline(flux.spec, flux.components(), max_rows=max_rows)
+    pipeline = Pipeline(flux.spec, opened(flux), max_rows=max_rows)
     alone, trio, other = (
         job_of(flux.spec, (64, 64), 3, 3.5, seeds, prompt_seed=p)
         for seeds, p in (([42], 5), ([40, 41, 42], 5), ([9], 6))

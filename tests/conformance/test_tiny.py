@@ -5,14 +5,16 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from fluxserve import checkpoint, settings
-from fluxserve.engines.open import open_components
+from fluxserve import checkpoint, settings, source
 from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.text import Tokenizers
+from tests.support.exports import Exports
 
 FOLDER = settings.default_checkpoint()
+
+pytestmark = pytest.mark.xdist_group("export")
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +24,13 @@ def theirs() -> FluxPipeline:
     return pipe
 
 
-@pytest.fixture(scope="module")
-def ours() -> Pipeline:
-    folder = checkpoint.read(FOLDER)
-    return Pipeline(folder.spec, open_components("torch_eager", folder, "cpu", "float32"))
+@pytest.fixture(scope="module", params=["torch_eager", "onnxruntime"])
+def ours(request: pytest.FixtureRequest, export: Exports) -> Pipeline:
+    given = {}
+    if request.param == "onnxruntime":
+        given = {"artifact": {"string_value": str(export("onnxruntime", "fp32").path)}}
+    found = source.find(settings.load(given))
+    return Pipeline(found.spec, found.open_components("cpu", "float32"))
 
 
 @pytest.mark.parametrize(

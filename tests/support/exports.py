@@ -7,12 +7,17 @@ import contextlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from fluxserve import artifact as artifacts
 from fluxserve import settings
 from fluxserve.artifact import Artifact
+from fluxserve.engines.base import Components, Engine
+
+if TYPE_CHECKING:
+    from tests.support.random_flux import RandomFlux
 
 TINY = settings.default_checkpoint()
 SHAPES = ("--max-size", "256x256", "--max-batch", "2")
@@ -48,6 +53,45 @@ class Exports:
             status, said = run(str(checkpoint), "--out", str(out), "--work", str(self.work), *given)
             self._made[key] = Exported(out, status, said)
         return self._made[key]
+
+
+class OnnxOf:
+    """Opens random weights with ONNX Runtime: traced as `fluxserve export` does it, without an artifact around."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._traced: dict[int, dict[str, Engine]] = {}
+
+    def __call__(self, flux: "RandomFlux") -> Components:
+        if id(flux) not in self._traced:
+            self._traced[id(flux)] = self._trace(flux, self._folder / str(len(self._traced)))
+        return Components(**self._traced[id(flux)])
+
+    def _trace(self, flux: "RandomFlux", folder: Path) -> dict[str, Engine]:
+        import torch
+
+        from export import options, trace
+        from fluxserve.checkpoint import Checkpoint
+        from fluxserve.engines import signatures
+        from fluxserve.engines.onnxruntime import OrtEngine
+
+        modules = {
+            "text_encoder": flux.clip,
+            "text_encoder_2": flux.t5,
+            "transformer": flux.transformer,
+            "vae": flux.vae,
+        }
+        for name, module in modules.items():
+            module.save_pretrained(folder / name)
+        sizes = options.Sizes((64, 64), (128, 128), (256, 256), 3)
+        engines: dict[str, Engine] = {}
+        for name, signature in signatures.BY_COMPONENT.items():
+            ranges = options.ranges(name, flux.spec, sizes)
+            file = folder / f"{name}.onnx"
+            trace.save(trace.trace(Checkpoint(folder, flux.spec), name, ranges, torch.float32, 22), file)
+            narrowed = signature(flux.spec).narrowed({symbol: (r[0], r[2]) for symbol, r in ranges.items()})
+            engines[name] = OrtEngine(narrowed, str(file), "float32")
+        return engines
 
 
 def run(*arguments: str) -> tuple[int, str]:
