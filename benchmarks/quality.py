@@ -1,6 +1,6 @@
 """How often the tiny model draws what it is asked to.
 
-    python -m benchmarks.quality [--n 200] [--steps 20] [--guidance 3] [--with diffusers] [--json OUT]
+    python -m benchmarks.quality [--n 200] [--steps 20] [--guidance 3] [--with diffusers] [--artifact A] [--json OUT]
 
 Two sets of prompts that name an object and a background: captions of the training grammar with fresh seeds, and
 object–colour pairs that training never drew. A classifier names the object, the border's pixels the colour. The
@@ -13,7 +13,7 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,27 +31,33 @@ BARS = {"seen": (0.85, 0.95), "held_out": (0.75, 0.90)}  # object, colour
 
 
 def fluxserve_generator(
-    checkpoint: Path, dtype: str, device: str, batch: int = 25, size: tuple[int, int] = (128, 128)
+    given: Mapping[str, str], device: str, batch: int = 25, size: tuple[int, int] = (128, 128)
 ) -> Generate:
-    """Generate with our own pipeline, as the server does, `batch` images at a time through the transformer."""
-    from fluxserve import checkpoint as folders
-    from fluxserve.engines.open import open_components
+    """Generate with our own pipeline, as the server does, up to `batch` images at a time through the transformer.
+
+    Args:
+        given: settings.Settings by name, as text: checkpoint or artifact, dtype.
+    """
+    from fluxserve import settings, source
     from fluxserve.job import plan
     from fluxserve.pipeline import Pipeline
     from fluxserve.request import parse
     from fluxserve.text import Tokenizers
 
-    folder = folders.read(checkpoint)
-    pipeline = Pipeline(folder.spec, open_components("torch_eager", folder, device, dtype), device, batch)
-    tokenizers = Tokenizers(folder)
+    config = settings.load({name: {"string_value": value} for name, value in given.items()})
+    found = source.find(config)
+    device = found.device(device)
+    components = found.open_components(device, config.dtype)
+    rows = min(batch, components.transformer.signature.most("rows"))
+    pipeline, tokenizers = Pipeline(found.spec, components, device, rows), Tokenizers(found.checkpoint)
 
     def generate(prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float) -> Tensor:
         fields = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
         requests = [
-            parse({"prompt": prompt.encode(), "seed": seed, **fields}, folder.spec)
+            parse({"prompt": prompt.encode(), "seed": seed, **fields}, found.spec)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        drawings = pipeline.draw([plan(request, folder.spec, tokenizers) for request in requests])
+        drawings = pipeline.draw([plan(request, found.spec, tokenizers) for request in requests])
         return torch.cat([torch.from_numpy(drawing.images) for drawing in drawings if drawing is not None])
 
     return generate
@@ -116,6 +122,14 @@ def measure(generate: Generate, which: str, count: int, steps: int, guidance: fl
     }
 
 
+def _what(artifact: Path) -> dict[str, str]:
+    """What an artifact is, without where it is."""
+    from fluxserve.artifact import read_manifest
+
+    manifest = read_manifest(artifact)
+    return {name: manifest[name] for name in ("model", "engine", "precision")}
+
+
 def surroundings() -> dict[str, str]:
     """Hardware, versions and commit of this run."""
     import diffusers
@@ -139,6 +153,7 @@ def surroundings() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/tiny"))
+    parser.add_argument("--artifact", type=Path, help="made by `fluxserve export`, in place of the checkpoint")
     parser.add_argument("--n", type=int, default=200, help="prompts of each set")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -149,15 +164,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.runner == "fluxserve":
-        generate = fluxserve_generator(args.checkpoint, args.dtype, args.device, size=tuple(args.size))
+        given = {"checkpoint": str(args.checkpoint), "dtype": args.dtype}
+        if args.artifact:
+            given = {"artifact": str(args.artifact)}
+        generate = fluxserve_generator(given, args.device, size=tuple(args.size))
     else:
         generate = diffusers_generator(args.checkpoint, getattr(torch, args.dtype), args.device, size=tuple(args.size))
     settings = {
         "with": args.runner,
+        "artifact": _what(args.artifact) if args.artifact else None,
         "n": args.n,
         "steps": args.steps,
         "guidance": args.guidance,
-        "dtype": args.dtype,
+        "dtype": None if args.artifact else args.dtype,
         "size": args.size,
     }
     result: dict = {"benchmark": "quality", **surroundings(), **settings}

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("quality")
 
 @pytest.fixture(scope="module")
 def generate() -> Generate:
-    return fluxserve_generator(CHECKPOINT, "float32", "cpu", batch=12)
+    return fluxserve_generator({"checkpoint": str(CHECKPOINT), "dtype": "float32"}, "cpu", batch=12)
 
 
 @pytest.fixture(scope="module")
