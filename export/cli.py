@@ -67,6 +67,11 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--sm", action="append", default=[], type=_architecture, metavar="SM", help="GPU architecture, such as sm89"
     )
+    parser.add_argument(
+        "--no-numerics",
+        action="store_true",
+        help="do not run the graphs through ONNX Runtime, which takes the CPU long",
+    )
     if stage:
         parser.add_argument(
             "--component", action="append", choices=COMPONENTS, default=[], help="only this one; may be repeated"
@@ -170,7 +175,12 @@ def _stages(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         device=options.device or _device(),
     )
     wanted = Options(
-        options.engine, options.precision, sizes, tuple(dict.fromkeys(options.sm)), not options.spell_attention_out
+        options.engine,
+        options.precision,
+        sizes,
+        tuple(dict.fromkeys(options.sm)),
+        not options.spell_attention_out,
+        not options.no_numerics,
     )
     work = options.work or options.out.with_name(f"{options.out.name}.work")
     return Stages(folder, wanted, calibration, Work(work))

@@ -77,6 +77,18 @@ def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.asarray(array).astype(np.float32))
 
 
+def memory_needed(file: Path) -> int:
+    """Bytes that ONNX Runtime takes for a file's weights in float32, about: its own copy and the packed one."""
+    tensors = (value.const_value for value in ir.load(file).graph.initializers.values())
+    return sum(3 * 4 * tensor.size for tensor in tensors if tensor is not None)
+
+
+def memory_free() -> int:
+    """Bytes that this machine can give without swapping."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
 def widened(source: Path, target: Path) -> None:
     """Write a copy of a model in which float32 stands for bfloat16."""
     model = ir.load(source)

@@ -71,6 +71,8 @@ class Options:
     architectures: tuple[str, ...] = ()
     fused_attention: bool = True
     """Whether attention may be one operator, where the engine has a kernel for it."""
+    check_numerics: bool = True
+    """Whether ONNX files are run through ONNX Runtime, where memory allows it."""
 
     @property
     def dtype(self) -> torch.dtype:

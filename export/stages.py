@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from export import build, calibrate, numerics, quantize, reference, trace
-from export.console import Line
+from export.console import Line, size
 from export.fp8 import KEPT, Scales
 from export.options import ATTENTION_OPSET, FP8, ONNXRUNTIME, Options, profile, ranges
 from export.work import Result, Work
@@ -111,7 +111,7 @@ class Stages:
 
         def make(folder: Path, line: Line) -> dict[str, Any]:
             line.say("loading")
-            modules = self._modules(torch.float32)
+            modules = self._modules(calibrate.dtype_on(asked.device))
             pipeline = self._pipeline(modules)
             found = calibrate.calibrate(
                 pipeline, Tokenizers(self.checkpoint), modules, asked, self.options.sizes.opt_size, line.progress
@@ -160,8 +160,13 @@ class Stages:
         """The ONNX file through ONNX Runtime against the reference's calls, which have two shapes."""
         graph, kept = self.graph(component), self.reference()
         signature = signatures.BY_COMPONENT[component](self.checkpoint.spec)
+        needed, free = numerics.memory_needed(graph.path / ONNX), numerics.memory_free()
+        fits = self.options.check_numerics and needed < free
 
         def make(folder: Path, line: Line) -> dict[str, Any]:
+            if not fits:
+                line.say("skipped")
+                return {"skipped": f"ONNX Runtime would need about {size(needed)} of memory, or it was not wanted"}
             cases = reference.load_cases(kept.path / f"{component}.safetensors")
             file = graph.path / ONNX
             wide = self.options.dtype == torch.bfloat16
@@ -177,7 +182,8 @@ class Stages:
             refuse_misses(component, rows)
             return {"widened": wide, "cases": rows}
 
-        return self.work.stage(f"numerics {component}", {"graph": graph.files, "reference": kept.files}, make)
+        keyed = {"graph": graph.files, "reference": kept.files, "fits": fits}
+        return self.work.stage(f"numerics {component}", keyed, make)
 
     # --- build --------------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """A slice of FLUX.1 at its real widths: few blocks, random weights, in diffusers' format on disk.
 
 Transformer 3072 wide, 24 heads of 128; T5 4096 wide with one layer; CLIP 768 wide with one layer; the VAE whole.
-The tokenizers, and with them the vocabularies, are tiny's. It has no guidance embedding, as FLUX.1-schnell: 256 text
-tokens instead of 512 halve what a CPU has to compute.
+The tokenizers, and with them the vocabularies, are tiny's. Without a guidance embedding it is a FLUX.1-schnell, whose
+256 text tokens instead of 512 halve what a CPU has to compute.
 """
 
 import json
@@ -25,17 +25,19 @@ _VOCABULARY = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _SHARED = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2")
 
 
-def write(folder: Path, double: int, single: int) -> Path:
-    """Make the folder; weights in bfloat16."""
+def write(folder: Path, double: int, single: int, guidance: bool = False, text_layers: int = 1) -> Path:
+    """Make the folder; weights in bfloat16. 19, 38, True and 24 are FLUX.1-dev whole, but for the vocabularies."""
     folder.mkdir(parents=True)
     for name in _SHARED:
         copy = shutil.copytree if (_TINY / name).is_dir() else shutil.copy
         copy(_TINY / name, folder / name)
     with init_empty_weights():
-        transformer = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=False)
+        transformer = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=guidance)
         vae = AutoencoderKL(**_vae())
-        clip = CLIPTextModel(CLIPTextConfig(**_of_tiny("text_encoder"), **_CLIP))
-        t5 = T5EncoderModel(T5Config(**_of_tiny("text_encoder_2"), **_T5))
+        clip = CLIPTextModel(
+            CLIPTextConfig(**_of_tiny("text_encoder"), **_CLIP, num_hidden_layers=min(text_layers, 12))
+        )
+        t5 = T5EncoderModel(T5Config(**_of_tiny("text_encoder_2"), **_T5, num_layers=text_layers))
     for name, module in (("transformer", transformer), ("vae", vae), ("text_encoder", clip), ("text_encoder_2", t5)):
         _save(module, folder / name)
     return folder
@@ -45,7 +47,6 @@ _CLIP: dict[str, Any] = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_attention_heads": 12,
-    "num_hidden_layers": 1,
     "projection_dim": 768,
 }
 _T5: dict[str, Any] = {
@@ -53,7 +54,6 @@ _T5: dict[str, Any] = {
     "d_ff": 10240,
     "d_kv": 64,
     "num_heads": 64,
-    "num_layers": 1,
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
 }
