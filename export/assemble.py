@@ -111,13 +111,14 @@ def _place(result: Result, folder: Path) -> None:
         shutil.copy(result.path / name, folder / name)
 
 
-def _copy_configurations(source: Path, target: Path) -> None:
-    """The diffusers folder without its weights."""
-    for file in sorted(source.rglob("*")):
-        name = file.relative_to(source)
-        wanted = file.suffix in _CONFIGURATIONS and not file.name.endswith(".index.json")
-        known = len(name.parts) == 2 or file.name == "model_index.json"
-        if file.is_file() and wanted and known and not any(part.startswith(".") for part in name.parts):
+def _copy_configurations(checkpoint: Path, target: Path) -> None:
+    """The diffusers folder without its weights: model_index.json, and what lies in the folders that it names."""
+    index = json.loads((checkpoint / "model_index.json").read_text(encoding="utf-8"))
+    folders = [checkpoint / name for name in sorted(index) if (checkpoint / name).is_dir()]
+    found = [f for folder in folders for f in sorted(folder.iterdir()) if f.is_file() and f.suffix in _CONFIGURATIONS]
+    for file in (checkpoint / "model_index.json", *found):
+        if not file.name.startswith(".") and not file.name.endswith(".index.json"):
+            name = file.relative_to(checkpoint)
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target / name)
 

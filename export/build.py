@@ -113,7 +113,8 @@ def _config(library: Library, builder: Any, architecture: str, workspace: int | 
     return config
 
 
-def _set_architecture(library: Library, config: Any, architecture: str) -> None:
+def check_architecture(library: Library, architecture: str) -> None:
+    """Raise ExportError if the library can't build for this architecture on this machine."""
     if not library.is_rtx:
         here = Cuda("cuda").architecture
         if architecture != here:
@@ -123,8 +124,14 @@ def _set_architecture(library: Library, config: Any, architecture: str) -> None:
     if not hasattr(known, architecture.upper()):
         names = sorted(name.lower() for name in dir(known) if name.startswith("SM"))
         raise ExportError(f"architecture: got {architecture}; {library} builds for {', '.join(names)}")
+
+
+def _set_architecture(library: Library, config: Any, architecture: str) -> None:
+    check_architecture(library, architecture)
+    if not library.is_rtx:
+        return
     config.num_compute_capabilities = 1
-    if not config.set_compute_capability(getattr(known, architecture.upper()), 0):
+    if not config.set_compute_capability(getattr(library.module.ComputeCapability, architecture.upper()), 0):
         raise ExportError(f"architecture: {architecture}: {library}: {library.words()}")
 
 

@@ -49,7 +49,7 @@ def read_prompts(file: Path) -> Prompts:
     """Raises ExportError."""
     try:
         content = file.read_bytes()
-        lines = [line.strip() for line in content.decode("utf-8").splitlines()]
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"{file}: unreadable ({error}); expected a text file, one prompt a line") from error
     prompts = tuple(line for line in lines if line and not line.startswith("#"))

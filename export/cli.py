@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import signal
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from export import console
 from export.options import DTYPES, FP8, ONNXRUNTIME, TENSORRT, TENSORRT_RTX, Options, Size, Sizes, default_sizes
 from fluxserve.artifact import COMPONENTS
-from fluxserve.errors import ArtifactError, EngineError, ExportError, FluxserveError
+from fluxserve.errors import ArtifactUnsuited, EngineError, ExportError, FluxserveError
 
 STAGES = ("onnx", "quantize", "build", "verify")
 _PROMPTS = Path(__file__).parent / "prompts.txt"
@@ -39,6 +40,10 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         return _verify(options.artifact, options.device) if stage == "verify" else _export(stage, options)
+    except ImportError as error:
+        missing = f"{error.name or error}: not installed; expected the extra 'export' (pip install 'fluxserve[export]')"
+        print(f"fluxserve export: {missing}", file=sys.stderr)
+        return 1
     except (FluxserveError, OSError) as error:
         print(f"fluxserve export: {error}", file=sys.stderr)
         return 1
@@ -110,7 +115,7 @@ def _verify_parser() -> argparse.ArgumentParser:
 
 def _architecture(text: str) -> str:
     name = text.lower()
-    if not (name.startswith("sm") and name[2:].isdigit()):
+    if not re.fullmatch(r"sm[0-9]+", name):
         raise argparse.ArgumentTypeError(f"got {text!r}; expected one such as sm89")
     return name
 
@@ -130,6 +135,8 @@ def _export(stage: str, options: argparse.Namespace) -> int:
     begun = time.perf_counter()
     stages = _stages(options)
     components = tuple(getattr(options, "component", ())) or COMPONENTS
+    if stage in ("", "build"):
+        stages.check_engine()
     if stage:
         for component in components:
             for path in _run_stage(stages, stage, component):
@@ -162,6 +169,9 @@ def _stages(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     usual = default_sizes(folder.spec)
     opt = options.opt_size or usual.opt_size
     sizes = Sizes(options.min_size or usual.min_size, opt, options.max_size or opt, options.max_batch)
+    for name in ("prompts", "steps"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ExportError(f"{name}: got {value}; expected 1 or more")
     if options.method not in METHODS:
         raise ExportError(f"method: got {options.method!r}; expected one of {', '.join(METHODS)}")
     own = folder.path / "calibration.txt"
@@ -172,7 +182,7 @@ def _stages(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         steps=options.steps or folder.spec.defaults.num_inference_steps,
         seed=options.seed,
         method=options.method,
-        device=options.device or _device(),
+        device=_usable(options.device),
     )
     wanted = Options(
         options.engine,
@@ -182,21 +192,27 @@ def _stages(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         not options.spell_attention_out,
         not options.no_numerics,
     )
-    work = options.work or options.out.with_name(f"{options.out.name}.work")
+    wanted.check(folder.spec)  # before anything is made
+    out = options.out.resolve()
+    work = options.work or out.with_name(f"{out.name}.work")
     return Stages(folder, wanted, calibration, Work(work))
 
 
-def _device() -> str:
+def _usable(device: str) -> str:
+    """The device that was named, or a GPU if there is one. Raises ExportError."""
     import torch
 
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    present = torch.cuda.is_available()
+    if device.startswith("cuda") and not present:
+        raise ExportError(f"device: got {device}; this machine, or this build of PyTorch, has no CUDA device")
+    return device or ("cuda:0" if present else "cpu")
 
 
 def _verify_if_possible(artifact: Path, options: argparse.Namespace) -> int:
     """Verify what was just exported, unless its engine can't run on this machine: then say so, which is no failure."""
     try:
         return _verify(artifact, options.device)
-    except (ArtifactError, EngineError) as error:
+    except (ArtifactUnsuited, EngineError) as error:
         print(f"not verified, because it can't run here: {error}")
         print(f"  on the machine that serves it: fluxserve export verify {artifact}")
         return 0
@@ -207,7 +223,7 @@ def _verify(path: Path, device: str) -> int:
     from export.verify import table, verify
     from fluxserve import artifact
 
-    found = verify(artifact.read(path), device or _device())
+    found = verify(artifact.read(path), _usable(device))
     add_verification(path, found)
     print(table(found))
     print("passed" if found["passed"] else "FAILED: see the rows that are marked; the manifest has them")

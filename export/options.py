@@ -7,6 +7,7 @@ import torch
 
 from export.fp8 import ATTENTION, KEPT
 from fluxserve.artifact import Range
+from fluxserve.engines.signatures import MAX_ROWS
 from fluxserve.errors import ExportError
 from fluxserve.spec import PATCH, ModelSpec
 
@@ -47,12 +48,12 @@ class Sizes:
                 allowed = f"multiples of {step} from {limits.min_side} to {limits.max_side}"
                 raise ExportError(f"{name}: got {height}x{width}; {spec.name} allows {allowed}")
         areas = [h * w for h, w in (self.min_size, self.opt_size, self.max_size)]
-        sides = (min(self.min_size), *self.opt_size, max(self.max_size))
-        if areas != sorted(areas) or min(sides) != sides[0] or max(sides) != sides[-1]:
+        sides = [*self.min_size, *self.opt_size, *self.max_size]
+        if areas != sorted(areas) or min(sides) != min(self.min_size) or max(sides) != max(self.max_size):
             got = ", ".join("x".join(map(str, s)) for s in (self.min_size, self.opt_size, self.max_size))
             raise ExportError(f"min, opt, max size: got {got}; expected each to hold the one before")
-        if self.max_batch < 1:
-            raise ExportError(f"max_batch: got {self.max_batch}; expected 1 or more")
+        if not 1 <= self.max_batch <= MAX_ROWS:
+            raise ExportError(f"max_batch: got {self.max_batch}; expected 1 to {MAX_ROWS}")
 
 
 def default_sizes(spec: ModelSpec) -> Sizes:

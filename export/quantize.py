@@ -10,16 +10,15 @@ the softmax gets a pair of its own. As one operator (opset 23): the factors are 
 scale becomes 1; that its softmax is quantised too can't be said in ONNX, and the TensorRT builder says it (build.py).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
-from export.fp8 import E4M3_MAX, SOFTMAX_AMAX, Scales, root_scale
+from export.fp8 import E4M3_MAX, SOFTMAX_AMAX, Scales, amax_of, root_scale
 from export.trace import MODULE
 from fluxserve.errors import ExportError
 
@@ -189,18 +188,19 @@ def _float_input(node: ir.Node, index: int) -> ir.Value:
 
 def _scale(weight: ir.TensorProtocol, dtype: ir.DataType) -> ir.Tensor:
     """amax/448, rounded to the compute dtype: what DQ multiplies by."""
-    largest = max(abs(part).max() for part in _parts(weight))
-    return ir.Tensor(np.asarray(max(largest, 1e-12) / E4M3_MAX, dtype=np.float32).astype(dtype.numpy()))
+    scale = np.asarray(amax_of(_torch(weight)) / E4M3_MAX, dtype=np.float32)
+    return ir.Tensor(scale.astype(dtype.numpy()))
 
 
 def _quantised(weight: ir.TensorProtocol, dtype: ir.DataType) -> ir.Tensor:
-    scale = _scale(weight, dtype).numpy().astype(np.float32)
-    rows = [np.clip(part / scale, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn) for part in _parts(weight)]
-    return ir.Tensor(np.concatenate(rows), dtype=ir.DataType.FLOAT8E4M3FN)
+    scale = float(_scale(weight, dtype).numpy().astype(np.float32))
+    stored = (_torch(weight).float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return ir.Tensor(stored.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn))
 
 
-def _parts(weight: ir.TensorProtocol, rows: int = 512) -> Iterator[npt.NDArray[np.float32]]:
-    """A weight in float32, some rows at a time."""
-    whole = weight.numpy()
-    for first in range(0, len(whole), rows):
-        yield whole[first : first + rows].astype(np.float32)
+def _torch(weight: ir.TensorProtocol) -> torch.Tensor:
+    """The same memory as a torch tensor, whose casts use every core."""
+    array = weight.numpy()
+    if weight.dtype == ir.DataType.BFLOAT16:  # NumPy has no such type of its own
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())

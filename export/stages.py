@@ -57,6 +57,12 @@ class Stages:
         options.check(checkpoint.spec)
         self.checkpoint, self.options, self.calibration, self.work = checkpoint, options, calibration, work
 
+    def check_engine(self) -> None:
+        """Raise now what a build would raise in an hour: the library is missing, or knows no such GPU."""
+        if self.options.engine != ONNXRUNTIME:
+            for architecture in self.architectures:
+                build.check_architecture(self._library, architecture)
+
     # --- what the stages are keyed by ---------------------------------------------------------------------------------
 
     @cached_property
@@ -65,8 +71,13 @@ class Stages:
         return self.work.hashes(self.checkpoint.path)
 
     @cached_property
+    def _libraries(self) -> dict[str, str]:
+        return {name: metadata.version(name) for name in _LIBRARIES}
+
+    @cached_property
     def versions(self) -> dict[str, str]:
-        found = {name: metadata.version(name) for name in _LIBRARIES}
+        """Of everything that an artifact is made with."""
+        found = dict(self._libraries)
         if self.options.engine != ONNXRUNTIME:
             found[self.options.engine] = self._library.version
         return {"python": platform.python_version(), **found}
@@ -99,7 +110,7 @@ class Stages:
             "shapes": shapes,
             "dtype": str(dtype),
             "opset": opset,
-            "versions": {name: self.versions[name] for name in _LIBRARIES},
+            "versions": self._libraries,
         }
         return self.work.stage(f"onnx {component}", inputs, make)
 
@@ -129,7 +140,7 @@ class Stages:
             "calibration": asdict(asked) | {"prompts": asked.prompts.sha256},
             "size": self.options.sizes.opt_size,
             "device": asked.device,
-            "torch": self.versions["torch"],
+            "versions": self._libraries,
         }
         return self.work.stage("calibrate", inputs, make)
 
@@ -182,7 +193,7 @@ class Stages:
             refuse_misses(component, rows)
             return {"widened": wide, "cases": rows}
 
-        keyed = {"graph": graph.files, "reference": kept.files, "fits": fits}
+        keyed = {"graph": graph.files, "reference": kept.files, "fits": fits, "versions": self._libraries}
         return self.work.stage(f"numerics {component}", keyed, make)
 
     # --- build --------------------------------------------------------------------------------------------------------
@@ -265,7 +276,7 @@ class Stages:
             "dtype": str(self.options.dtype),
             "scales": {name: s.to_json() for name, s in scales.items()} if scales else None,
             "device": device,
-            "torch": self.versions["torch"],
+            "versions": self._libraries,
         }
         return self.work.stage("reference", keyed, make)
 

@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from export.reference import Case
 from fluxserve.artifact import COMPONENTS, REFERENCE, Artifact
 from fluxserve.engines.base import Components, Engine
 from fluxserve.engines.open import CPU_ONLY, open_artifact
+from fluxserve.errors import ArtifactError
 from fluxserve.pipeline import Pipeline
 from fluxserve.text import Tokenizers
 
@@ -30,9 +32,9 @@ def verify(artifact: Artifact, device: str) -> dict[str, Any]:
         ArtifactError, EngineError: the engines can't run here; the message says why.
     """
     device = "cpu" if artifact.engine in CPU_ONLY else device
-    files = {file.stem: file for file in artifact.folder(REFERENCE)}
     components = open_artifact(artifact, device)
     try:
+        files = _files(artifact)
         rows = []
         for name in COMPONENTS:
             cases = reference.load_cases(files[name])
@@ -50,6 +52,15 @@ def verify(artifact: Artifact, device: str) -> dict[str, Any]:
         "images": images,
         "passed": all(row["passed"] for row in [*rows, *images]),
     }
+
+
+def _files(artifact: Artifact) -> dict[str, Path]:
+    """The reference's files, by what they are of."""
+    files = {file.stem: file for file in artifact.folder(REFERENCE)}
+    missing = sorted({*COMPONENTS, reference.IMAGES} - set(files))
+    if missing:
+        raise ArtifactError(f"{artifact.path / REFERENCE}: got no {', '.join(missing)}; nothing to compare with")
+    return files
 
 
 def _run(engine: Engine, case: Case) -> dict[str, torch.Tensor]:

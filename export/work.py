@@ -24,7 +24,8 @@ from fluxserve.artifact import sha256
 from fluxserve.errors import ExportError
 
 _RECORD = "stage.json"
-_SOURCES = Path(__file__).parent
+_ROOT = Path(__file__).parents[1]
+_PACKAGES = ("export", "fluxserve", "fluxserve/engines")
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,16 @@ class Work:
     def _find(self, target: Path) -> Result | None:
         if not (target / _RECORD).is_file():
             return None
-        stage = json.loads((target / _RECORD).read_text(encoding="utf-8"))
-        for name, digest in stage["files"].items():
+        advice = f"remove {target} to make it again"
+        try:
+            stage = json.loads((target / _RECORD).read_text(encoding="utf-8"))
+            result = Result(target, stage["files"], stage["record"], stage["seconds"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ExportError(f"{target / _RECORD}: unreadable ({error}); {advice}") from error
+        for name, digest in result.files.items():
             if not (target / name).is_file() or self.hash(target / name) != digest:
-                raise ExportError(f"{target / name}: not the file that was made; remove {target} to make it again")
-        return Result(target, stage["files"], stage["record"], stage["seconds"])
+                raise ExportError(f"{target / name}: not the file that was made; {advice}")
+        return result
 
     def _make(self, target: Path, inputs: Mapping[str, Any], make: Make, line: console.Line) -> Result:
         partial = self.folder / f"{process.own_prefix()}{target.name}"
@@ -88,11 +94,12 @@ class Work:
             files = {f.relative_to(partial).as_posix(): sha256(f) for f in sorted(partial.rglob("*")) if f.is_file()}
             stage = {"inputs": inputs, "files": files, "record": record, "seconds": seconds}
             (partial / _RECORD).write_text(json.dumps(stage, indent=1) + "\n", encoding="utf-8")
-            _name(partial, target)
+            named = _name(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        return Result(target, files, record, seconds)
+        other = None if named else self._find(target)
+        return other or Result(target, files, record, seconds)
 
     def hash(self, file: Path) -> str:
         """sha256 of a file, remembered as long as its size and time of change stay."""
@@ -100,10 +107,12 @@ class Work:
         known: dict[str, list[Any]] = {}
         with contextlib.suppress(FileNotFoundError, ValueError):  # a memory that can't be read is no memory
             known = json.loads(memory.read_text(encoding="utf-8"))
+        if not isinstance(known, dict):
+            known = {}
         stat = file.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
         entry = known.get(str(file.resolve()))
-        if entry is None or entry[:2] != stamp:
+        if not isinstance(entry, list) or entry[:2] != stamp or len(entry) != 3:
             entry = [*stamp, sha256(file)]
             known[str(file.resolve())] = entry
             written = memory.with_name(f"{process.own_prefix()}hashes.json")
@@ -112,20 +121,27 @@ class Work:
         return str(entry[2])
 
     def hashes(self, folder: Path) -> dict[str, str]:
-        """Of every file below a folder that a loader may read: weights, configurations, tokenizers."""
+        """Of every file of a checkpoint that a loader may read: weights, configurations, tokenizers.
+
+        Those of its component folders, linked ones too; weights beside them, in one file, are of no concern.
+        """
         suffixes = (".safetensors", ".json", ".txt", ".model")
-        files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in suffixes)
-        return {f.relative_to(folder).as_posix(): self.hash(f) for f in files}
+        files = [f for each in sorted(folder.iterdir()) if each.is_dir() for f in sorted(each.iterdir())]
+        index = [f for f in (folder / "model_index.json",) if f.is_file()]
+        wanted = [f for f in (*index, *files) if f.is_file() and f.suffix in suffixes]
+        return {f.relative_to(folder).as_posix(): self.hash(f) for f in wanted}
 
 
-def _name(partial: Path, target: Path) -> None:
-    """Give a finished stage its name; another export may have made the same one meanwhile, and then that one stays."""
+def _name(partial: Path, target: Path) -> bool:
+    """Give a finished stage its name; False if another export has made the same one meanwhile, which then stays."""
     try:
         partial.rename(target)
+        return True
     except OSError:
         if not (target / _RECORD).is_file():
             raise
         shutil.rmtree(partial)
+        return False
 
 
 def _key(content: object) -> str:
@@ -133,9 +149,9 @@ def _key(content: object) -> str:
 
 
 def _code() -> str:
-    """The stages' own source: another version of it makes other files."""
+    """The stages' own source, and the library's, which they trace and run: another version of it makes other files."""
     digest = hashlib.sha256()
-    for file in sorted(_SOURCES.glob("*.py")):
+    for file in sorted(f for package in _PACKAGES for f in (_ROOT / package).glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -80,13 +80,7 @@ class Artifact:
         Raises:
             ArtifactDamaged: it is not the file that was exported.
         """
-        entry = self.manifest["files"].get(name)
-        if entry is None:
-            raise ArtifactDamaged(self.path / name, "not listed in the manifest")
-        got = sha256(self.path / name)
-        if got != entry["sha256"]:
-            raise ArtifactDamaged(self.path / name, f"sha256 {got[:12]}…; the manifest says {entry['sha256'][:12]}…")
-        return self.path / name
+        return _unchanged(self.path, self.manifest["files"], name)
 
     def folder(self, name: str) -> list[Path]:
         """Every file under a folder of the artifact, each after the check of `file`."""
@@ -118,6 +112,16 @@ def sha256(file: Path) -> str:
         raise ArtifactDamaged(file, f"unreadable ({error})") from error
 
 
+def _unchanged(path: Path, files: Mapping[str, Any], name: str) -> Path:
+    """One of the listed files; raises ArtifactDamaged if its hash is another."""
+    if name not in files:
+        raise ArtifactDamaged(path / name, "not listed in the manifest")
+    got, listed = sha256(path / name), files[name]["sha256"]
+    if got != listed:
+        raise ArtifactDamaged(path / name, f"sha256 {got[:12]}…; the manifest says {listed[:12]}…")
+    return path / name
+
+
 def read(path: Path) -> Artifact:
     """Look an artifact over.
 
@@ -126,23 +130,41 @@ def read(path: Path) -> Artifact:
         ArtifactDamaged: a file that is missing, truncated or (a small one) changed.
     """
     manifest = read_manifest(path)
-    for name, entry in manifest["files"].items():
-        _check_size(path / name, entry["bytes"])
-    for component, entry in manifest["components"].items():
-        for name in entry["engines"].values():
-            if name not in manifest["files"]:
-                raise ArtifactError(f"{path / MANIFEST}: {component} names {name}, which is not among the files")
+    try:
+        _check_files(path, manifest["files"])
+    except OSError as error:
+        raise ArtifactError(f"{path}: unreadable ({error})") from error
+    _check_engines(path, manifest)
     try:
         folder = checkpoints.read(path / CHECKPOINT, weights=False)
     except CheckpointError as error:
         raise ArtifactError(f"{path}: {error}") from error
     if folder.spec.name != manifest["model"]:
-        raise ArtifactError(
-            f"{path / MANIFEST}: model {manifest['model']!r}; the configurations are of {folder.spec.name!r}"
-        )
-    artifact = Artifact(path, manifest, folder)
-    artifact.folder(CHECKPOINT)
-    return artifact
+        got = f"model {manifest['model']!r}; the configurations are of {folder.spec.name!r}"
+        raise ArtifactError(f"{path / MANIFEST}: {got}")
+    return Artifact(path, manifest, folder)
+
+
+def _check_files(path: Path, files: Mapping[str, Any]) -> None:
+    """Sizes of all; contents of what other libraries will read by the folder, where nothing may be added either."""
+    for name, entry in files.items():
+        _check_size(path / name, entry["bytes"])
+        if name.startswith(f"{CHECKPOINT}/"):
+            _unchanged(path, files, name)
+    for file in (path / CHECKPOINT).rglob("*"):
+        if file.is_file() and file.relative_to(path).as_posix() not in files:
+            raise ArtifactDamaged(file, "not listed in the manifest")
+
+
+def _check_engines(path: Path, manifest: Mapping[str, Any]) -> None:
+    wanted = {ANYWHERE} if manifest["engine"] == "onnxruntime" else set(manifest["architectures"])
+    for component, entry in manifest["components"].items():
+        if set(entry["engines"]) != wanted:
+            got = f"{component} has engines for {', '.join(sorted(entry['engines']))}"
+            raise ArtifactError(f"{path / MANIFEST}: {got}; expected {', '.join(sorted(wanted))}")
+        for name in entry["engines"].values():
+            if name not in manifest["files"]:
+                raise ArtifactError(f"{path / MANIFEST}: {component} names {name}, which is not among the files")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -161,7 +183,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def check_manifest(manifest: object, file: Path) -> None:
     """Compare with manifest.schema.json; the message names the field. Raises ArtifactError."""
     schema = json.loads(resources.files("fluxserve").joinpath("manifest.schema.json").read_text(encoding="utf-8"))
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(manifest))
+    try:
+        error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(manifest))
+    except RecursionError as deep:
+        raise ArtifactError(f"{file}: nested too deeply") from deep
     if error is not None:
         raise ArtifactError(f"{file}: {error.json_path.removeprefix('$.')}: {error.message}")
 

@@ -11,7 +11,8 @@ FluxserveError
 │   ├── UnsafeWeights      pickled weights where safetensors are required
 │   └── UnsupportedArchitecture
 ├── ArtifactError          an exported folder that can't be served
-│   └── ArtifactDamaged    a file that is not the one that was exported
+│   ├── ArtifactDamaged    a file that is not the one that was exported
+│   └── ArtifactUnsuited   made for another device, GPU architecture or library version
 ├── ExportError            a checkpoint that can't be exported as it was asked
 ├── EngineError
 │   ├── UnknownEngine
@@ -91,6 +92,10 @@ class ArtifactError(FluxserveError):
 class ArtifactDamaged(ArtifactError):
     def __init__(self, file: Path, got: str) -> None:
         super().__init__(f"{file}: {got}. It is not the file that was exported: export again, or copy it again")
+
+
+class ArtifactUnsuited(ArtifactError):
+    """An artifact was made for another device, GPU architecture or library version than there is here."""
 
 
 class ExportError(FluxserveError):

@@ -12,7 +12,7 @@ from torch import Tensor
 from fluxserve.artifact import ANYWHERE, Artifact, Component
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Components, Shapes, Signature, TensorSpec
-from fluxserve.errors import ArtifactError, LibraryMissing, LibraryRefused
+from fluxserve.errors import ArtifactError, ArtifactUnsuited, LibraryMissing, LibraryRefused
 
 try:
     import onnxruntime as ort
@@ -75,7 +75,7 @@ def _name(tensor: Tensor) -> str:
 def open_artifact(artifact: Artifact, device: str) -> Components:
     """Load all five components; see engines.open.open_artifact."""
     if device != "cpu":
-        raise ArtifactError(f"{artifact.path}: onnxruntime runs it on the CPU; got the device {device}")
+        raise ArtifactUnsuited(f"{artifact.path}: onnxruntime runs it on the CPU; got the device {device}")
 
     def load(name: str) -> OrtEngine:
         component = artifact.component(name)

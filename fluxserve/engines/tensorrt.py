@@ -27,7 +27,7 @@ from fluxserve.artifact import Artifact
 from fluxserve.engines import signatures, tensorrt_library
 from fluxserve.engines.base import FLOATING, Components, Dim, Shapes, Signature, TensorSpec
 from fluxserve.engines.tensorrt_library import Library
-from fluxserve.errors import ArtifactError, LibraryRefused
+from fluxserve.errors import ArtifactError, ArtifactUnsuited, LibraryRefused
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ def open_artifact(artifact: Artifact, device: str, cache_folder: Path = CACHE_FO
         cache_folder: where TensorRT-RTX keeps what it compiles; made when it is first written to.
     """
     if torch.device(device).type != "cuda":
-        raise ArtifactError(f"{artifact.path}: {artifact.engine} runs it on a GPU; got the device {device}")
+        raise ArtifactUnsuited(f"{artifact.path}: {artifact.engine} runs it on a GPU; got the device {device}")
     cuda = Cuda(device)
     _check_architecture(artifact, cuda.architecture)
     library = tensorrt_library.load(artifact.engine)
@@ -292,7 +292,7 @@ def deserialise(library: Library, runtime: Any, file: Path) -> Any:
 def _check_architecture(artifact: Artifact, got: str) -> None:
     for component in map(artifact.component, signatures.BY_COMPONENT):
         if got not in component.engines:
-            raise ArtifactError(
+            raise ArtifactUnsuited(
                 f"{artifact.path}: this GPU is {got}; {component.name} was built for {', '.join(component.engines)}"
             )
 
@@ -300,9 +300,9 @@ def _check_architecture(artifact: Artifact, got: str) -> None:
 def _check_version(artifact: Artifact, library: Library) -> None:
     built = artifact.versions.get(library.flavour)
     if built is None:
-        raise ArtifactError(f"{artifact.path}: the manifest does not say which {library.flavour} built it")
+        raise ArtifactUnsuited(f"{artifact.path}: the manifest does not say which {library.flavour} built it")
     if tensorrt_library.release(built) != library.release:
-        raise ArtifactError(
+        raise ArtifactUnsuited(
             f"{artifact.path}: got {library}; built by {library.flavour} {built}, whose plans run on"
             f" {tensorrt_library.release(built)}.x alone"
         )

@@ -79,7 +79,8 @@ def _save(module: nn.Module, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps({**config, "architectures": [type(module).__name__]}))
     tile = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).bfloat16()
     name = "diffusion_pytorch_model" if hasattr(module, "save_config") else "model"
-    weights = {key: _random(key, p, tile) for key, p in module.named_parameters()}
+    tied = getattr(module, "_tied_weights_keys", None) or {}  # published files hold such a tensor once
+    weights = {key: _random(key, p, tile) for key, p in module.named_parameters() if key not in tied}
     save_file(weights, folder / f"{name}.safetensors", {"format": "pt"})
 
 

@@ -3,7 +3,6 @@
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -215,14 +214,24 @@ def test_an_error_of_the_progress_ends_the_build(library: Library, tmp_path: Pat
     assert not (tmp_path / "block.engine").exists()
 
 
-def test_an_interrupt_ends_the_build(library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    phases: list[str] = []
+def test_an_interrupt_ends_the_build(
+    library: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled = threading.Event()
+    make = building._monitor
+
+    def watched(*given: Any) -> Any:
+        monitor = make(*given)
+        cancel = monitor.cancel
+        monitor.cancel = lambda: (cancel(), cancelled.set())
+        return monitor
 
     def progress(phase: str, step: int, steps: int) -> None:
-        if not phases:  # on the build's thread; the other one is interrupted meanwhile
+        if not cancelled.is_set():  # on the build's thread; the other one is interrupted meanwhile
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            time.sleep(0.3)
-        phases.append(phase)
+            assert cancelled.wait(20)
+
+    monkeypatch.setattr(building, "_monitor", watched)
 
     with pytest.raises(KeyboardInterrupt):
         build_block(library, tmp_path, fp8=False, fp8_attentions=0, progress=progress)
