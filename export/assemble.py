@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from export import console
-from export.options import FP8
+from export.options import FP8, TENSORRT, TENSORRT_RTX
 from export.stages import Stages
 from export.work import Result
 from fluxserve import __version__, process
@@ -25,6 +25,14 @@ from fluxserve.artifact import (
     sha256,
 )
 from fluxserve.errors import ExportError
+
+NOTES = {
+    TENSORRT: "fluxserve's tests run this engine against a fake of TensorRT's interface, never against TensorRT: "
+    "`fluxserve export verify` on the GPU is the proof.",
+    TENSORRT_RTX: "fluxserve's tests build such plans, but no RTX GPU was there to run one: "
+    "`fluxserve export verify` on the GPU is the proof.",
+}
+"""What was never run, by engine; see README.md."""
 
 _CONFIGURATIONS = (".json", ".model", ".txt")
 
@@ -151,6 +159,7 @@ def _manifest(stages: Stages, components: Mapping[str, Any], partial: Path) -> d
         "files": {f.relative_to(partial).as_posix(): {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files},
         "checkpoint": stages.hashes,
         "calibration": calibration if options.precision == FP8 else None,
+        "notes": [NOTES[options.engine]] if options.engine in NOTES else [],
         "made": {
             "fluxserve": __version__,
             "commit": _commit(),

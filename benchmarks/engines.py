@@ -1,0 +1,89 @@
+"""How long each engine takes for the same pictures, side by side in one process.
+
+    python -m benchmarks.engines [--artifact FOLDER]... [--n 15] [--json OUT]
+
+The checkpoint through torch_eager, and every artifact given; picture by picture in turn, so that what else the machine
+does hits all alike. Times are the pipeline's own stages. On a CPU only the ratios mean anything. The last line on
+stdout is JSON.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality import surroundings
+from fluxserve import settings, source
+from fluxserve.job import plan
+from fluxserve.pipeline import Pipeline
+from fluxserve.request import parse
+from fluxserve.text import Tokenizers
+
+PROMPT = b"a fox on a blue background"
+WARM_UP = 2
+
+
+class Contender:
+    """One engine with the model open."""
+
+    def __init__(self, given: dict[str, str], device: str) -> None:
+        config = settings.load({name: {"string_value": value} for name, value in given.items()})
+        found = source.find(config)
+        self.name = found.engine
+        if found.artifact:
+            self.name += f" {found.artifact.manifest['precision']}"
+        device = found.device(device)
+        self._pipeline = Pipeline(found.spec, found.open_components(device, config.dtype), device)
+        self._spec, self._tokenizers = found.spec, Tokenizers(found.checkpoint)
+        self.times: list[dict[str, float]] = []
+
+    def draw(self, seed: int) -> None:
+        request = parse({"prompt": PROMPT, "seed": seed}, self._spec)
+        (drawing,) = self._pipeline.draw([plan(request, self._spec, self._tokenizers)])
+        assert drawing is not None
+        self.times.append(drawing.timings)
+
+    def median(self, stage: str) -> float:
+        return statistics.median(t[stage] for t in self.times[WARM_UP:])
+
+    def summary(self) -> dict[str, object]:
+        totals = sorted(t["total"] for t in self.times[WARM_UP:])
+        medians = {stage: round(self.median(stage), 2) for stage in ("encode", "denoise", "decode", "total")}
+        return {
+            "engine": self.name,
+            "median_ms": medians,
+            "total_ms_least_most": [round(totals[0], 2), round(totals[-1], 2)],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="", help="default: the tiny model")
+    parser.add_argument("--artifact", action="append", default=[], help="made by `fluxserve export`; may be repeated")
+    parser.add_argument("--n", type=int, default=15, help="pictures of each engine; default: %(default)s")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    settings.let_threads_sleep()
+    contenders = [Contender({"checkpoint": args.checkpoint}, args.device)]
+    contenders += [Contender({"artifact": folder}, args.device) for folder in args.artifact]
+    for seed in range(WARM_UP + args.n):
+        for contender in contenders:
+            contender.draw(seed)
+    first = contenders[0].median("total")
+    print(f"{'engine':<24}{'text':>8}{'denoise':>10}{'VAE':>8}{'total ms':>10}{'times as fast':>15}")
+    for c in contenders:
+        stages = "".join(
+            f"{c.median(s):>{w}.1f}" for s, w in (("encode", 8), ("denoise", 10), ("decode", 8), ("total", 10))
+        )
+        print(f"{c.name:<24}{stages}{first / c.median('total'):>15.2f}")
+    result = {"benchmark": "engines", **surroundings(), "n": args.n, "engines": [c.summary() for c in contenders]}
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
