@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ Progress = Callable[[str, int, int], None]
 
 _SOFTMAX_SCALE = 1 / 448
 """Softmax gives 0 to 1; E4M3 holds up to 448."""
+
+
+_INTERRUPTIBLE_S = 0.5
+"""How long an interrupt may go unnoticed at worst."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,10 @@ def _build(
     with ThreadPoolExecutor(max_workers=1) as thread:  # so that this one can be interrupted
         thread.submit(int).result()  # an interrupt while the thread starts would leave the build running, unwaited for
         try:
-            plan = thread.submit(builder.build_serialized_network, network, config).result()
+            building = thread.submit(builder.build_serialized_network, network, config)
+            while not wait([building], timeout=_INTERRUPTIBLE_S).done:
+                pass  # a signal that comes just before the waiting begins is only seen when it ends
+            plan = building.result()
         except BaseException:
             monitor.cancel()
             raise

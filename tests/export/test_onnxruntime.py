@@ -174,19 +174,7 @@ def test_the_same_export_gives_the_same_bytes(export: Exports, tmp_path: Path) -
 
 def test_a_second_export_repeats_nothing(export: Exports) -> None:
     made = export("onnxruntime", "fp32")
-    status, said = run(
-        str(TINY),
-        "--out",
-        str(made.path),
-        "--work",
-        str(export.work),
-        "--max-size",
-        "256x256",
-        "--max-batch",
-        "2",
-        "--prompts",
-        "8",
-    )
+    status, said = run(str(TINY), "--out", str(made.path), "--work", str(export.work), *SHAPES, *QUICK)
     assert status == 0
     stages = [line for line in said.splitlines() if line.startswith(("onnx", "reference", "numerics"))]
     assert len(stages) == 11 and all("kept" in line for line in stages), said
