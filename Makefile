@@ -20,7 +20,7 @@ ifneq ($(CHECKPOINT),)
 MODEL := --checkpoint "$(CHECKPOINT)"
 else ifeq ($(ENGINE),onnxruntime)
 MODEL := --artifact "$(ARTIFACT)"
-NEEDED := $(if $(findstring ://,$(SERVER)),,$(ARTIFACT).made)
+NEEDED := $(if $(findstring ://,$(SERVER))$(filter-out file,$(origin ARTIFACT)),,$(ARTIFACT).made)
 else
 MODEL := --engine "$(ENGINE)"
 endif

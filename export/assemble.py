@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from export import console
+from export.manifest import write_manifest
 from export.options import FP8, TENSORRT, TENSORRT_RTX
 from export.stages import Stages
 from export.work import Result
@@ -37,10 +38,15 @@ NOTES = {
 _CONFIGURATIONS = (".json", ".model", ".txt")
 
 
-def refuse_foreign(target: Path) -> None:
-    """Raise ExportError if `target` is something else than an earlier artifact, which would be replaced."""
-    if target.exists() and not (target / MANIFEST).is_file():
+def refuse_foreign(target: Path, model: str) -> None:
+    """Raise ExportError if `target` is something else than an earlier artifact of this model, which is replaced."""
+    if not target.exists():
+        return
+    if not (target / MANIFEST).is_file():
         raise ExportError(f"{target}: exists and is not an artifact; expected a new folder, or one to replace")
+    earlier = read_manifest(target)["model"]
+    if earlier != model:
+        raise ExportError(f"{target}: is an artifact of {earlier}; {model} does not replace it. Remove it first")
 
 
 def assemble(stages: Stages, numerics: Mapping[str, Result], target: Path) -> Path:
@@ -48,7 +54,7 @@ def assemble(stages: Stages, numerics: Mapping[str, Result], target: Path) -> Pa
 
     Until the last step the folder has its process's name; a killed export leaves that, and never half an artifact.
     """
-    refuse_foreign(target)
+    refuse_foreign(target, stages.checkpoint.spec.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     process.remove_leftovers(target.parent)
     partial = target.parent / f"{process.own_prefix()}{target.name}"
@@ -70,21 +76,6 @@ def assemble(stages: Stages, numerics: Mapping[str, Result], target: Path) -> Pa
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return target
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Replace the manifest in one step."""
-    written = folder / f"{process.own_prefix()}{MANIFEST}"
-    written.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    written.replace(folder / MANIFEST)
-
-
-def add_verification(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Append what `verify` measured to an artifact's manifest."""
-    manifest = read_manifest(folder)
-    manifest.setdefault("verified", []).append(dict(entry))
-    check_manifest(manifest, folder / MANIFEST)
-    write_manifest(folder, manifest)
 
 
 def _component(stages: Stages, name: str, numerics: Result, partial: Path) -> dict[str, Any]:
@@ -122,7 +113,8 @@ def _place(result: Result, folder: Path) -> None:
 def _copy_configurations(checkpoint: Path, target: Path) -> None:
     """The diffusers folder without its weights: model_index.json, and what lies in the folders that it names."""
     index = json.loads((checkpoint / "model_index.json").read_text(encoding="utf-8"))
-    folders = [checkpoint / name for name in sorted(index) if (checkpoint / name).is_dir()]
+    names = [name for name in sorted(index) if Path(name).name == name and not name.startswith(".")]
+    folders = [checkpoint / name for name in names if (checkpoint / name).is_dir()]
     found = [f for folder in folders for f in sorted(folder.iterdir()) if f.is_file() and f.suffix in _CONFIGURATIONS]
     for file in (checkpoint / "model_index.json", *found):
         if not file.name.startswith(".") and not file.name.endswith(".index.json"):
@@ -159,7 +151,7 @@ def _manifest(stages: Stages, components: Mapping[str, Any], partial: Path) -> d
         "files": {f.relative_to(partial).as_posix(): {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files},
         "checkpoint": stages.hashes,
         "calibration": calibration if options.precision == FP8 else None,
-        "notes": [NOTES[options.engine]] if options.engine in NOTES else [],
+        "notes": _notes(options.engine, components),
         "made": {
             "fluxserve": __version__,
             "commit": _commit(),
@@ -169,17 +161,41 @@ def _manifest(stages: Stages, components: Mapping[str, Any], partial: Path) -> d
     }
 
 
+def _notes(engine: str, components: Mapping[str, Any]) -> list[str]:
+    """What whoever serves it should know."""
+    notes = [NOTES[engine]] if engine in NOTES else []
+    for name, entry in components.items():
+        if "skipped" in entry["numerics"]:
+            notes.append(f"{name}: its graph was not run through ONNX Runtime: {entry['numerics']['skipped']}")
+    return notes
+
+
 def _commit() -> str:
-    """Of the source tree this runs from; "unknown" outside of one."""
+    """Of the source tree this runs from, "-dirty" if it was changed since; "unknown" where it is not in one."""
     root = Path(__file__).parents[1]
-    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    try:
+        own = git("rev-parse", "--show-toplevel") == str(root)
+        return (git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if own else "") or "unknown"
+    except OSError:  # no git here
+        return "unknown"
 
 
 def _swap(partial: Path, target: Path) -> None:
-    """Give the new artifact its name; an earlier one goes only when the new one is whole."""
-    old = target.parent / f"{process.own_prefix()}old-{target.name}"
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
+    """Give the new artifact its name. An earlier one steps aside as TARGET.old meanwhile, and back if that fails."""
+    old = target.with_name(f"{target.name}.old")
+    if not target.exists():
+        partial.rename(target)
+        return
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)

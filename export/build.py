@@ -66,7 +66,6 @@ def build(
     *,
     architecture: str,
     fp8_attentions: int = 0,
-    workspace: int | None = None,
     progress: Progress = _silent,
 ) -> BuildReport:
     """Build an engine and write it to `target`, which appears whole or not at all.
@@ -75,7 +74,6 @@ def build(
         shapes: least, typical and largest shape of every input with a dimension that varies; others may be left out.
         architecture: "sm89". TensorRT builds only for the GPU that is here.
         fp8_attentions: how many Attention nodes of the file are quantised; each of them must become one fused kernel.
-        workspace: bytes that a layer may use for itself; None leaves it to the library.
 
     Raises:
         ExportError: the file can't be parsed, an FP8 attention is not one, or the library can't build it.
@@ -84,7 +82,7 @@ def build(
     start = time.monotonic()
     library.listen()
     builder = library.builder()
-    config = _config(library, builder, architecture, workspace)
+    config = _config(library, builder, architecture)
     network = library.strongly_typed_network(builder)
     parser = library.module.OnnxParser(network, library.logger)
     _parse(library, parser, onnx_file)
@@ -105,15 +103,14 @@ def build(
     )
 
 
-def _config(library: Library, builder: Any, architecture: str, workspace: int | None) -> Any:
+def _config(library: Library, builder: Any, architecture: str) -> Any:
     module, config = library.module, builder.create_builder_config()
     _set_architecture(library, config, architecture)
+    config.clear_flag(module.BuilderFlag.TF32)  # which float32 would be rounded to by default
     config.max_aux_streams = 0  # one stream, as a CUDA graph is captured
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
     if library.has("BuilderFlag", "REQUIRE_USER_ALLOCATION"):  # or else some shapes can't be captured
         config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    if workspace is not None:
-        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, workspace)
     return config
 
 

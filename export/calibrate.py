@@ -15,7 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from export.fp8 import ATTENTION, KEPT, Scales, quantised_linears, root_scale, watched_attention
+from export.fp8 import (
+    ATTENTION,
+    KEPT,
+    Scales,
+    attention_modules,
+    quantised_linears,
+    root_scale,
+    watched_attention,
+)
 from fluxserve.errors import ExportError
 from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
@@ -78,6 +86,10 @@ class Range:
     def __init__(self) -> None:
         self._largest = 0.0
         self._counts = torch.zeros((_MOST - _LEAST) * _BINS_PER_OCTAVE, dtype=torch.int64)
+
+    @property
+    def seen(self) -> bool:
+        return bool(self._counts.sum())
 
     def see(self, x: Tensor) -> None:
         """Raises ValueError if a value is not finite."""
@@ -175,4 +187,18 @@ def calibrate(
             request = parse({"prompt": prompt.encode(), **fields}, pipeline.spec)
             pipeline.draw([plan(request, pipeline.spec, tokenizers)])
             progress(index + 1, len(prompts))
+    for name, seen in ranges.items():
+        _refuse_unseen(name, seen, modules[name])
     return ranges
+
+
+def _refuse_unseen(component: str, seen: Ranges, module: nn.Module) -> None:
+    """Raise ExportError for what was never called: it would be quantised by nothing, or quietly not at all."""
+    missing = set(attention_modules(component, module)) - set(seen.attention)
+    missing |= {name for name, range_ in seen.linears.items() if not range_.seen}
+    if missing:
+        names = ", ".join(sorted(missing)[:5])
+        raise ExportError(
+            f"calibrate: {component}: nothing passed through {names} ({len(missing)} in all); attention has to go"
+            " through torch's scaled_dot_product_attention, which diffusers' other backends do not call"
+        )

@@ -6,13 +6,18 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from export import console
 from export.options import DTYPES, FP8, ONNXRUNTIME, TENSORRT, TENSORRT_RTX, Options, Size, Sizes, default_sizes
 from fluxserve.artifact import COMPONENTS
-from fluxserve.errors import ArtifactUnsuited, EngineError, ExportError, FluxserveError
+from fluxserve.errors import ArtifactUnsuited, ExportError, FluxserveError, LibraryMissing
+
+if TYPE_CHECKING:
+    from export.stages import Stages
 
 STAGES = ("onnx", "quantize", "build", "verify")
 _PROMPTS = Path(__file__).parent / "prompts.txt"
@@ -36,11 +41,13 @@ def main(arguments: Sequence[str]) -> int:
     first = arguments[0] if arguments else ""
     stage, rest = (first, arguments[1:]) if first in STAGES else ("", arguments)
     options = _verify_parser().parse_args(rest) if stage == "verify" else _parser(stage).parse_args(rest)
-    logging.captureWarnings(True)  # the tracer's, about what it does itself
+    warnings.filterwarnings("ignore", module=r"(torch|onnx|copyreg)\b")  # the tracer's, about what it does itself
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        return _verify(options.artifact, options.device) if stage == "verify" else _export(stage, options)
-    except ImportError as error:
+        if stage == "verify":
+            return _verify(options.artifact, options.device, not options.no_write)
+        return _export(stage, options)
+    except ModuleNotFoundError as error:
         missing = f"{error.name or error}: not installed; expected the extra 'export' (pip install 'fluxserve[export]')"
         print(f"fluxserve export: {missing}", file=sys.stderr)
         return 1
@@ -98,7 +105,9 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     )
     calibration.add_argument("--steps", type=int, metavar="N", help="default: the model's own")
     calibration.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    calibration.add_argument("--method", default="max", help="max, or percentile-99.99; default: %(default)s")
+    calibration.add_argument(
+        "--method", default="max", help="max, percentile-99.999 or percentile-99.99; default: %(default)s"
+    )
     calibration.add_argument("--device", default="", help="where PyTorch computes; default: a GPU if there is one")
     return parser
 
@@ -110,6 +119,9 @@ def _verify_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--device", default="", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--no-write", action="store_true", help="leave the manifest alone, as where it can't be written"
+    )
     return parser
 
 
@@ -128,12 +140,10 @@ def _size(text: str) -> Size:
 
 
 def _export(stage: str, options: argparse.Namespace) -> int:
-    from export.assemble import assemble, refuse_foreign
+    from export.assemble import assemble
 
-    if not stage:
-        refuse_foreign(options.out)
     begun = time.perf_counter()
-    stages = _stages(options)
+    stages = _stages(options, stage)
     components = tuple(getattr(options, "component", ())) or COMPONENTS
     if stage in ("", "build"):
         stages.check_engine()
@@ -142,24 +152,28 @@ def _export(stage: str, options: argparse.Namespace) -> int:
             for path in _run_stage(stages, stage, component):
                 print(f"  {path}")
         return 0
+    numerics = {component: stages.numerics(component) for component in COMPONENTS}
     for component in COMPONENTS:
         stages.engines(component)
-    artifact = assemble(stages, {component: stages.numerics(component) for component in COMPONENTS}, options.out)
+    artifact = assemble(stages, numerics, options.out)
     print(
         f"exported in {console.duration(time.perf_counter() - begun)}; serve it: fluxserve serve --artifact {artifact}"
     )
     return _verify_if_possible(artifact, options)
 
 
-def _run_stage(stages, stage: str, component: str) -> list[Path]:  # type: ignore[no-untyped-def]
+def _run_stage(stages: "Stages", stage: str, component: str) -> list[Path]:
     if stage == "onnx":
         return [stages.onnx(component).path]
     if stage == "quantize":
+        if stages.options.precision_of(component) != FP8:
+            raise ExportError(f"quantize: {component}: nothing of it is quantised under {stages.options.precision}")
         return [stages.graph(component).path]
     return [result.path for result, _ in stages.engines(component).values()]
 
 
-def _stages(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _stages(options: argparse.Namespace, stage: str) -> "Stages":
+    from export.assemble import refuse_foreign
     from export.calibrate import METHODS, Calibration, read_prompts
     from export.stages import Stages
     from export.work import Work
@@ -193,6 +207,8 @@ def _stages(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         not options.no_numerics,
     )
     wanted.check(folder.spec)  # before anything is made
+    if not stage:
+        refuse_foreign(options.out, folder.spec.name)
     out = options.out.resolve()
     work = options.work or out.with_name(f"{out.name}.work")
     return Stages(folder, wanted, calibration, Work(work))
@@ -212,19 +228,20 @@ def _verify_if_possible(artifact: Path, options: argparse.Namespace) -> int:
     """Verify what was just exported, unless its engine can't run on this machine: then say so, which is no failure."""
     try:
         return _verify(artifact, options.device)
-    except (ArtifactUnsuited, EngineError) as error:
+    except (ArtifactUnsuited, LibraryMissing) as error:
         print(f"not verified, because it can't run here: {error}")
         print(f"  on the machine that serves it: fluxserve export verify {artifact}")
         return 0
 
 
-def _verify(path: Path, device: str) -> int:
-    from export.assemble import add_verification
+def _verify(path: Path, device: str, write: bool = True) -> int:
+    from export.manifest import add_verification
     from export.verify import table, verify
     from fluxserve import artifact
 
     found = verify(artifact.read(path), _usable(device))
-    add_verification(path, found)
     print(table(found))
-    print("passed" if found["passed"] else "FAILED: see the rows that are marked; the manifest has them")
+    print("passed" if found["passed"] else "FAILED: see the rows that are marked")
+    if write:
+        add_verification(path, found)
     return 0 if found["passed"] else 1

@@ -158,6 +158,10 @@ class _Intercept(TorchFunctionMode):
             q, k, v = (
                 kwargs.get(n, a) for n, a in zip(("query", "key", "value"), (*args, None, None, None), strict=False)
             )
+            if any(kwargs.get(name) for name in ("is_causal", "scale")) or kwargs.get("attn_mask") is not None:
+                raise ValueError(
+                    f"{self._current[-1]}: got attention with {sorted(kwargs)}; expected neither mask nor scale"
+                )
             result = self._call(self._current[-1], q, k, v)
             if result is not None:
                 return result

@@ -1,11 +1,10 @@
-"""How far one set of numbers is from another, and an ONNX file from the module that it was traced from.
+"""An ONNX file through ONNX Runtime, to see how far it is from the module that it was traced from.
 
 ONNX Runtime's CPU provider has no bfloat16. A bfloat16 graph is *widened* for the comparison: every bfloat16 tensor,
 scale and cast becomes float32, with the values that the file holds. That checks the operators, weights and scales of
 the very file that an engine is built from, and not its rounding.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,42 +15,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from polygraphy.backend.onnxrt import OnnxrtRunner
-from torch import Tensor, nn
+from torch import Tensor
 
-from fluxserve.engines.base import FLOATING, Signature
+from fluxserve.engines.base import Signature
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Tensors = Mapping[str, Tensor]
-
-EQUAL_DB = 99.0
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """‖got − expected‖ / ‖expected‖ in float64; infinite where a number is not finite."""
-    a, b = got.double(), expected.double()
-    error = float((a - b).norm() / b.norm().clamp(min=1e-30))
-    return error if math.isfinite(error) else math.inf
-
-
-def cosine(got: Tensor, expected: Tensor) -> float:
-    a, b = got.double().flatten(), expected.double().flatten()
-    return float(torch.dot(a, b) / (a.norm() * b.norm()).clamp(min=1e-30))
-
-
-def psnr(got: npt.NDArray[np.uint8], expected: npt.NDArray[np.uint8]) -> float:
-    """Of 8-bit images, in dB; at most EQUAL_DB, which equal ones get."""
-    error = float(np.mean((got.astype(np.float64) - expected.astype(np.float64)) ** 2))
-    return min(10 * math.log10(255**2 / error), EQUAL_DB) if error else EQUAL_DB
-
-
-def outputs_of(module: nn.Module, signature: Signature, inputs: Tensors) -> dict[str, Tensor]:
-    """A wrapper of torch_eager called on tensors, FLOATING ones in the dtype and on the device of its weights."""
-    weight = next(module.parameters())
-    dtypes = {t.name: weight.dtype if t.dtype == FLOATING else getattr(torch, t.dtype) for t in signature.inputs}
-    with torch.inference_mode():
-        results = module(**{name: inputs[name].to(weight.device, dtype) for name, dtype in dtypes.items()})
-    results = (results,) if isinstance(results, Tensor) else results
-    return {t.name: r.float().cpu() for t, r in zip(signature.outputs, results, strict=True)}
 
 
 def run_onnx(file: Path, signature: Signature, cases: Sequence[Tensors]) -> list[dict[str, Tensor]]:
@@ -77,6 +46,9 @@ def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.asarray(array).astype(np.float32))
 
 
+_CGROUP = Path("/sys/fs/cgroup")
+
+
 def memory_needed(file: Path) -> int:
     """Bytes that ONNX Runtime takes for a file's weights in float32, about: its own copy and the packed one."""
     tensors = (value.const_value for value in ir.load(file).graph.initializers.values())
@@ -84,9 +56,13 @@ def memory_needed(file: Path) -> int:
 
 
 def memory_free() -> int:
-    """Bytes that this machine can give without swapping."""
+    """Bytes that this machine can give without swapping, or this container within its limit."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    machine = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (_CGROUP / name for name in ("memory.max", "memory.current"))
+    if not limit.is_file() or (most := limit.read_text().strip()) == "max":
+        return machine
+    return min(machine, int(most) - int(used.read_text()))
 
 
 def widened(source: Path, target: Path) -> None:

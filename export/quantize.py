@@ -141,12 +141,11 @@ class _Surgery:
         value = _float_input(node, 1)
         original = value.const_value
         assert original is not None and value.dtype is not None
-        dtype = value.dtype
-        scale = self._register(
-            ir.LazyTensor(lambda: _scale(original, dtype), dtype, ir.Shape([]), name=f"{tag}.weight.scale")
-        )
+        number = _scale(original, value.dtype)
+        number.name = f"{tag}.weight.scale"
+        scale = self._register(number)
         stored = ir.LazyTensor(
-            lambda: _quantised(original, dtype), ir.DataType.FLOAT8E4M3FN, original.shape, name=f"{tag}.weight.fp8"
+            lambda: _quantised(original, number), ir.DataType.FLOAT8E4M3FN, original.shape, name=f"{tag}.weight.fp8"
         )
         inputs = [self._register(stored), scale, self._zero]
         node.replace_input_with(1, self._insert(node, "DequantizeLinear", inputs, f"{tag}.weight.dq", value))
@@ -192,9 +191,12 @@ def _scale(weight: ir.TensorProtocol, dtype: ir.DataType) -> ir.Tensor:
     return ir.Tensor(scale.astype(dtype.numpy()))
 
 
-def _quantised(weight: ir.TensorProtocol, dtype: ir.DataType) -> ir.Tensor:
-    scale = float(_scale(weight, dtype).numpy().astype(np.float32))
-    stored = (_torch(weight).float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+def _quantised(weight: ir.TensorProtocol, scale: ir.Tensor) -> ir.Tensor:
+    stored = (
+        (_torch(weight).float() / float(scale.numpy().astype(np.float32)))
+        .clamp_(-E4M3_MAX, E4M3_MAX)
+        .to(torch.float8_e4m3fn)
+    )
     return ir.Tensor(stored.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn))
 
 

@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from export.fp8 import Scales, simulated
-from export.numerics import cosine, outputs_of, psnr, relative_error
+from export.metrics import cosine, outputs_of, psnr, relative_error
 from export.options import Sizes
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Bound, Components, Engine, Shapes, Signature
 from fluxserve.engines.torch_eager import ARCHITECTURES
+from fluxserve.errors import ExportError
 from fluxserve.imaging import write_image
 from fluxserve.job import Job, plan
 from fluxserve.pipeline import Pipeline
@@ -38,6 +39,9 @@ from fluxserve.text import Tokenizers
 
 IMAGES = "images"
 _STRENGTH, _ROWS = 0.7, 2
+
+WORST = 0.5
+"""No relative error of plain arithmetic may be larger, or its gate would let anything pass."""
 
 GATE, FLOOR = 1.5, 1e-4
 """An engine's relative error may be GATE times that of plain arithmetic in its precision, plus FLOOR (float32's order
@@ -149,8 +153,23 @@ def record(
     steps = asked[0].num_inference_steps
     calls = {"transformer": (0, steps // 2, steps - 1, steps)}  # the last: the first step of the second picture
     noted = {name: _Noted(getattr(components, name), calls.get(name, (0, 1))) for name in signatures.BY_COMPONENT}
-    images = draw(asked, Pipeline(spec, Components(**noted), device, rows_of(asked)), tokenizers)
+    rows = rows_of(asked)
+    images = draw(asked, Pipeline(spec, Components(**noted), device, rows), tokenizers)
+    for name in ("clip", "t5", "vae_encoder"):  # the pipeline calls these for one row at a time
+        if rows > 1:
+            noted[name].cases.append(_together(getattr(components, name), noted[name].cases, rows))
     return {name: engine.cases for name, engine in noted.items()}, images
+
+
+def _together(engine: Engine, cases: Sequence[Case], rows: int) -> Case:
+    """The first case's inputs and the last one's as one batch."""
+    parts = [cases[0], *[cases[-1]] * (rows - 1)]
+    inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in cases[0].inputs}
+    bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
+    for name, value in inputs.items():
+        bound.inputs[name].copy_(value)
+    bound.run()
+    return Case(inputs, _copies(bound.outputs))
 
 
 # --- plain arithmetic in the artifact's precision ---------------------------------------------------------------------
@@ -166,11 +185,21 @@ def in_precision(modules: Mapping[str, nn.Module], scales: Mapping[str, Scales] 
 
 
 def measure_plain(component: str, signature: Signature, module: nn.Module, cases: Sequence[Case]) -> None:
-    """Note in each case how far the module, as it computes now, is from the reference."""
+    """Note in each case how far the module, as it computes now, is from the reference.
+
+    Raises:
+        ExportError: too far to judge anything by: it overflows, or the scales do not fit the model.
+    """
     wrapper = ARCHITECTURES[component].wrapper(module)
     for case in cases:
         got = outputs_of(wrapper, signature, case.inputs)
         case.plain = {name: relative_error(got[name], case.outputs[name]) for name in got}
+        for name, error in case.plain.items():
+            if not error <= WORST:
+                raise ExportError(
+                    f"reference: {component}.{name}: plain arithmetic in this precision is off by {error:.2g};"
+                    f" expected at most {WORST}: another precision, or another calibration"
+                )
 
 
 def compare(cases: Sequence[Case], results: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:

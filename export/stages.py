@@ -1,5 +1,6 @@
 """The stages of an export over a work folder: onnx → calibrate → quantize → build, and the reference beside them."""
 
+import gc
 import json
 import platform
 from collections.abc import Iterable, Mapping
@@ -14,9 +15,9 @@ from torch import nn
 
 from export import build, calibrate, numerics, quantize, reference, trace
 from export.console import Line, size
-from export.fp8 import KEPT, Scales
+from export.fp8 import ATTENTION, KEPT, Scales
 from export.options import ATTENTION_OPSET, FP8, ONNXRUNTIME, Options, profile, ranges
-from export.work import Result, Work
+from export.work import Make, Result, Work
 from fluxserve.artifact import ANYWHERE, SCALES, Range
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures, tensorrt_library, torch_eager
@@ -41,11 +42,24 @@ def refuse_misses(component: str, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _refuse_lost_fp8(component: str, architecture: str, got: int, record: Mapping[str, Any]) -> None:
-    """Raise ExportError if the network that was built has fewer FP8 products than were put into its graph."""
+    """Raise ExportError if the parser found fewer products of two E4M3 factors than were put into the graph."""
     spelled_out = 2 * len(record.get("attention", ())) if record["opset"] < ATTENTION_OPSET else 0
     expected = len(record.get("linears", ())) + spelled_out
     if got != expected:
         raise ExportError(f"build: {component} {architecture}: {got} products in FP8; expected {expected}")
+
+
+def _memory_returned(make: Make) -> Make:
+    """After a stage that ran PyTorch on a GPU, its memory is free for others: TensorRT allocates by itself."""
+
+    def run(folder: Path, line: Line) -> dict[str, Any]:
+        try:
+            return make(folder, line)
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    return run
 
 
 class Stages:
@@ -58,10 +72,15 @@ class Stages:
         self.checkpoint, self.options, self.calibration, self.work = checkpoint, options, calibration, work
 
     def check_engine(self) -> None:
-        """Raise now what a build would raise in an hour: the library is missing, or knows no such GPU."""
-        if self.options.engine != ONNXRUNTIME:
-            for architecture in self.architectures:
-                build.check_architecture(self._library, architecture)
+        """Raise now what a build would raise in an hour: the library is missing, too old, or knows no such GPU."""
+        if self.options.engine == ONNXRUNTIME:
+            return
+        for architecture in self.architectures:
+            build.check_architecture(self._library, architecture)
+        fused = any(self.options.onnx_opset(name) >= ATTENTION_OPSET for name in ATTENTION)
+        if fused and not self._library.has("IAttention", "normalization_quantize_scale"):
+            got = f"{self._library}, which has no attention operator with FP8"
+            raise ExportError(f"engine: got {got}; expected 10.16 or newer, or --spell-attention-out")
 
     # --- what the stages are keyed by ---------------------------------------------------------------------------------
 
@@ -142,7 +161,7 @@ class Stages:
             "device": asked.device,
             "versions": self._libraries,
         }
-        return self.work.stage("calibrate", inputs, make)
+        return self.work.stage("calibrate", inputs, _memory_returned(make))
 
     def scales_of(self, component: str) -> Scales:
         content = json.loads((self.scales().path / SCALES).read_text(encoding="utf-8"))
@@ -172,12 +191,13 @@ class Stages:
         graph, kept = self.graph(component), self.reference()
         signature = signatures.BY_COMPONENT[component](self.checkpoint.spec)
         needed, free = numerics.memory_needed(graph.path / ONNX), numerics.memory_free()
-        fits = self.options.check_numerics and needed < free
+        fits = needed < free
 
         def make(folder: Path, line: Line) -> dict[str, Any]:
+            if not self.options.check_numerics:
+                return {"skipped": "it was not wanted (--no-numerics)"}
             if not fits:
-                line.say("skipped")
-                return {"skipped": f"ONNX Runtime would need about {size(needed)} of memory, or it was not wanted"}
+                return {"skipped": f"it needs about {size(needed)} of memory, and {size(free)} were free"}
             cases = reference.load_cases(kept.path / f"{component}.safetensors")
             file = graph.path / ONNX
             wide = self.options.dtype == torch.bfloat16
@@ -193,13 +213,15 @@ class Stages:
             refuse_misses(component, rows)
             return {"widened": wide, "cases": rows}
 
-        keyed = {"graph": graph.files, "reference": kept.files, "fits": fits, "versions": self._libraries}
+        keyed = {"graph": graph.files, "reference": kept.files, "fits": fits, "wanted": self.options.check_numerics}
+        keyed["versions"] = self._libraries
         return self.work.stage(f"numerics {component}", keyed, make)
 
     # --- build --------------------------------------------------------------------------------------------------------
 
     def engine(self, component: str, architecture: str) -> Result:
-        """The component's plan for one GPU architecture."""
+        """The component's plan for one GPU architecture; its graph is checked first."""
+        self.numerics(component)
         graph, shapes = self.graph(component), self.ranges(component)
         signature = signatures.BY_COMPONENT[component](self.checkpoint.spec)
         points = [signature.at(profile(shapes, which)) for which in range(3)]
@@ -257,7 +279,8 @@ class Stages:
             line.say("drawing in float32")
             tokenizers, modules = Tokenizers(self.checkpoint), self._modules(torch.float32)
             components = self._components(modules)
-            cases, images = reference.record(spec, components, tokenizers, asked, device)
+            with torch.backends.cudnn.flags(allow_tf32=False):  # which its convolutions would use by default
+                cases, images = reference.record(spec, components, tokenizers, asked, device)
             line.say(f"drawing plainly in {self.options.precision}")
             if self.options.dtype != torch.float32:
                 del modules, components
@@ -278,7 +301,7 @@ class Stages:
             "device": device,
             "versions": self._libraries,
         }
-        return self.work.stage("reference", keyed, make)
+        return self.work.stage("reference", keyed, _memory_returned(make))
 
     def _modules(self, dtype: torch.dtype) -> dict[str, nn.Module]:
         device = self.calibration.device

@@ -10,6 +10,7 @@ What is traced is the wrapper that torch_eager calls, so that the reference and 
 """
 
 import ast
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,8 @@ def trace(
         for name, value in model.graph.initializers.items():
             if name in weights:
                 value.const_value = weights[name]
+            elif weights and value.const_value is not None and value.const_value.size >= _LARGE:
+                raise ExportError(f"onnx: {component}: {name} is of no parameter; it would be written as zeros")
     _optimise(model)
     _lay_out(model)
     _name_modules(model)
@@ -109,7 +112,7 @@ def _weights_of(
         return
     folder = checkpoint.component(ARCHITECTURES[component].folder)
     module = _hollow(component, folder, dtype)
-    sources = _sources(folder)
+    sources = _sources(module, folder)
     yield module, dict(_lazy_parameters(module, sources, folder))
 
 
@@ -131,13 +134,15 @@ def _hollow(component: str, folder: Path, dtype: torch.dtype) -> nn.Module:
     return hollow
 
 
-def _sources(folder: Path) -> dict[str, Path]:
-    """Tensor name → the safetensors file that holds it."""
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            found |= dict.fromkeys(tensors.keys(), file)
-    return found
+def _sources(module: nn.Module, folder: Path) -> dict[str, Path]:
+    """Tensor name → the safetensors file that holds it: the files that PyTorch's loader would take, and no others."""
+    name = "diffusion_pytorch_model" if hasattr(module, "save_config") else "model"
+    index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
+    if index.is_file():
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {tensor: folder / file for tensor, file in listed.items()}
+    with safe_open(single, "pt") as tensors:
+        return dict.fromkeys(tensors.keys(), single)
 
 
 def _lazy_parameters(
@@ -153,9 +158,12 @@ def _lazy_parameters(
 
 
 def _tied(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Parameters that share one tensor in the file: transformers says which, as {target: source}."""
+    """Parameters that may share one tensor in the file, under either name; transformers says {target: source}."""
     keys = getattr(module, "_tied_weights_keys", None) or {}
-    return {target: (source,) for target, source in keys.items()}
+    return {
+        **{target: (source,) for target, source in keys.items()},
+        **{source: (target,) for target, source in keys.items()},
+    }
 
 
 def _lazy(name: str, file: Path, source: str, parameter: Tensor) -> ir.LazyTensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from export import reference
-from export.numerics import psnr
+from export.metrics import psnr
 from export.reference import Case
 from fluxserve.artifact import COMPONENTS, REFERENCE, Artifact
 from fluxserve.engines.base import Components, Engine

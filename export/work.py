@@ -45,7 +45,8 @@ Make = Callable[[Path, console.Line], dict[str, Any]]
 
 
 class Work:
-    """A folder of results; several exports may share it."""
+    """A folder of results. Several exports of one machine may share it; those of two containers must not at once,
+    because neither sees the other's processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._seen = folder, dict[Path, Result]()

@@ -163,8 +163,8 @@ def _check_engines(path: Path, manifest: Mapping[str, Any]) -> None:
             got = f"{component} has engines for {', '.join(sorted(entry['engines']))}"
             raise ArtifactError(f"{path / MANIFEST}: {got}; expected {', '.join(sorted(wanted))}")
         for name in entry["engines"].values():
-            if name not in manifest["files"]:
-                raise ArtifactError(f"{path / MANIFEST}: {component} names {name}, which is not among the files")
+            if name not in manifest["files"] or not name.startswith(f"{component}/"):
+                raise ArtifactError(f"{path / MANIFEST}: {component} names {name}, which is not among its files")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def _export(arguments: Sequence[str]) -> int:
     settings.let_threads_sleep()
     try:
         from export.cli import main as export
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         missing = f"{error.name or error}: not installed; expected the extra 'export' (pip install 'fluxserve[export]')"
         print(f"fluxserve export: {missing}", file=sys.stderr)
         return 1

@@ -303,8 +303,8 @@ def _check_version(artifact: Artifact, library: Library) -> None:
         raise ArtifactUnsuited(f"{artifact.path}: the manifest does not say which {library.flavour} built it")
     if tensorrt_library.release(built) != library.release:
         raise ArtifactUnsuited(
-            f"{artifact.path}: got {library}; built by {library.flavour} {built}, whose plans run on"
-            f" {tensorrt_library.release(built)}.x alone"
+            f"{artifact.path}: got {library}; built by {library.flavour} {built}, whose plans need"
+            f" {tensorrt_library.release(built)}.x"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from export import reference
 from export.fp8 import Scales, simulated
-from export.numerics import outputs_of, relative_error
+from export.metrics import outputs_of, relative_error
 from export.trace import MODULE
 from fluxserve import artifact as artifacts
 from fluxserve import checkpoint
@@ -188,7 +188,9 @@ def test_verify_again_by_itself(export: Exports, tmp_path: Path) -> None:
     path = copied(export("onnxruntime", "fp8").path, tmp_path / "copy")
     status, said = run("verify", str(path))
     assert status == 0 and said.rstrip().endswith("passed"), said
-    assert "transformer.velocity 2x" in said, "a batch is verified as well"
+    assert all(
+        f"{name} 2x" in said for name in ("transformer.velocity", "clip.pooled", "t5.sequence", "vae_encoder.std")
+    )
     assert len(artifacts.read(path).manifest["verified"]) == 2
 
 
@@ -209,13 +211,37 @@ def test_verify_notices_a_wrong_engine(export: Exports, tmp_path: Path) -> None:
     assert artifacts.read(path).manifest["verified"][-1]["passed"] is False
 
 
-@pytest.mark.parametrize("stage", ["onnx", "quantize", "build"])
+@pytest.mark.parametrize("stage", ["onnx", "quantize"])
 def test_stages_alone(export: Exports, tmp_path: Path, stage: str) -> None:
     given = ("--precision", "fp8", *SHAPES, *QUICK, "--component", "clip")
     status, said = run(stage, str(TINY), "--out", str(tmp_path / "x"), "--work", str(export.work), *given)
     assert status == 0, said
     folder = Path(said.splitlines()[-1].strip())
     assert (folder / "model.onnx").is_file()
-    quantised = b"FLOAT8" in (folder / "stage.json").read_bytes() or "quantize-clip" in folder.name
-    assert quantised == (stage != "onnx")
+    assert folder.name.startswith(f"{stage.replace('quantize', 'quantize-clip').replace('onnx', 'onnx-clip')}-")
     assert not (tmp_path / "x").exists(), "no artifact of one component"
+
+
+def test_quantising_nothing_is_refused(export: Exports, tmp_path: Path) -> None:
+    given = ("--precision", "fp32", *SHAPES, *QUICK, "--component", "clip")
+    status, said = run("quantize", str(TINY), "--out", str(tmp_path / "x"), "--work", str(export.work), *given)
+    assert status == 1 and "clip: nothing of it is quantised under fp32" in said
+
+
+def test_scales_that_do_not_fit_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine can be as good as plain FP8 and useless all the same: a thousandth of every range."""
+    from export import calibrate
+
+    usual = calibrate.Range.amax
+    monkeypatch.setattr(calibrate.Range, "amax", lambda self, method: usual(self, method) / 1000)
+    status, said = run(str(TINY), "--out", str(tmp_path / "x"), "--precision", "fp8", *SHAPES, *QUICK)
+    assert status == 1 and "plain arithmetic in this precision is off by" in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_another_models_artifact_is_not_replaced(export: Exports, tmp_path: Path) -> None:
+    path = copied(export("onnxruntime", "fp32").path, tmp_path / "copy")
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "model": "flux.1-dev"}))
+    status, said = run(str(TINY), "--out", str(path), *SHAPES, *QUICK)
+    assert status == 1 and "is an artifact of flux.1-dev; tiny does not replace it" in said

@@ -312,7 +312,7 @@ def make(key: str, version: str = "") -> Any:
 
 ENUMS = {
     "BuilderFlag", "ComputeCapability", "CudaGraphStrategy", "DataType", "DynamicShapesKernelSpecializationStrategy",
-    "ElementWiseOperation", "ExecutionContextAllocationStrategy", "LayerType", "MemoryPoolType",
+    "ElementWiseOperation", "ExecutionContextAllocationStrategy", "LayerType",
     "NetworkDefinitionCreationFlag", "ProfilingVerbosity", "TensorIOMode",
 }  # fmt: skip
 

@@ -203,13 +203,13 @@ class IBuilderConfig(_Fake):
     progress_monitor: Any = None
 
     def __init__(self, logger: ILogger) -> None:
-        self._logger, self._flags, self._profile, self._limits = logger, set(), None, {}
+        self._logger, self._flags, self._profile = logger, {self.trt.BuilderFlag.TF32}, None
 
     def set_flag(self, flag: Any) -> None:
         self._flags.add(flag)
 
-    def set_memory_pool_limit(self, pool: Any, size: int) -> None:
-        self._limits[pool] = size
+    def clear_flag(self, flag: Any) -> None:
+        self._flags.discard(flag)
 
     def set_compute_capability(self, capability: Any, index: int) -> bool:
         self._capability = capability

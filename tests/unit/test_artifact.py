@@ -194,7 +194,7 @@ def test_an_engine_that_is_not_listed(folder: Path, name: str) -> None:
     (folder / "t5/any/other.onnx").write_text("x")
     (folder.parent / "elsewhere").write_text("x")
     message = refusal(made.put(folder, ["components", "t5", "engines", "any"], name))
-    assert message == f"{folder / MANIFEST}: t5 names {name}, which is not among the files"
+    assert message == f"{folder / MANIFEST}: t5 names {name}, which is not among its files"
 
 
 def test_no_manifest(folder: Path) -> None:

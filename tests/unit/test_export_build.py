@@ -124,7 +124,7 @@ def test_fp8_attention_becomes_one_kernel(library: Library, tmp_path: Path) -> N
             build_block(library, tmp_path)
         return
     seen: list[tuple[str, int, int]] = []
-    report = build_block(library, tmp_path, progress=lambda *step: seen.append(step), workspace=2**28)
+    report = build_block(library, tmp_path, progress=lambda *step: seen.append(step))
     assert (report.attentions, report.fp8_attentions, report.matmuls, report.fp8_matmuls) == (1, 1, 3, 3)
     assert report.bytes == (tmp_path / "block.engine").stat().st_size and report.layers > 20
     assert ("Building engine", 0, seen[0][2]) == seen[0] and all(0 <= done <= steps for _, done, steps in seen)
@@ -167,7 +167,7 @@ def test_what_the_builder_alone_would_let_pass(tmp_path: Path) -> None:
     builder = library.builder()
     network = library.strongly_typed_network(builder)
     parser = library.module.OnnxParser(network, library.logger)
-    config = building._config(library, builder, "sm89", None)
+    config = building._config(library, builder, "sm89")
     assert parser.parse_from_file(str(file))
     building._add_profile(library, builder, network, config, SHAPES)
     assert builder.build_serialized_network(network, config) is not None
@@ -245,12 +245,11 @@ def test_how_a_build_is_set_up(key: str, tmp_path: Path, monkeypatch: pytest.Mon
     flavour = "tensorrt-rtx" if key == fake.RTX else "tensorrt"
     monkeypatch.setitem(sys.modules, flavour.replace("-", "_"), module)
     monkeypatch.setattr(building, "Cuda", lambda device: SimpleNamespace(architecture="sm89"))
-    build_block(tensorrt_library.load(flavour), tmp_path, fp8=False, fp8_attentions=0, workspace=2**20)
+    build_block(tensorrt_library.load(flavour), tmp_path, fp8=False, fp8_attentions=0)
     ((_, config, flags),) = module.trace.named("build")
     assert flags == 1 << module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
     assert config.max_aux_streams == 0 and config.profiling_verbosity.name == "DETAILED"
     assert {flag.name for flag in config._flags} == ({"REQUIRE_USER_ALLOCATION"} if key == fake.RTX else set())
-    assert config._limits == {module.MemoryPoolType.WORKSPACE: 2**20}
     if key == fake.RTX:
         assert config._capability == module.ComputeCapability.SM89
 

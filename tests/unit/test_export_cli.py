@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from fluxserve import artifact as artifacts
 from fluxserve import cli
 from fluxserve.artifact import MANIFEST
+from fluxserve.errors import ArtifactDamaged, FluxserveError, LibraryRefused, ShapeError
 from fluxserve.settings import default_checkpoint
 from tests.support import artifacts as made
 
@@ -332,3 +334,34 @@ def test_an_export_that_is_damaged_is_a_failure(
 ) -> None:
     assert exported(monkeypatch, out, "onnxruntime", without="checkpoint/transformer/config.json") == 1
     assert "config.json: missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [LibraryRefused("tensorrt: out of memory"), ShapeError("latents: got (1,)"), ArtifactDamaged(Path("x"), "y")],
+)
+def test_an_engine_that_fails_where_it_should_run_is_a_failure(
+    error: FluxserveError, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("export.verify.verify", refuse)
+    assert exported(monkeypatch, out, "onnxruntime") == 1
+    assert str(error) in capsys.readouterr().err
+
+
+def test_what_is_measured_is_shown_even_if_it_can_not_be_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest on a read-only mount, and numbers that JSON has not."""
+    row = {"component": "clip", "output": "pooled", "shape": [1], "cosine": 0.0, "plain": 0.1, "allowed": 0.2}
+    found = {"components": [{**row, "relative_error": float("inf"), "passed": False}], "images": [], "passed": False}
+    monkeypatch.setattr("export.verify.verify", lambda *_: found)
+    folder = made.write(tmp_path / "tiny")
+    before = content(folder)
+    assert cli.main(["export", "verify", str(folder), "--no-write"]) == 1
+    assert content(folder) == before
+    assert cli.main(["export", "verify", str(folder)]) == 1
+    assert capsys.readouterr().out.count("FAILED") == 4
+    assert artifacts.read_manifest(folder)["verified"][0]["components"][0]["relative_error"] is None
