@@ -92,7 +92,9 @@ def load(flavour: str) -> Library:
         if isinstance(error, ModuleNotFoundError) and error.name == name:
             if flavour == TENSORRT_RTX:
                 raise LibraryMissing(name, extra=TENSORRT_RTX) from error
-            raise LibraryMissing(name, comes_with="NVIDIA's container: it is in nvcr.io/nvidia/tritonserver") from error
+            raise LibraryMissing(
+                name, comes_with="its Python bindings, in the version of the container's libnvinfer: docker/README.md"
+            ) from error
         raise LibraryRefused(f"{name}: installed, but its import failed: {error}") from error
     return _of(module, flavour)
 

@@ -152,7 +152,7 @@ def context_sources() -> Iterator[str]:
         for mount in re.findall(r"--mount=type=bind,(\S+)", run):
             yield from re.findall(r"source=([^,]+)", mount)
     # the last bind is the whole context, of which `pip install` reads:
-    yield from ("pyproject.toml", "README.md", "LICENSE", "fluxserve")
+    yield from ("pyproject.toml", "README.md", "LICENSE", "fluxserve", "export")
 
 
 def test_context_has_what_the_build_reads() -> None:

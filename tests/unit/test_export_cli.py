@@ -235,7 +235,11 @@ def test_prompts_that_can_not_be_read(tmp_path: Path, out: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("engine", "module", "expected"),
     [
-        ("tensorrt", "tensorrt", "expected NVIDIA's container: it is in nvcr.io/nvidia/tritonserver"),
+        (
+            "tensorrt",
+            "tensorrt",
+            "expected its Python bindings, in the version of the container's libnvinfer: docker/README.md",
+        ),
         ("tensorrt-rtx", "tensorrt_rtx", "expected the extra 'tensorrt-rtx' (pip install 'fluxserve[tensorrt-rtx]')"),
     ],
 )
@@ -365,3 +369,10 @@ def test_what_is_measured_is_shown_even_if_it_can_not_be_kept(
     assert cli.main(["export", "verify", str(folder)]) == 1
     assert capsys.readouterr().out.count("FAILED") == 4
     assert artifacts.read_manifest(folder)["verified"][0]["components"][0]["relative_error"] is None
+
+
+@pytest.mark.parametrize("module", ["onnx_ir", "onnxscript", "polygraphy"])
+def test_verify_needs_no_extra_of_the_export(module: str, tmp_path: Path) -> None:
+    """The image that serves an artifact has only what serves it."""
+    done = without(module, "export", "verify", made.write(tmp_path / "tiny"))
+    assert done.returncode == 1 and "model.onnx" in done.stderr and "not installed" not in done.stderr
