@@ -49,12 +49,14 @@ def _refuse_lost_fp8(component: str, architecture: str, got: int, record: Mappin
         raise ExportError(f"build: {component} {architecture}: {got} products in FP8; expected {expected}")
 
 
-def _memory_returned(make: Make) -> Make:
-    """After a stage that ran PyTorch on a GPU, its memory is free for others: TensorRT allocates by itself."""
+def _judging(make: Make) -> Make:
+    """A stage that runs PyTorch: float32 is float32 (cuDNN's convolutions would use TF32), the same twice; and
+    afterwards a GPU's memory is free for others, because TensorRT allocates by itself."""
 
     def run(folder: Path, line: Line) -> dict[str, Any]:
         try:
-            return make(folder, line)
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+                return make(folder, line)
         finally:
             gc.collect()
             torch.cuda.empty_cache()
@@ -161,7 +163,7 @@ class Stages:
             "device": asked.device,
             "versions": self._libraries,
         }
-        return self.work.stage("calibrate", inputs, _memory_returned(make))
+        return self.work.stage("calibrate", inputs, _judging(make))
 
     def scales_of(self, component: str) -> Scales:
         content = json.loads((self.scales().path / SCALES).read_text(encoding="utf-8"))
@@ -279,8 +281,7 @@ class Stages:
             line.say("drawing in float32")
             tokenizers, modules = Tokenizers(self.checkpoint), self._modules(torch.float32)
             components = self._components(modules)
-            with torch.backends.cudnn.flags(allow_tf32=False):  # which its convolutions would use by default
-                cases, images = reference.record(spec, components, tokenizers, asked, device)
+            cases, images = reference.record(spec, components, tokenizers, asked, device)
             line.say(f"drawing plainly in {self.options.precision}")
             if self.options.dtype != torch.float32:
                 del modules, components
@@ -301,7 +302,7 @@ class Stages:
             "device": device,
             "versions": self._libraries,
         }
-        return self.work.stage("reference", keyed, _memory_returned(make))
+        return self.work.stage("reference", keyed, _judging(make))
 
     def _modules(self, dtype: torch.dtype) -> dict[str, nn.Module]:
         device = self.calibration.device
