@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from export import console
+from export.fp8 import KEPT
 from export.options import DTYPES, FP8, ONNXRUNTIME, TENSORRT, TENSORRT_RTX, Options, Size, Sizes, default_sizes
 from fluxserve.artifact import COMPONENTS
 from fluxserve.errors import ArtifactUnsuited, ExportError, FluxserveError, LibraryMissing
@@ -144,7 +145,8 @@ def _export(stage: str, options: argparse.Namespace) -> int:
 
     begun = time.perf_counter()
     stages = _stages(options, stage)
-    components = tuple(getattr(options, "component", ())) or COMPONENTS
+    usual = tuple(KEPT) if stage == "quantize" else COMPONENTS
+    components = tuple(getattr(options, "component", ())) or usual
     if stage in ("", "build"):
         stages.check_engine()
     if stage:

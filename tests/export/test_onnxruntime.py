@@ -222,6 +222,14 @@ def test_stages_alone(export: Exports, tmp_path: Path, stage: str) -> None:
     assert not (tmp_path / "x").exists(), "no artifact of one component"
 
 
+def test_quantising_what_there_is_to_quantise(export: Exports, tmp_path: Path) -> None:
+    given = ("--precision", "fp8", *SHAPES, *QUICK)
+    status, said = run("quantize", str(TINY), "--out", str(tmp_path / "x"), "--work", str(export.work), *given)
+    assert status == 0, said
+    names = [Path(line.strip()).name.rpartition("-")[0] for line in said.splitlines() if line.startswith("  ")]
+    assert sorted(names) == ["quantize-clip", "quantize-t5", "quantize-transformer"]
+
+
 def test_quantising_nothing_is_refused(export: Exports, tmp_path: Path) -> None:
     given = ("--precision", "fp32", *SHAPES, *QUICK, "--component", "clip")
     status, said = run("quantize", str(TINY), "--out", str(tmp_path / "x"), "--work", str(export.work), *given)
