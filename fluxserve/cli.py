@@ -119,8 +119,9 @@ def _picture(text: str) -> Path:
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", help="a diffusers-format folder; default: the tiny model that is shipped")
-    parser.add_argument("--artifact", help="a folder made by `fluxserve export`, in place of a checkpoint")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--checkpoint", help="a diffusers-format folder; default: the tiny model that is shipped")
+    model.add_argument("--artifact", help="a folder made by `fluxserve export`, in place of a checkpoint")
     parser.add_argument("--engine", help="default: the artifact's; for a checkpoint, torch_eager")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxserve import source
+from fluxserve import cli, source
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Components
 from fluxserve.engines.open import ARTIFACTS, ENGINES, WEIGHTS
@@ -192,3 +192,11 @@ def test_rows(folder: Path, rows: int) -> None:
     with pytest.raises(SettingsError) as caught:
         Pipeline(found.spec, components, max_rows=rows)
     assert str(caught.value) == "max_rows: got 3; allowed: 1 to 2, which this engine takes"
+
+
+@pytest.mark.parametrize("command", ["serve", "demo", "doctor"])
+def test_the_command_line_takes_one_of_them(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--checkpoint", "a", "--artifact", "b"])
+    assert caught.value.code == 2
+    assert "argument --artifact: not allowed with argument --checkpoint" in capsys.readouterr().err
