@@ -2,7 +2,7 @@
 
 PyTorch draws every prompt of the calibration file; hooks see each quantised linear's input and each FP8
 attention's q, k, v at every timestep. Kept is a histogram of log2|x| for each tensor, from which any method reads its
-amax. The same prompts, seed, steps and device type give the same numbers.
+amax. The same prompts, seed and steps give the same numbers on one kind of device.
 """
 
 import hashlib
