@@ -160,7 +160,6 @@ class Stages:
             "weights": self.hashes,
             "calibration": asdict(asked) | {"prompts": asked.prompts.sha256},
             "size": self.options.sizes.opt_size,
-            "device": asked.device,
             "versions": self._libraries,
         }
         return self.work.stage("calibrate", inputs, _judging(make))
