@@ -2,9 +2,9 @@
 
     python -m benchmarks.full_size [--folder DIR] [--json OUT]
 
-11.9 B parameters, all zero: the checkpoint is a sparse file, so that no weights are needed. Neither time nor memory looks at
-values. Needs 40 GB of disk below the folder. Memory is the process's anonymous memory, sampled; pages of files that are read
-come and go as the system likes. The last line on stdout is JSON.
+11.9 B parameters, all zero: the checkpoint is a sparse file, so that no weights are needed. Neither time nor memory
+looks at values. Needs 40 GB of disk below the folder. Memory is the process's anonymous memory, sampled; pages of files
+that are read come and go as the system likes. The last line on stdout is JSON.
 """
 
 import argparse
