@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from torch import Tensor
 
 from fluxserve.engines.base import Signature
+from fluxserve.engines.onnxruntime import open_session
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Tensors = Mapping[str, Tensor]
@@ -29,11 +29,8 @@ def run_onnx(file: Path, signature: Signature, cases: Sequence[Tensors]) -> list
     Returns:
         for each case the outputs by name, float32.
     """
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # see engines/onnxruntime.py
-    options.log_severity_level = 3
     results = []
-    with OnnxrtRunner(lambda: ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])) as runner:
+    with OnnxrtRunner(lambda: open_session(str(file))) as runner:
         known = runner.get_input_metadata()
         for case in cases:
             feed = {n: case[n].numpy().astype(known[n].dtype) for n in known}

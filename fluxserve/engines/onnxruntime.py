@@ -27,7 +27,7 @@ class OrtEngine:
 
     def __init__(self, signature: Signature, file: str, compute_dtype: str) -> None:
         self.signature, self._dtype = signature, getattr(torch, compute_dtype)
-        self._session: ort.InferenceSession | None = _open(file)
+        self._session: ort.InferenceSession | None = open_session(file)
 
     def bind(self, shapes: Shapes) -> "OrtBound":
         assert self._session is not None, "bind after close"
@@ -95,7 +95,8 @@ def _signature(artifact: Artifact, component: Component) -> Signature:
     return signatures.exported(component, artifact.spec)
 
 
-def _open(file: str) -> "ort.InferenceSession":
+def open_session(file: str) -> "ort.InferenceSession":
+    """A file on the CPU provider, as this engine runs it. Raises LibraryRefused with the library's words."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as settings.let_threads_sleep does

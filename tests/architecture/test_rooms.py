@@ -26,7 +26,7 @@ IMPORTS = {
     "triton_python_backend_utils": ("fluxserve/serving/", "model_repository/"),
     "tensorrt": ("fluxserve/engines/tensorrt_library.py",),
     "tensorrt_rtx": ("fluxserve/engines/tensorrt_library.py",),
-    "onnxruntime": ("fluxserve/engines/onnxruntime.py", "export/"),
+    "onnxruntime": ("fluxserve/engines/onnxruntime.py",),
     "modelopt": ("export/",),
     "diffusers": ("fluxserve/engines/torch_eager.py", "export/", "training/", "benchmarks/"),
     "fluxserve_client": ("fluxserve/cli.py", "client/", "benchmarks/"),
