@@ -165,11 +165,16 @@ def _together(engine: Engine, cases: Sequence[Case], rows: int) -> Case:
     """The first case's inputs and the last one's as one batch."""
     parts = [cases[0], *[cases[-1]] * (rows - 1)]
     inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in cases[0].inputs}
+    return Case(inputs, call(engine, inputs))
+
+
+def call(engine: Engine, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One pass of an engine over inputs of any device; copies of its outputs on the CPU."""
     bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
     for name, value in inputs.items():
         bound.inputs[name].copy_(value)
     bound.run()
-    return Case(inputs, _copies(bound.outputs))
+    return _copies(bound.outputs)
 
 
 # --- plain arithmetic in the artifact's precision ---------------------------------------------------------------------
@@ -207,14 +212,14 @@ def compare(cases: Sequence[Case], results: Sequence[Mapping[str, Tensor]]) -> l
     rows = []
     for index, (case, result) in enumerate(zip(cases, results, strict=True)):
         for name, expected in case.outputs.items():
-            error = relative_error(result[name].cpu().float(), expected)
+            error = relative_error(result[name].float(), expected)
             rows.append(
                 {
                     "case": index,
                     "output": name,
                     "shape": list(expected.shape),
                     "relative_error": error,
-                    "cosine": cosine(result[name].cpu().float(), expected),
+                    "cosine": cosine(result[name].float(), expected),
                     "plain": case.plain[name],
                     "allowed": GATE * case.plain[name] + FLOOR,
                 }

@@ -9,9 +9,8 @@ import torch
 
 from export import reference
 from export.metrics import psnr
-from export.reference import Case
 from fluxserve.artifact import COMPONENTS, REFERENCE, Artifact
-from fluxserve.engines.base import Components, Engine
+from fluxserve.engines.base import Components
 from fluxserve.engines.open import CPU_ONLY, open_artifact
 from fluxserve.errors import ArtifactError
 from fluxserve.pipeline import Pipeline
@@ -38,7 +37,7 @@ def verify(artifact: Artifact, device: str) -> dict[str, Any]:
         rows = []
         for name in COMPONENTS:
             cases = reference.load_cases(files[name])
-            results = [_run(getattr(components, name), case) for case in cases]
+            results = [reference.call(getattr(components, name), case.inputs) for case in cases]
             rows += [{"component": name, **row} for row in reference.compare(cases, results)]
         images = _images(artifact, components, device, files)
     finally:
@@ -61,14 +60,6 @@ def _files(artifact: Artifact) -> dict[str, Path]:
     if missing:
         raise ArtifactError(f"{artifact.path / REFERENCE}: got no {', '.join(missing)}; nothing to compare with")
     return files
-
-
-def _run(engine: Engine, case: Case) -> dict[str, torch.Tensor]:
-    bound = engine.bind({name: tuple(value.shape) for name, value in case.inputs.items()})
-    for name, value in case.inputs.items():
-        bound.inputs[name].copy_(value)
-    bound.run()
-    return {name: value.float().cpu().clone() for name, value in bound.outputs.items()}
 
 
 def _images(artifact: Artifact, components: Components, device: str, files: Mapping[str, Any]) -> list[dict[str, Any]]:
