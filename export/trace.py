@@ -81,7 +81,7 @@ def trace(
         for name, value in model.graph.initializers.items():
             if name in weights:
                 value.const_value = weights[name]
-            elif weights and value.const_value is not None and value.const_value.size >= _LARGE:
+            elif _is_hollow(value.const_value):
                 raise ExportError(f"onnx: {component}: {name} is of no parameter; it would be written as zeros")
     _optimise(model)
     _lay_out(model)
@@ -176,6 +176,12 @@ def _lazy(name: str, file: Path, source: str, parameter: Tensor) -> ir.LazyTenso
 
     dtype = tensor_adapters.from_torch_dtype(parameter.dtype)
     return ir.LazyTensor(read, dtype, ir.Shape(parameter.shape), name=name)
+
+
+def _is_hollow(tensor: ir.TensorProtocol | None) -> bool:
+    """Whether one number stands for many."""
+    raw = getattr(tensor, "raw", None)
+    return isinstance(raw, Tensor) and raw.untyped_storage().nbytes() < raw.nbytes
 
 
 def _zeros(tensor: TensorSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
