@@ -1,0 +1,302 @@
+"""Linear layers and what follows them, in one kernel: the product never goes to memory before its ending is done.
+
+    y = (x · Wᵀ) · row scale · column scale + bias                 products accumulated in float32
+
+    linear            out = y
+    linear_gelu       out = gelu_tanh(y) / s                        the MLP's first half; s static, out E4M3
+    linear_add        residual += gate · y                          the projections back into the residual stream
+    linear_heads      out = RoPE(RMSNorm(q)), …(k), v, each / its s heads of q, k and v, ready for attention; s static
+
+x is E4M3 with a scale per row (taken by `norm`), E4M3 with static scales that the weights have in them already, or the
+compute dtype. Weights of two streams lie behind each other: rows before `split` take the first (text), the others the
+last (image), so that a double block's two products fill the GPU as one.
+
+One persistent program per SM walks over tiles in groups that share weights in L2; operands come by TMA. E4M3 products
+are summed in the tensor core's own accumulator (about 14 bits of mantissa), as `use_fast_accum` of cuBLASLt.
+Conversion to E4M3 saturates at ±448 (PTX cvt.satfinite), as `fp8.cast` does.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fluxserve.kernels.fp8 import cast
+
+RMS_EPSILON = 1e-6
+_GROUP = 8
+_CPU_PROGRAMS = 3
+
+
+@dataclass(frozen=True)
+class Linear:
+    """weight: [streams, N, K], E4M3 or the compute dtype; scale, bias: float32 [streams, N] (scale None: all 1)."""
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What becomes of q, k and v.
+
+    norm: float32 [streams, 2, head_dim], RMSNorm's weights for q and for k. cos, sin: float32 [rows, head_dim / 2].
+    inverse: 1 / static scale of q, k and v.
+    """
+
+    norm: Tensor
+    cos: Tensor
+    sin: Tensor
+    inverse: tuple[float, float, float]
+
+
+@triton.jit
+def _gelu_tanh(y):
+    """0.5·y·(1 + tanh(u)) = y·sigmoid(2u), u = √(2/π)·(y + 0.044715·y³)."""
+    return y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+
+
+@triton.jit
+def _heads(
+    y,
+    rows,
+    column,
+    stream,
+    end,
+    third,
+    norm,
+    cos,
+    sin,
+    inverse,
+    epsilon,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HEAD: tl.constexpr,
+):
+    """RMSNorm and RoPE of a tile that lies in q, in k or in v, and covers whole heads."""
+    which = column // third
+    pair = tl.arange(0, BN // 2) % (HEAD // 2)
+    if which < 2:
+        heads = tl.reshape(y, (BM, BN // HEAD, HEAD))
+        mean_square = tl.sum(heads * heads, axis=2) / HEAD
+        y = tl.reshape(heads * tl.rsqrt(mean_square + epsilon)[:, :, None], (BM, BN))
+        weight = tl.load(norm + (stream * 2 + which) * HEAD + tl.arange(0, BN) % HEAD)
+        real, imaginary = tl.split(tl.reshape(y * weight[None, :], (BM, BN // 2, 2)))
+        at = rows[:, None] * (HEAD // 2) + pair[None, :]
+        mask = (rows < end)[:, None]
+        c, s = tl.load(cos + at, mask=mask, other=0.0), tl.load(sin + at, mask=mask, other=0.0)
+        y = tl.reshape(tl.join(real * c - imaginary * s, imaginary * c + real * s), (BM, BN))
+    return y * tl.where(which == 0, inverse[0], tl.where(which == 1, inverse[1], inverse[2]))
+
+
+@triton.jit
+def _linear_kernel(
+    x,
+    w,
+    x_scale,
+    w_scale,
+    bias,
+    out,
+    gate,
+    norm,
+    cos,
+    sin,
+    inverse_q,
+    inverse_k,
+    inverse_v,
+    M,
+    N,
+    K,
+    split,
+    second,
+    out_stride,
+    epsilon,
+    ENDING: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    tiles_first = tl.cdiv(split, BM)
+    tiles_m = tiles_first + tl.cdiv(M - split, BM)
+    tiles_n = tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=not INTERPRETED):
+        group = tile // (GROUP * tiles_n)
+        height = tl.minimum(tiles_m - group * GROUP, GROUP)
+        tile_m = group * GROUP + (tile % (GROUP * tiles_n)) % height
+        column = (tile % (GROUP * tiles_n)) // height * BN
+        in_second = tile_m >= tiles_first
+        row = tl.where(in_second, split + (tile_m - tiles_first) * BM, tile_m * BM)
+        end = tl.where(in_second, M, split)
+        stream = in_second.to(tl.int32) * second
+
+        y = tl.zeros((BM, BN), dtype=tl.float32)
+        for k in range(0, K, BK):
+            a, b = x.load([row, k]), w.load([stream * N + column, k])
+            if INTERPRETED:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            y = tl.dot(a, b.T, y)
+
+        rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
+        of_stream, valid = stream * N + columns, columns < N
+        if x_scale is not None:
+            y = y * tl.load(x_scale + rows, mask=rows < end, other=0.0)[:, None]
+        if w_scale is not None:
+            y = y * tl.load(w_scale + of_stream, mask=valid, other=0.0)[None, :]
+        if bias is not None:
+            y = y + tl.load(bias + of_stream, mask=valid, other=0.0)[None, :]
+        target = out + rows[:, None] * out_stride + columns[None, :]
+        mask = (rows < end)[:, None] & valid[None, :]
+        if ENDING == "gelu":
+            y = _gelu_tanh(y) * inverse_q
+        if ENDING == "add":
+            gated = y * tl.load(gate + of_stream, mask=valid, other=0.0)[None, :]
+            y = tl.load(target, mask=mask, other=0.0).to(tl.float32) + gated
+        if ENDING == "heads":
+            inverse = (inverse_q, inverse_k, inverse_v)
+            y = _heads(y, rows, column, stream, end, N // 3, norm, cos, sin, inverse, epsilon, BM, BN, HEAD)
+        tl.store(target, y.to(out.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Rows and columns of a tile of the product, the part of K that is loaded at once, warps, and loads in flight."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def tiling(rows: int, columns: int, element_size: int) -> Tiling:
+    """What runs a product of this family fast."""
+    inner = 128 // element_size
+    if rows <= 256 or columns <= 256:
+        return Tiling(64, 128, inner, 4, 4)
+    return Tiling(128, 256, inner, 8, 4)
+
+
+def _launch(
+    ending: str,
+    x: Tensor,
+    x_scale: Tensor | None,
+    w: Linear,
+    split: int,
+    out: Tensor,
+    gate: Tensor | None = None,
+    heads: Heads | None = None,
+    inverse: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> None:
+    (rows, inner), (streams, columns, _) = x.shape, w.weight.shape
+    t = tiling(rows, columns, x.element_size())
+    programs = _processors(x.device)
+    _linear_kernel[(programs,)](
+        TensorDescriptor.from_tensor(x, [t.rows, t.inner]),
+        TensorDescriptor.from_tensor(w.weight.view(streams * columns, inner), [t.columns, t.inner]),
+        x_scale,
+        w.scale,
+        w.bias,
+        out,
+        gate,
+        heads.norm if heads else None,
+        heads.cos if heads else None,
+        heads.sin if heads else None,
+        *inverse,
+        rows,
+        columns,
+        inner,
+        split,
+        streams - 1,
+        out.stride(0),
+        RMS_EPSILON,
+        ENDING=ending,
+        BM=t.rows,
+        BN=t.columns,
+        BK=t.inner,
+        GROUP=_GROUP,
+        HEAD=heads.norm.shape[-1] if heads else 1,
+        PROGRAMS=programs,
+        INTERPRETED=x.device.type == "cpu",  # Triton's interpreter multiplies bfloat16 as if it were whole numbers
+        num_warps=t.warps,
+        num_stages=t.stages,
+    )
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _CPU_PROGRAMS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def linear(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor) -> None:
+    """out [rows, N] = y. x [rows, K] with rows 16-byte aligned; x_scale float32 [rows] or None; split: see above."""
+    _launch("none", x, x_scale, w, split, out)
+
+
+def linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inverse: float, out: Tensor) -> None:
+    """out [rows, N] = gelu_tanh(y) · inverse."""
+    _launch("gelu", x, x_scale, w, split, out, inverse=(inverse, 1.0, 1.0))
+
+
+def linear_add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor, residual: Tensor) -> None:
+    """residual [rows, N] += gate · y, in place; gate float32 [streams, N]."""
+    _launch("add", x, x_scale, w, split, residual, gate=gate)
+
+
+def linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
+    """out [rows, N], N = 3 · heads · head_dim: q and k normalised and rotated, v as it is, each times its inverse."""
+    _launch("heads", x, x_scale, w, split, out, heads=heads, inverse=heads.inverse)
+
+
+# --- the same, plainly --------------------------------------------------------------------------------------------
+
+
+def _product(x: Tensor, x_scale: Tensor | None, w: Linear, split: int) -> Tensor:
+    """y, float32 [rows, N]."""
+    parts = []
+    for stream, rows in ((0, slice(0, split)), (-1, slice(split, None))):
+        y = x[rows].float() @ w.weight[stream].float().T
+        y = y * x_scale[rows, None] if x_scale is not None else y
+        y = y * w.scale[stream] if w.scale is not None else y
+        parts.append(y + w.bias[stream] if w.bias is not None else y)
+    return torch.cat(parts)
+
+
+def plain_linear(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor) -> None:
+    out.copy_(cast(_product(x, x_scale, w, split), out.dtype))
+
+
+def plain_linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inverse: float, out: Tensor) -> None:
+    y = torch.nn.functional.gelu(_product(x, x_scale, w, split), approximate="tanh")
+    out.copy_(cast(y * inverse, out.dtype))
+
+
+def plain_linear_add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor, residual: Tensor) -> None:
+    y = _product(x, x_scale, w, split)
+    y[:split] *= gate[0]
+    y[split:] *= gate[-1]
+    residual.copy_(residual.float() + y)
+
+
+def plain_linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
+    head_dim = heads.norm.shape[-1]
+    y = _product(x, x_scale, w, split).view(len(x), 3, -1, head_dim)
+    for which in (0, 1):
+        part = torch.nn.functional.rms_norm(y[:, which], (head_dim,), eps=RMS_EPSILON)
+        weight = torch.empty(len(x), 1, head_dim, device=x.device)
+        weight[:split], weight[split:] = heads.norm[0, which], heads.norm[-1, which]
+        real, imaginary = (part * weight).view(*part.shape[:-1], -1, 2).unbind(-1)
+        c, s = heads.cos[:, None], heads.sin[:, None]
+        y[:, which] = torch.stack([real * c - imaginary * s, imaginary * c + real * s], dim=-1).flatten(-2)
+    inverse = torch.tensor(heads.inverse, device=x.device)[None, :, None, None]
+    out.copy_(cast(y * inverse, out.dtype).flatten(1))

@@ -1,0 +1,41 @@
+"""How far a kernel may be from float64, and how outputs are poisoned. See each test for what it compares with."""
+
+import torch
+from torch import Tensor
+
+from fluxserve.kernels.fp8 import E4M3
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = DEVICE == "cpu"
+
+STEP = {torch.float32: 2**-22, torch.bfloat16: 2**-8, E4M3: 2**-3}
+"""Distance of two neighbours, relative to them: rounding may change a number by half of it."""
+
+RESULTS = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, E4M3]
+
+
+def poisoned(*shape: int, dtype: torch.dtype, width: int | None = None) -> Tensor:
+    """NaN everywhere; with `width`, a view of so many columns of rows that go on beyond it."""
+    whole = torch.full((*shape[:-1], shape[-1] + (width or 0)), float("nan"), device=DEVICE)
+    return whole.to(dtype)[..., : shape[-1]]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 1.0) -> Tensor:
+    """Normal numbers with a few large ones among them, as activations have."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    x = torch.randn(shape, generator=generator) * spread
+    x.view(-1)[:: max(1, x.numel() // 7)] *= 12
+    return x.to(DEVICE).to(dtype)
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    """‖got − expected‖ / ‖expected‖; NaN counts as everything."""
+    error = (got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+    return float(error.nan_to_num(float("inf")))
+
+
+def same(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """As close as the last rounding to `dtype` allows, everywhere; `expected` is float32 and unrounded."""
+    assert got.dtype == dtype
+    assert torch.isfinite(got.float()).all(), "not written, or not finite"
+    assert relative(got, expected) <= STEP[dtype] / 2 + 1e-6

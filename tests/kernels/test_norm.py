@@ -1,0 +1,73 @@
+"""norm: LayerNorm, modulate, quantise."""
+
+import pytest
+import torch
+
+from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, SMALLEST_AMAX
+from fluxserve.kernels.norm import norm, plain_norm
+from tests.kernels.judge import INTERPRETED, RESULTS, poisoned, random, same
+
+ROWS = (1, 17, 66) if INTERPRETED else (1, 17, 4608, 9217)
+WIDTHS = (256, 96) if INTERPRETED else (256, 3072, 6144)
+
+
+def modulation(streams: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return random(streams, width, seed=1), random(streams, width, seed=2, spread=0.3)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", RESULTS)
+def test_as_the_reference(rows: int, width: int, dtype: torch.dtype) -> None:
+    x = random(rows, width, dtype=torch.bfloat16, spread=3)
+    split = rows // 3
+    shift, scale = modulation(2, width)
+    data, row_scale = poisoned(rows, width, dtype=dtype), poisoned(rows, dtype=torch.float32)
+    expected = torch.empty(rows, width, device=x.device)
+    plain_norm(x, shift, scale, split, expected, None)
+
+    norm(x, shift, scale, split, data, row_scale if dtype == E4M3 else None)
+
+    if dtype == E4M3:
+        expected = expected / row_scale[:, None]
+    same(data, expected, dtype)
+
+
+def test_one_stream_takes_its_only_modulation() -> None:
+    x, (shift, scale) = random(5, 256), modulation(1, 256)
+    got, expected = poisoned(5, 256, dtype=torch.float32), torch.empty(5, 256, device=x.device)
+    norm(x, shift, scale, 0, got, None)
+    plain_norm(x, shift, scale, 0, expected, None)
+    same(got, expected, torch.float32)
+
+
+def test_the_largest_of_each_row_becomes_the_largest_number() -> None:
+    x, (shift, scale) = random(9, 256), modulation(1, 256)
+    x[4] = 0.0
+    shift[:] = 0.0
+    data, row_scale, plain = poisoned(9, 256, dtype=E4M3), poisoned(9, dtype=torch.float32), torch.empty_like(x)
+    norm(x, shift, scale, 0, data, row_scale)
+    plain_norm(x, shift, scale, 0, plain, None)
+    expected = plain.abs().amax(dim=1).clamp_min(SMALLEST_AMAX) / E4M3_MAX
+    assert torch.allclose(row_scale, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e30, -1e-30])
+def test_rows_that_are_all_alike(value: float) -> None:
+    """No variance: what is left is the shift; a row of zeros is zeros."""
+    x = torch.full((3, 256), value, device=random(1).device)
+    shift, scale = torch.zeros(1, 256, device=x.device), random(1, 256)
+    data, row_scale = poisoned(3, 256, dtype=E4M3), poisoned(3, dtype=torch.float32)
+    norm(x, shift, scale, 0, data, row_scale)
+    held = data.float() * row_scale[:, None]
+    assert torch.isfinite(held).all()
+    if value in (0.0, 3.0):
+        assert held.abs().max() < 1e-6
+
+
+def test_rows_and_columns_outside_are_left_alone() -> None:
+    x, (shift, scale) = random(6, 96)[:4], modulation(1, 96)
+    data = poisoned(6, 96, dtype=torch.float32, width=32)
+    norm(x, shift, scale, 0, data[:4], None)
+    assert torch.isfinite(data[:4]).all()
+    assert torch.isnan(data[4:]).all()
