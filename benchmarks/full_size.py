@@ -24,9 +24,10 @@ from torch import nn
 
 from benchmarks.quality import surroundings
 from export import quantize, trace
-from export.fp8 import Scales, attention_modules, quantised_linears
+from export.fp8 import attention_modules, quantised_linears
 from export.options import ATTENTION_OPSET, default_sizes, ranges
 from fluxserve import checkpoint, settings
+from fluxserve.artifact import Scales
 
 COMPONENT = "transformer"
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from export.fp8 import (
     ATTENTION,
     KEPT,
-    Scales,
     attention_modules,
     quantised_linears,
     root_scale,
     watched_attention,
 )
+from fluxserve.artifact import Scales
 from fluxserve.errors import ExportError
 from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline

@@ -16,15 +16,16 @@ numbers.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from fluxserve.artifact import Scales
 
 E4M3_MAX = 448.0
 SOFTMAX_AMAX = 1.0
@@ -39,25 +40,6 @@ KEPT = {
 
 ATTENTION = ("transformer",)
 """Components whose attention is in FP8. The text encoders' have a bias or a mask, and take a thousandth of the time."""
-
-
-@dataclass(frozen=True)
-class Scales:
-    """The largest absolute values that one component is quantised with; the scale of each is amax/448.
-
-    linears: module name → amax of its input. attention: module name → amax of q, k (both times d^-1/4) and v.
-    """
-
-    linears: Mapping[str, float]
-    attention: Mapping[str, tuple[float, float, float]]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"linears": dict(self.linears), "attention": {k: list(v) for k, v in self.attention.items()}}
-
-    @staticmethod
-    def from_json(entry: Mapping[str, Any]) -> "Scales":
-        q_k_v = {name: (values[0], values[1], values[2]) for name, values in entry["attention"].items()}
-        return Scales(entry["linears"], q_k_v)
 
 
 def quantised_linears(component: str, module: nn.Module) -> dict[str, nn.Linear]:

@@ -18,8 +18,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from export.fp8 import E4M3_MAX, SOFTMAX_AMAX, Scales, amax_of, root_scale
+from export.fp8 import E4M3_MAX, SOFTMAX_AMAX, amax_of, root_scale
 from export.trace import MODULE
+from fluxserve.artifact import Scales
 from fluxserve.errors import ExportError
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

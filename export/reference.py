@@ -23,9 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from export.fp8 import Scales, simulated
+from export.fp8 import simulated
 from export.metrics import cosine, outputs_of, psnr, relative_error
 from export.options import Sizes
+from fluxserve.artifact import Scales
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Bound, Components, Engine, Shapes, Signature
 from fluxserve.engines.torch_eager import ARCHITECTURES

@@ -15,10 +15,10 @@ from torch import nn
 
 from export import build, calibrate, numerics, quantize, reference, trace
 from export.console import Line, size
-from export.fp8 import ATTENTION, KEPT, Scales
+from export.fp8 import ATTENTION, KEPT
 from export.options import ATTENTION_OPSET, FP8, ONNXRUNTIME, Options, profile, ranges
 from export.work import Make, Result, Work
-from fluxserve.artifact import ANYWHERE, SCALES, Range
+from fluxserve.artifact import ANYWHERE, SCALES, Range, Scales
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures, tensorrt_library, torch_eager
 from fluxserve.engines.base import Components

@@ -40,6 +40,25 @@ Range = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
+class Scales:
+    """The largest absolute values that one component is quantised with; the E4M3 scale of each is a 448th of it.
+
+    linears: module name → of its input. attention: module name → of q, k (both times head_dim^-1/4) and v.
+    """
+
+    linears: Mapping[str, float]
+    attention: Mapping[str, tuple[float, float, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"linears": dict(self.linears), "attention": {k: list(v) for k, v in self.attention.items()}}
+
+    @staticmethod
+    def from_json(entry: Mapping[str, Any]) -> "Scales":
+        q_k_v = {name: (float(q), float(k), float(v)) for name, (q, k, v) in entry["attention"].items()}
+        return Scales({name: float(amax) for name, amax in entry["linears"].items()}, q_k_v)
+
+
+@dataclass(frozen=True)
 class Component:
     """One engine of an artifact."""
 
@@ -81,6 +100,14 @@ class Artifact:
             ArtifactDamaged: it is not the file that was exported.
         """
         return _unchanged(self.path, self.manifest["files"], name)
+
+    def scales(self, component: str) -> Scales:
+        """What calibration measured of a component. Raises ArtifactError."""
+        file = self.file(SCALES)
+        try:
+            return Scales.from_json(json.loads(file.read_text(encoding="utf-8"))["components"][component])
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{file}: no scales of {component} ({error})") from error
 
     def folder(self, name: str) -> list[Path]:
         """Every file under a folder of the artifact, each after the check of `file`."""

@@ -18,6 +18,7 @@ FluxserveError
 │   ├── UnknownEngine
 │   ├── LibraryMissing     the engine's library is not installed
 │   ├── LibraryRefused     TensorRT or ONNX Runtime said no, in its own words
+│   ├── OutOfMemory        the device has no room for weights or activations
 │   └── ShapeError         a tensor outside an engine's signature
 ├── SettingsError          an environment variable or a Triton parameter
 └── ServerError            tritonserver could not be started, reached or stopped
@@ -121,6 +122,13 @@ class LibraryMissing(EngineError):
 
 class LibraryRefused(EngineError):
     """An engine's own library refused; the message has its words."""
+
+
+class OutOfMemory(EngineError):
+    """A device has no room for what an engine needs; sizes in bytes."""
+
+    def __init__(self, what: str, needed: int, allowed: str) -> None:
+        super().__init__(f"{what}: needs {needed:,} bytes of the device's memory; allowed: {allowed}")
 
 
 class ShapeError(EngineError):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fluxserve import flow
 from fluxserve.device import DeviceClock, Pacer
-from fluxserve.engines.base import Bound, Components, Engine, Shapes
+from fluxserve.engines.base import Bound, Components, Engine, Foreseeing, Shapes
 from fluxserve.errors import SettingsError
 from fluxserve.job import RGB_CHANNELS, Job
 from fluxserve.spec import ModelSpec
@@ -192,6 +192,8 @@ class Pipeline:
         levels = torch.from_numpy(sigmas).to(self.device)
         times = flow.timesteps(levels, self.spec.schedule, timestep.dtype)
         dsigmas = levels.diff()[:, None, None, None]
+        if isinstance(bound, Foreseeing):
+            bound.prepare(times[:-1])
         pacer = Pacer(self.device)
         for step in range(len(sigmas) - 1):
             x.copy_(latents)

@@ -7,7 +7,7 @@ engine runs inline) and neither allocates nor waits.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from fluxserve.errors import ShapeError
 
@@ -119,6 +119,15 @@ class Bound(Protocol):
 
     def run(self) -> None:
         """Enqueue one pass on the current stream."""
+
+
+@runtime_checkable
+class Foreseeing(Protocol):
+    """A bound transformer that computes ahead what depends on steps and conditioning, but not on latents."""
+
+    def prepare(self, timesteps: "Tensor") -> None:
+        """Called before a loop, with the timesteps [steps] of its runs, once all other inputs but the latents are
+        written. The input `timestep` is not read by those runs."""
 
 
 class Engine(Protocol):

@@ -14,6 +14,7 @@ from fluxserve.job import Job
 from fluxserve.pipeline import Conditioning, Pipeline
 from fluxserve.spec import ModelSpec
 from tests.support import exports, random_flux
+from tests.support.fused import FusedOf
 from tests.support.random_flux import RandomFlux
 
 pytestmark = pytest.mark.xdist_group("parity")
@@ -90,10 +91,11 @@ def our_steps(pipeline: Pipeline, job: Job) -> list[torch.Tensor]:
 Open = Callable[[RandomFlux], Components]
 
 
-@pytest.fixture(params=["torch_eager", "onnxruntime"])
-def opened(request: pytest.FixtureRequest, onnx: exports.OnnxOf) -> Open:
-    """Opens the same weights with each engine that a machine without a GPU has."""
-    return RandomFlux.components if request.param == "torch_eager" else onnx
+@pytest.fixture(params=["torch_eager", "onnxruntime", "fused"])
+def opened(request: pytest.FixtureRequest, onnx: exports.OnnxOf, fused: FusedOf) -> Open:
+    """Opens the same weights with each engine that a machine without a GPU has; the fused one without its kernels."""
+    opens: dict[str, Open] = {"torch_eager": RandomFlux.components, "onnxruntime": onnx, "fused": fused}
+    return opens[request.param]
 
 
 def check(

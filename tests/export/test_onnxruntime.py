@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from export import reference
-from export.fp8 import Scales, simulated
+from export.fp8 import simulated
 from export.metrics import outputs_of, relative_error
 from export.trace import MODULE
 from fluxserve import artifact as artifacts
 from fluxserve import checkpoint
-from fluxserve.artifact import COMPONENTS
+from fluxserve.artifact import COMPONENTS, Scales
 from fluxserve.engines import signatures
 from fluxserve.engines.open import open_artifact
 from fluxserve.engines.torch_eager import ARCHITECTURES, load_module

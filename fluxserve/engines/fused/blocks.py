@@ -1,0 +1,135 @@
+"""FLUX.1's double and single blocks: what is read of a checkpoint, and the six or seven launches that each of them is.
+
+diffusers' FluxTransformerBlock and FluxSingleTransformerBlock, with these differences in arithmetic: products keep
+float32 until bias, activation, gate and residual are done, and round once; the residual stream is in the compute dtype
+as theirs is. Rows are text, then image; a double block has weights for each, a single block one set for both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluxserve.artifact import Scales
+from fluxserve.engines.fused.scales import BlockScales, of_block
+from fluxserve.engines.fused.weights import Precision, Reader, stack
+from fluxserve.kernels.linear import Heads, Linear
+from fluxserve.kernels.operations import Operations
+from fluxserve.spec import TransformerSpec
+
+MLP_RATIO = 4
+_DOUBLE_STREAMS = (("add_{}_proj", "to_add_out", "norm_added_{}", "ff_context"), ("to_{}", "to_out.0", "norm_{}", "ff"))
+"""diffusers' names in a double block's attention and MLP: text, image."""
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """One image's activations, at fixed addresses. S rows, of which `split` are text; D = hidden_size.
+
+    residual: compute dtype [S, D]. normed: linear dtype [S, D], with float32 row_scale [S] if that is E4M3.
+    qkv: linear dtype [S, 3·D]. wide: linear dtype [S, D + 4·D], attention's output and the MLP's hidden layer side by
+    side, which is what a single block's projection reads. cos, sin: float32 [S, head_dim / 2].
+    """
+
+    split: int
+    residual: Tensor
+    normed: Tensor
+    row_scale: Tensor | None
+    qkv: Tensor
+    wide: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def attended(self) -> Tensor:
+        return self.wide[:, : self.residual.shape[1]]
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.wide[:, self.residual.shape[1] :]
+
+
+class _Attention:
+    """What both kinds of block do from the normed rows to attention's output."""
+
+    def __init__(self, spec: TransformerSpec, qkv: Linear, norm: Tensor, scales: BlockScales) -> None:
+        self._heads, self._qkv, self._norm, self._scales = spec.num_attention_heads, qkv, norm, scales
+        descale = [scales.q, scales.k, scales.v, 1 / scales.out]
+        self._descale = torch.tensor(descale, dtype=torch.float32, device=norm.device)
+
+    def __call__(self, run: Operations, b: Buffers, split: int) -> None:
+        inverse = (1 / self._scales.q, 1 / self._scales.k, 1 / self._scales.v)
+        heads = Heads(self._norm, b.cos, b.sin, inverse)
+        run.linear_heads(b.normed, b.row_scale, self._qkv, split, heads, b.qkv)
+        run.attention(b.qkv, self._heads, self._descale, b.attended)
+
+
+class DoubleBlock:
+    """Text and image each with weights of their own, attending to each other."""
+
+    PARTS, STREAMS = 6, 2
+    """Of its modulation: shift, scale, gate before attention and before the MLP; text and image."""
+
+    def __init__(
+        self, read: Reader, index: int, spec: TransformerSpec, precision: Precision, found: Scales | None
+    ) -> None:
+        name, width = f"transformer_blocks.{index}", spec.hidden_size
+        hidden = tuple(f"{mlp}.net.2" for *_, mlp in _DOUBLE_STREAMS)
+        scales = of_block(found, name, hidden, spec.attention_head_dim) if found else BlockScales()
+
+        def linear(modules: Sequence[Sequence[str]], inputs: int, factor: float = 1.0) -> Linear:
+            return stack(read, [[f"{name}.{m}" for m in of] for of in modules], inputs, precision, [factor, factor])
+
+        qkv = linear([[f"attn.{q.format(part)}" for part in "qkv"] for q, *_ in _DOUBLE_STREAMS], width)
+        norms = [f"{name}.attn.{norm}" for _, _, norm, _ in _DOUBLE_STREAMS]
+        self._attention = _Attention(spec, qkv, _norms(read, norms, spec), scales)
+        self._out = linear([[f"attn.{out}"] for _, out, _, _ in _DOUBLE_STREAMS], width, scales.out)
+        self._up = linear([[f"{mlp}.net.0.proj"] for *_, mlp in _DOUBLE_STREAMS], width)
+        self._down = linear([[f"{mlp}.net.2"] for *_, mlp in _DOUBLE_STREAMS], MLP_RATIO * width, scales.hidden)
+        self._inverse_hidden = 1 / scales.hidden
+
+    def __call__(self, run: Operations, b: Buffers, modulation: Tensor) -> None:
+        """modulation: float32 [6, 2, D]."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        run.norm(b.residual, shift, scale, b.split, b.normed, b.row_scale)
+        self._attention(run, b, b.split)
+        run.linear_add(b.attended, None, self._out, b.split, gate, b.residual)
+        run.norm(b.residual, mlp_shift, mlp_scale, b.split, b.normed, b.row_scale)
+        run.linear_gelu(b.normed, b.row_scale, self._up, b.split, self._inverse_hidden, b.hidden)
+        run.linear_add(b.hidden, None, self._down, b.split, mlp_gate, b.residual)
+
+
+class SingleBlock:
+    """One set of weights for all rows; attention and MLP side by side, projected back together."""
+
+    PARTS, STREAMS = 3, 1
+    """Of its modulation: shift, scale, gate."""
+
+    def __init__(
+        self, read: Reader, index: int, spec: TransformerSpec, precision: Precision, found: Scales | None
+    ) -> None:
+        name, width = f"single_transformer_blocks.{index}", spec.hidden_size
+        scales = of_block(found, name, ("proj_out",), spec.attention_head_dim) if found else BlockScales()
+        qkv = stack(read, [[f"{name}.attn.to_{part}" for part in "qkv"]], width, precision)
+        self._attention = _Attention(spec, qkv, _norms(read, [f"{name}.attn.norm_{{}}"], spec), scales)
+        self._up = stack(read, [[f"{name}.proj_mlp"]], width, precision)
+        factors = torch.full(((1 + MLP_RATIO) * width,), scales.hidden, device=qkv.weight.device)
+        factors[:width] = scales.out
+        self._out = stack(read, [[f"{name}.proj_out"]], len(factors), precision, [factors])
+        self._inverse_hidden = 1 / scales.hidden
+
+    def __call__(self, run: Operations, b: Buffers, modulation: Tensor) -> None:
+        """modulation: float32 [3, 1, D]."""
+        shift, scale, gate = modulation
+        run.norm(b.residual, shift, scale, 0, b.normed, b.row_scale)
+        run.linear_gelu(b.normed, b.row_scale, self._up, 0, self._inverse_hidden, b.hidden)
+        self._attention(run, b, 0)
+        run.linear_add(b.wide, None, self._out, 0, gate, b.residual)
+
+
+def _norms(read: Reader, names: Sequence[str], spec: TransformerSpec) -> Tensor:
+    """RMSNorm's weights, float32 [streams, 2, head_dim]; each name has a place for "q" and "k"."""
+    dim = spec.attention_head_dim
+    weights = [read.shaped(f"{name.format(part)}.weight", dim) for name in names for part in "qk"]
+    return torch.stack(weights).float().view(len(names), 2, dim)

@@ -1,0 +1,34 @@
+"""A sequence of launches as one: run as it is the first time, captured the second, replayed from then on."""
+
+from collections.abc import Callable
+
+import torch
+
+
+class Replayed:
+    """`launch` must neither allocate nor wait once it has run, and work at the same addresses every time.
+
+    The first call runs it on the current stream, so that a size that comes once pays for no capture, and everything
+    that libraries load or choose late is there before one. On a CPU it is simply called.
+    """
+
+    def __init__(self, launch: Callable[[], None], device: torch.device) -> None:
+        self._launch, self._device = launch, device
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = False
+
+    def __call__(self) -> None:
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._device.type == "cpu" or not self._warm:
+            self._launch()
+            self._warm = True
+        else:
+            self._graph = self._capture()
+            self._graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._launch()
+        return graph

@@ -1,0 +1,44 @@
+"""Static scales of what a block quantises before its largest value is known, from the calibration in an artifact.
+
+Only attention's q, k and v and the MLPs' hidden layers need one; everything else takes its scale from each row as it
+comes.
+"""
+
+from dataclasses import dataclass
+
+from fluxserve.artifact import Scales
+from fluxserve.errors import ArtifactError
+from fluxserve.kernels.fp8 import E4M3_MAX
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """What q, k, v and the MLP's hidden layer are divided by before they are cast. All 1: nothing is quantised."""
+
+    q: float = 1.0
+    k: float = 1.0
+    v: float = 1.0
+    hidden: float = 1.0
+
+    @property
+    def out(self) -> float:
+        """Attention's output is a weighted mean of v."""
+        return self.v
+
+
+def of_block(scales: Scales, block: str, hidden: tuple[str, ...], head_dim: int) -> BlockScales:
+    """Of one block, e.g. "transformer_blocks.0".
+
+    Args:
+        hidden: the linears that read the MLP's hidden layer; in a double block text's and image's share a scale.
+
+    Raises:
+        ArtifactError: the scales are of another model.
+    """
+    try:
+        q, k, v = scales.attention[f"{block}.attn"]
+        largest = max(scales.linears[f"{block}.{name}"] for name in hidden)
+    except KeyError as error:
+        raise ArtifactError(f"scales.json: no {error}; expected the calibration of this model") from error
+    root = head_dim**0.25
+    return BlockScales(q * root / E4M3_MAX, k * root / E4M3_MAX, v / E4M3_MAX, largest / E4M3_MAX)

@@ -1,0 +1,206 @@
+"""FLUX.1's transformer behind the seam: blocks over buffers in the arena, a CUDA graph per shape.
+
+Images of a batch go through one after the other: one alone fills the GPU, and so its bytes are the same in a batch.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fluxserve.artifact import Scales
+from fluxserve.checkpoint import Checkpoint
+from fluxserve.engines import signatures
+from fluxserve.engines.base import FLOATING, Shapes
+from fluxserve.engines.fused import modulation as modulations
+from fluxserve.engines.fused.arena import Arena, Buffer, Layout, size
+from fluxserve.engines.fused.blocks import MLP_RATIO, Buffers, DoubleBlock, SingleBlock
+from fluxserve.engines.fused.graphs import Replayed
+from fluxserve.engines.fused.modulation import AHEAD, Modulation
+from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
+from fluxserve.kernels.operations import Operations
+from fluxserve.spec import ModelSpec
+
+_THETA = 10000.0
+_PER_IMAGE = (("guidance", 1), ("pooled_projections", 2))
+"""Inputs that steer an image, and their ranks."""
+
+
+class Weights:
+    """Everything that is read of the folder `transformer`, on the device.
+
+    Raises:
+        CheckpointError: weights are missing, of another shape, or more than there should be.
+        ArtifactError: the scales are of another model.
+    """
+
+    def __init__(self, read: Reader, spec: ModelSpec, precision: Precision, found: Scales | None) -> None:
+        shape = spec.transformer
+        assert precision.quantised == (found is not None), "scales are for E4M3, and E4M3 needs them"
+        self.image = dense(read, "x_embedder", precision)
+        self.text = dense(read, "context_embedder", precision)
+        self.modulation = Modulation(read, shape, precision)
+        self.double = [DoubleBlock(read, i, shape, precision, found) for i in range(shape.num_layers)]
+        self.single = [SingleBlock(read, i, shape, precision, found) for i in range(shape.num_single_layers)]
+        self.out = dense(read, "proj_out", precision)
+        read.refuse_rest()
+
+
+class FusedTransformer:
+    """An Engine; see engines.base.
+
+    Args:
+        found: the transformer's scales, for E4M3 linears and only for them.
+        run: the kernels, or their plain references.
+        most: image tokens, text tokens and images at once that the arena is sized for.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        precision: Precision,
+        found: Scales | None,
+        run: Operations,
+        most: tuple[int, int, int],
+    ) -> None:
+        spec = checkpoint.spec
+        image, text, rows = most
+        ranges = {"rows": (1, rows), "image_tokens": (1, image), "text_tokens": (1, text)}
+        self.signature = signatures.transformer(spec).narrowed(ranges)
+        self.spec, self.precision, self.run = spec.transformer, precision, run
+        self.arena = Arena(size(self.layout(self.signature.at({s: r[1] for s, r in ranges.items()}))), device)
+        read = Reader(checkpoint.component("transformer"), device)
+        self.weights: Weights | None = Weights(read, spec, precision, found)
+
+    def bind(self, shapes: Shapes) -> "FusedBound":
+        assert self.weights is not None, "bind after close"
+        sizes = self.signature.resolve(shapes)
+        return FusedBound(self, self.weights, self.arena.cut(self.layout(sizes)), sizes)
+
+    def close(self) -> None:
+        self.weights = None
+
+    def layout(self, sizes: Shapes) -> Layout:
+        """Buffers of a pass at these sizes: inputs and outputs by their names, and what is in between."""
+        compute, linear, d = self.precision.compute, self.precision.linear, self.spec.hidden_size
+        tensors = (*self.signature.inputs, *self.signature.outputs)
+        dtypes = {t.name: compute if t.dtype == FLOATING else getattr(torch, t.dtype) for t in tensors}
+        images, text, _ = sizes["encoder_hidden_states"]
+        s, half = text + sizes["hidden_states"][1], self.spec.attention_head_dim // 2
+        steering = modulations.width(self.spec)
+        return {
+            **{name: Buffer(sizes[name], dtype) for name, dtype in dtypes.items()},
+            "text": Buffer((images, text, d), compute),
+            "cos": Buffer((s, half), torch.float32),
+            "sin": Buffer((s, half), torch.float32),
+            "ahead": Buffer((max(AHEAD, images), steering), torch.float32),
+            "now": Buffer((images, steering), torch.float32),
+            "residual": Buffer((s, d), compute),
+            "normed": Buffer((s, d), linear),
+            "row_scale": Buffer((s,), torch.float32),
+            "qkv": Buffer((s, 3 * d), linear),
+            "wide": Buffer((s, (1 + MLP_RATIO) * d), linear),
+            "final": Buffer((s - text, d), compute),
+        }
+
+
+class FusedBound:
+    """A Bound that foresees its steps; see engines.base. Its buffers are the arena's, valid until another runs."""
+
+    def __init__(
+        self, engine: FusedTransformer, weights: Weights, buffers: Mapping[str, Tensor], sizes: Shapes
+    ) -> None:
+        signature = engine.signature
+        self.inputs = {t.name: buffers[t.name] for t in signature.inputs}
+        self.outputs = {t.name: buffers[t.name] for t in signature.outputs}
+        self._engine, self._weights, self._buffers = engine, weights, buffers
+        self._images, self._text, _ = sizes["encoder_hidden_states"]
+        self._b = Buffers(
+            split=self._text,
+            row_scale=buffers["row_scale"] if engine.precision.quantised else None,
+            **{name: buffers[name] for name in ("residual", "normed", "qkv", "wide", "cos", "sin")},
+        )
+        self._step = Replayed(self._launch, buffers["residual"].device)
+        self._timesteps: Tensor | None = None
+        self._next = self._ready = 0
+
+    @torch.inference_mode()
+    def prepare(self, timesteps: Tensor) -> None:
+        """Compute what does not depend on latents; the next len(timesteps) runs take these steps, in their order."""
+        self._timesteps = timesteps[:, None].expand(-1, self._images)
+        self._next = self._ready = 0
+        self._prepare_inputs()
+
+    def _prepare_inputs(self) -> None:
+        b, given = self._buffers, self.inputs
+        b["text"].copy_(self._weights.text(given["encoder_hidden_states"]))
+        ids = torch.cat([given["txt_ids"], given["img_ids"]])
+        write_rope(ids, self._engine.spec.axes_dims_rope, b["cos"], b["sin"])
+
+    def _fill(self, timesteps: Tensor) -> None:
+        """Modulation of as many steps [steps, images] as there is room for."""
+        steps = len(timesteps)
+        guidance, pooled = (self.inputs[n].repeat(steps, *[1] * (d - 1)) for n, d in _PER_IMAGE)
+        out = self._buffers["ahead"][: steps * self._images]
+        self._weights.modulation(self._engine.run, timesteps.flatten(), guidance, pooled, out)
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """One step: the next of those that `prepare` was given, or the one that the input `timestep` says."""
+        if self._timesteps is not None and self._next == len(self._timesteps):
+            self._timesteps = None
+        if self._timesteps is None:
+            self._prepare_inputs()
+            self._fill(self.inputs["timestep"][None])
+            row = 0
+        else:
+            row = self._foreseen(self._timesteps)
+        self._buffers["now"].copy_(self._buffers["ahead"][row : row + self._images])
+        self._step()
+
+    def _foreseen(self, timesteps: Tensor) -> int:
+        """The first row of this step's modulation; a new batch of steps is computed when the last is used up."""
+        held = max(1, AHEAD // self._images)
+        if self._next == self._ready:
+            batch = timesteps[self._next : self._next + held]
+            self._fill(batch)
+            self._ready += len(batch)
+        row = (self._next % held) * self._images
+        self._next += 1
+        return row
+
+    def _launch(self) -> None:
+        for image in range(self._images):
+            self._draw(image)
+
+    def _draw(self, image: int) -> None:
+        run, w, b = self._engine.run, self._weights, self._b
+        double, single, final = w.modulation.split(self._buffers["now"][image])
+        b.residual[: self._text].copy_(self._buffers["text"][image])
+        _linear_into(b.residual[self._text :], self.inputs["hidden_states"][image], w.image)
+        for block, steering in zip(w.double, double, strict=True):
+            block(run, b, steering)
+        for single_block, steering in zip(w.single, single, strict=True):
+            single_block(run, b, steering)
+        scale, shift = final
+        run.norm(b.residual[self._text :], shift, scale, 0, self._buffers["final"], None)
+        _linear_into(self.outputs["velocity"][image], self._buffers["final"], w.out)
+
+
+def _linear_into(out: Tensor, x: Tensor, layer: Dense) -> None:
+    torch.addmm(layer.bias, x, layer.weight.T, out=out)
+
+
+def write_rope(ids: Tensor, axes: Sequence[int], cos: Tensor, sin: Tensor) -> None:
+    """cos and sin [S, head_dim / 2] of positions [S, axes]: each axis turns its share of pairs.
+
+    diffusers' FluxPosEmbed; angles are products in float64, as theirs.
+    """
+    at = 0
+    for axis, dims in enumerate(axes):
+        exponents = torch.arange(0, dims, 2, dtype=torch.float64, device=ids.device) / dims
+        angles = torch.outer(ids[:, axis].double(), 1.0 / _THETA**exponents)
+        cos[:, at : at + dims // 2] = torch.cos(angles)
+        sin[:, at : at + dims // 2] = torch.sin(angles)
+        at += dims // 2

@@ -1,0 +1,114 @@
+"""Weights on their way from safetensors to the device: read one by one, put together, quantised, never held twice."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fluxserve.errors import CheckpointError
+from fluxserve.kernels.fp8 import E4M3, quantise_rows
+from fluxserve.kernels.linear import Linear
+
+
+@dataclass(frozen=True)
+class Precision:
+    """compute: what residual stream, embedders and unquantised products are in; linear: what blocks multiply in."""
+
+    compute: torch.dtype
+    linear: torch.dtype
+
+    @property
+    def quantised(self) -> bool:
+        return self.linear == E4M3
+
+
+class Reader:
+    """The tensors of one component's folder, by diffusers' and transformers' names."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            opened: Any = safe_open(file, framework="pt", device=str(device))
+            self._files |= dict.fromkeys(opened.keys(), opened)
+        self._unread = set(self._files)
+
+    def __call__(self, name: str) -> Tensor:
+        """One tensor, as it was stored. Raises CheckpointError."""
+        if name not in self._files:
+            raise CheckpointError(f"{self._folder}: no weight {name!r}")
+        self._unread.discard(name)
+        try:
+            tensor: Tensor = self._files[name].get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._folder}: {name}: {error}") from error
+        return tensor
+
+    def shaped(self, name: str, *shape: int) -> Tensor:
+        """One tensor that must have this shape. Raises CheckpointError."""
+        tensor = self(name)
+        if tensor.shape != shape:
+            raise CheckpointError(f"{self._folder}: {name}: got {tuple(tensor.shape)}; expected {shape}")
+        return tensor
+
+    def refuse_rest(self) -> None:
+        """Raise CheckpointError if there are weights that nobody asked for: the architecture is another."""
+        if self._unread:
+            few = ", ".join(sorted(self._unread)[:5])
+            raise CheckpointError(f"{self._folder}: unexpected weights: {few} ({len(self._unread)} in all)")
+
+
+def stack(
+    read: Reader,
+    names: Sequence[Sequence[str]],
+    inputs: int,
+    precision: Precision,
+    factors: Sequence[Tensor | float] = (),
+) -> Linear:
+    """Linear layers as one: outputs of several behind each other, in one or two streams.
+
+    Args:
+        names: for each stream the modules whose outputs lie behind each other.
+        inputs: features that each takes.
+        factors: for each stream what its inputs were divided by when they were quantised with a static scale, one
+            number or one per feature; the weights are multiplied by it before they are quantised themselves.
+    """
+    streams, scales, biases = [], [], []
+    for index, modules in enumerate(names):
+        weight = torch.cat([_matrix(read, module, inputs) for module in modules])
+        biases.append(torch.cat([read(f"{module}.bias") for module in modules]).float())
+        if not precision.quantised:
+            streams.append(weight.to(precision.linear))
+            continue
+        quantised, scale = quantise_rows(weight * factors[index] if factors else weight)
+        streams.append(quantised)
+        scales.append(scale)
+    # One stream is the usual case, and its weights must not be copied once more.
+    weight = streams[0][None] if len(streams) == 1 else torch.stack(streams)
+    return Linear(weight, torch.stack(scales) if scales else None, torch.stack(biases))
+
+
+def _matrix(read: Reader, module: str, inputs: int) -> Tensor:
+    weight = read(f"{module}.weight")
+    if weight.ndim != 2 or weight.shape[1] != inputs:
+        raise CheckpointError(f"{module}.weight: got {tuple(weight.shape)}; expected [.., {inputs}]")
+    return weight
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A linear that stays in the compute dtype, and is left to the library: weight [N, K], bias [N]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+def dense(read: Reader, module: str, precision: Precision) -> Dense:
+    return Dense(read(f"{module}.weight").to(precision.compute), read(f"{module}.bias").to(precision.compute))

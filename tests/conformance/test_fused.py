@@ -1,0 +1,182 @@
+"""The fused transformer against diffusers' in float32: how much its BF16 and its FP8 may lose.
+
+On a GPU with its kernels; elsewhere with every kernel's plain reference, which proves the arithmetic around them.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from export.calibrate import watched
+from export.fp8 import simulated
+from fluxserve import checkpoint, flow, settings
+from fluxserve.artifact import Scales
+from fluxserve.checkpoint import Checkpoint
+from fluxserve.engines import signatures
+from fluxserve.engines.base import Bound
+from fluxserve.engines.fused.transformer import FusedTransformer
+from fluxserve.engines.fused.weights import Precision
+from fluxserve.engines.torch_eager import TorchEngine, Transformer, load_module
+from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
+from fluxserve.kernels.fp8 import E4M3
+from fluxserve.kernels.operations import LAUNCHED, PLAIN
+from tests.support import wide_flux
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda:0" if GPU else "cpu")
+KERNELS = LAUNCHED if GPU else PLAIN
+BF16 = Precision(torch.bfloat16, torch.bfloat16)
+FP8 = Precision(torch.bfloat16, E4M3)
+TEXT = 32
+
+pytestmark = pytest.mark.xdist_group("fused")
+
+
+def inputs_of(folder: Checkpoint, size: tuple[int, int], rows: int = 1, seed: int = 0) -> dict[str, Tensor]:
+    """Random latents and text at a size in latent pixels.
+
+    Timestep and guidance are such that a thousand times them is a BF16 number: diffusers rounds that product before it
+    takes sines of it, which makes 3504 of guidance 3.5, and hides every other error.
+    """
+    spec, generator = folder.spec.transformer, torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    image, text = flow.image_ids(*size), flow.text_ids(TEXT)
+    return {
+        "hidden_states": draw(rows, len(image), spec.in_channels),
+        "encoder_hidden_states": draw(rows, TEXT, spec.joint_attention_dim),
+        "pooled_projections": draw(rows, spec.pooled_projection_dim),
+        "timestep": torch.linspace(0.5, 0.25, rows).to(DEVICE),
+        "guidance": torch.full((rows,), 4.0, device=DEVICE),
+        "img_ids": torch.from_numpy(image).to(DEVICE),
+        "txt_ids": torch.from_numpy(text).to(DEVICE),
+    }
+
+
+def write(bound: Bound, inputs: dict[str, Tensor]) -> None:
+    for name, value in inputs.items():
+        bound.inputs[name].copy_(value)
+
+
+def velocity(engine: FusedTransformer | TorchEngine, inputs: dict[str, Tensor]) -> Tensor:
+    bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
+    write(bound, inputs)
+    bound.run()
+    return bound.outputs["velocity"].float().clone()
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+class Judge:
+    """One checkpoint: what diffusers computes in float32, and the error of its own BF16 and of plain FP8."""
+
+    def __init__(self, folder: Checkpoint, size: tuple[int, int]) -> None:
+        self.folder, self.inputs = folder, inputs_of(folder, size)
+        module = load_module(folder, "transformer", str(DEVICE), torch.float32)
+        eager = TorchEngine(signatures.transformer(folder.spec), Transformer(module))
+        with watched("transformer", module) as ranges:
+            self.expected = velocity(eager, self.inputs)
+        self.scales: Scales = ranges.scales("max")
+        with simulated("transformer", module, self.scales):
+            self.plain_fp8 = relative(velocity(eager, self.inputs), self.expected)
+        module.to(torch.bfloat16)
+        self.eager_bf16 = relative(velocity(eager, self.inputs), self.expected)
+
+    def open(self, precision: Precision) -> FusedTransformer:
+        scales = self.scales if precision.quantised else None
+        return FusedTransformer(self.folder, DEVICE, precision, scales, KERNELS, (4096, TEXT, 3))
+
+    def error(self, precision: Precision) -> float:
+        return relative(velocity(self.open(precision), self.inputs), self.expected)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Judge:
+    return Judge(checkpoint.read(settings.default_checkpoint()), (16, 24))
+
+
+@pytest.fixture(scope="module", params=["tiny", (1, 1), (2, 2)] if GPU else ["tiny", (1, 1)], ids=str)
+def judge(request: pytest.FixtureRequest, tiny: Judge, tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    """tiny's trained weights, or random ones at FLUX.1-dev's widths in so many double and single blocks."""
+    if request.param == "tiny":
+        return tiny
+    folder = wide_flux.write(tmp_path_factory.mktemp("wide") / "flux", *request.param, guidance=True)
+    return Judge(checkpoint.read(folder), (64, 64) if GPU else (16, 16))
+
+
+def test_bf16_loses_no_more_than_eager_bf16(judge: Judge) -> None:
+    assert judge.error(BF16) <= 1.2 * judge.eager_bf16
+
+
+def test_fp8_loses_no_more_than_plain_fp8(judge: Judge) -> None:
+    """Plain: float32 around E4M3 products, one static scale per tensor. Here: BF16, and INT8 modulation."""
+    assert judge.error(FP8) <= 1.1 * judge.plain_fp8
+
+
+def test_steps_foreseen_are_the_steps_themselves(tiny: Judge) -> None:
+    """More than fit ahead at once, for two images; each step must be what it is alone."""
+    engine, inputs = tiny.open(BF16), inputs_of(tiny.folder, (8, 8), rows=2)
+    bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
+    write(bound, inputs)
+    timesteps = torch.linspace(1, 0.02, 37, device=DEVICE).to(torch.bfloat16)
+    bound.prepare(timesteps)
+    foreseen = []
+    for _ in timesteps:
+        bound.run()
+        foreseen.append(bound.outputs["velocity"].clone())
+    for step in (0, 1, 15, 16, 31, 36):
+        alone = velocity(engine, {**inputs, "timestep": timesteps[step].expand(2)})
+        assert torch.equal(foreseen[step].float(), alone), f"step {step}"
+
+
+def test_an_image_has_the_same_bytes_alone_and_in_a_batch(tiny: Judge) -> None:
+    engine, three = tiny.open(FP8), inputs_of(tiny.folder, (8, 12), rows=3)
+    together = velocity(engine, three)
+    for row in range(3):
+        one = {n: v if n.endswith("_ids") else v[row : row + 1] for n, v in three.items()}
+        assert torch.equal(velocity(engine, one)[0], together[row])
+
+
+def test_another_size_in_between_changes_nothing(tiny: Judge) -> None:
+    """All sizes live in one arena: what one leaves there must not reach the next."""
+    engine, small, large = tiny.open(FP8), inputs_of(tiny.folder, (8, 8)), inputs_of(tiny.folder, (32, 16))
+    before = velocity(engine, small)
+    velocity(engine, large)
+    assert torch.equal(velocity(engine, small), before)
+
+
+def test_beyond_its_arena_is_refused(tiny: Judge) -> None:
+    with pytest.raises(ShapeError, match="image_tokens from 1 to 4096"):
+        velocity(tiny.open(BF16), inputs_of(tiny.folder, (130, 130)))
+
+
+def test_scales_of_another_model_are_refused(tiny: Judge) -> None:
+    with pytest.raises(ArtifactError, match="no 'transformer_blocks"):
+        FusedTransformer(tiny.folder, DEVICE, FP8, Scales({}, {}), KERNELS, (64, TEXT, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [("drop", "no weight"), ("add", "unexpected weights"), ("cut", "expected")]
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, tiny: Judge, change: str, says: str) -> None:
+    folder = tmp_path / "transformer"
+    shutil.copytree(tiny.folder.component("transformer"), folder)
+    (file,) = folder.glob("*.safetensors")
+    weights, name = load_file(file), "transformer_blocks.0.attn.norm_added_k.weight"
+    if change == "add":
+        weights["transformer_blocks.99.attn.to_q.weight"] = torch.zeros(2, 2)
+    elif change == "cut":
+        weights[name] = weights[name][:-1].clone()
+    else:
+        del weights[name]
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match=says):
+        FusedTransformer(Checkpoint(tmp_path, tiny.folder.spec), DEVICE, BF16, None, KERNELS, (64, TEXT, 1))
