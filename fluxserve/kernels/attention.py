@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxserve.errors import LibraryMissing
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, cast
 
 Scales = Tensor
@@ -93,8 +94,10 @@ def _scalar(graph: Any, kind: Any) -> Any:
 
 @cache
 def _cudnn() -> ModuleType:
-    import cudnn
-
+    try:
+        import cudnn
+    except ImportError as error:
+        raise LibraryMissing("cudnn", "fused") from error
     return cudnn  # type: ignore[no-any-return]
 
 

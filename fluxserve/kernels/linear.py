@@ -56,6 +56,18 @@ class Heads:
 
 
 @triton.jit
+def _scaled(y, rows, valid_rows, columns, valid, x_scale, w_scale, bias):
+    """The product of quantised numbers → what it stands for, and the bias."""
+    if x_scale is not None:
+        y = y * tl.load(x_scale + rows, mask=valid_rows, other=0.0)[:, None]
+    if w_scale is not None:
+        y = y * tl.load(w_scale + columns, mask=valid, other=0.0)[None, :]
+    if bias is not None:
+        y = y + tl.load(bias + columns, mask=valid, other=0.0)[None, :]
+    return y
+
+
+@triton.jit
 def _gelu_tanh(y):
     """0.5·y·(1 + tanh(u)) = y·sigmoid(2u), u = √(2/π)·(y + 0.044715·y³)."""
     return y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
@@ -147,19 +159,15 @@ def _linear_kernel(
 
         rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
         of_stream, valid = stream * N + columns, columns < N
-        if x_scale is not None:
-            y = y * tl.load(x_scale + rows, mask=rows < end, other=0.0)[:, None]
-        if w_scale is not None:
-            y = y * tl.load(w_scale + of_stream, mask=valid, other=0.0)[None, :]
-        if bias is not None:
-            y = y + tl.load(bias + of_stream, mask=valid, other=0.0)[None, :]
+        y = _scaled(y, rows, rows < end, of_stream, valid, x_scale, w_scale, bias)
         target = out + rows[:, None] * out_stride + columns[None, :]
         mask = (rows < end)[:, None] & valid[None, :]
         if ENDING == "gelu":
             y = _gelu_tanh(y) * inverse_q
         if ENDING == "add":
-            gated = y * tl.load(gate + of_stream, mask=valid, other=0.0)[None, :]
-            y = tl.load(target, mask=mask, other=0.0).to(tl.float32) + gated
+            if gate is not None:
+                y = y * tl.load(gate + of_stream, mask=valid, other=0.0)[None, :]
+            y += tl.load(target, mask=mask, other=0.0).to(tl.float32)
         if ENDING == "heads":
             inverse = (inverse_q, inverse_k, inverse_v)
             y = _heads(y, rows, column, stream, end, N // 3, norm, cos, sin, inverse, epsilon, BM, BN, HEAD)
@@ -248,8 +256,8 @@ def linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, invers
     _launch("gelu", x, x_scale, w, split, out, inverse=(inverse, 1.0, 1.0))
 
 
-def linear_add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor, residual: Tensor) -> None:
-    """residual [rows, N] += gate · y, in place; gate float32 [streams, N]."""
+def linear_add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor) -> None:
+    """residual [rows, N] += gate · y, in place; gate float32 [streams, N], None for 1."""
     _launch("add", x, x_scale, w, split, residual, gate=gate)
 
 
@@ -281,10 +289,13 @@ def plain_linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, 
     out.copy_(cast(y * inverse, out.dtype))
 
 
-def plain_linear_add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor, residual: Tensor) -> None:
+def plain_linear_add(
+    x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor
+) -> None:
     y = _product(x, x_scale, w, split)
-    y[:split] *= gate[0]
-    y[split:] *= gate[-1]
+    if gate is not None:
+        y[:split] *= gate[0]
+        y[split:] *= gate[-1]
     residual.copy_(residual.float() + y)
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fluxserve.kernels import attention, linear, modulation, norm
+from torch import Tensor
+
+from fluxserve.kernels import attention, group_norm, linear, modulation, norm, rows
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,10 @@ class Operations:
     linear_heads: Callable[..., None]
     attention: Callable[..., None]
     modulation: Callable[..., None]
+    rows: Callable[..., None]
+    rms_rows: Callable[..., None]
+    gated_rows: Callable[..., None]
+    group_norm: Callable[..., Tensor]
 
 
 LAUNCHED = Operations(
@@ -27,6 +33,10 @@ LAUNCHED = Operations(
     linear_heads=linear.linear_heads,
     attention=attention.attention,
     modulation=modulation.modulation,
+    rows=rows.rows,
+    rms_rows=rows.rms_rows,
+    gated_rows=rows.gated_rows,
+    group_norm=group_norm.group_norm,
 )
 
 PLAIN = Operations(
@@ -37,5 +47,9 @@ PLAIN = Operations(
     linear_heads=linear.plain_linear_heads,
     attention=attention.plain_attention,
     modulation=modulation.plain_modulation,
+    rows=rows.plain_rows,
+    rms_rows=rows.plain_rms_rows,
+    gated_rows=rows.plain_gated_rows,
+    group_norm=group_norm.plain_group_norm,
 )
 """Every operation by its definition: what kernels are judged by, and how an engine's own arithmetic is on a CPU."""

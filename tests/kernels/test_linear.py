@@ -54,9 +54,11 @@ def test_gelu_into_a_part_of_wider_rows(
 
 @pytest.mark.parametrize(("rows", "columns", "inner"), SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gated_into_the_residual(rows: int, columns: int, inner: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("gated", [True, False])
+def test_gated_into_the_residual(rows: int, columns: int, inner: int, dtype: torch.dtype, gated: bool) -> None:
     x, x_scale, w = operands(rows, columns, inner, dtype)
     gate, before = random(2, columns, seed=6), random(rows, columns, seed=7)
+    gate = gate if gated else None
     got, expected = before.clone(), before.clone()
     kernels.linear_add(x, x_scale, w, rows // 2, gate, got)
     kernels.plain_linear_add(x, x_scale, w, rows // 2, gate, expected)

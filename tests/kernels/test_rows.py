@@ -1,0 +1,49 @@
+"""rows: RMSNorm or a gated GELU, quantised."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fluxserve.kernels import rows as kernels
+from fluxserve.kernels.fp8 import E4M3
+from tests.kernels.judge import DEVICE, INTERPRETED, RESULTS, poisoned, random, same
+
+Call = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+WIDTH = 96 if INTERPRETED else 4096
+
+
+def plain(prefix: str, x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor | None) -> None:
+    getattr(kernels, f"{prefix}rows")(x, data, scale)
+
+
+def rms(prefix: str, x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor | None) -> None:
+    getattr(kernels, f"{prefix}rms_rows")(x, random(x.shape[1], seed=9), 1e-6, data, scale)
+
+
+def gated(prefix: str, x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor | None) -> None:
+    getattr(kernels, f"{prefix}gated_rows")(x, data, scale)
+
+
+@pytest.mark.parametrize("call", [plain, rms, gated])
+@pytest.mark.parametrize("rows", [1, 17, 77] if INTERPRETED else [1, 17, 512, 4608])
+@pytest.mark.parametrize("dtype", RESULTS)
+def test_as_the_reference(call: Call, rows: int, dtype: torch.dtype) -> None:
+    x = random(rows, (2 if call is gated else 1) * WIDTH, spread=3)
+    data, scale = poisoned(rows, WIDTH, dtype=dtype), poisoned(rows, dtype=torch.float32)
+    expected = torch.empty(rows, WIDTH, device=DEVICE)
+    call("plain_", x, expected, None)
+    call("", x, data, scale if dtype == E4M3 else None)
+    same(data, expected / scale[:, None] if dtype == E4M3 else expected, dtype)
+
+
+@pytest.mark.parametrize("call", [plain, rms, gated])
+def test_scales_and_rows_of_zeros(call: Call) -> None:
+    x = random(5, (2 if call is gated else 1) * WIDTH)
+    x[3] = 0
+    data, scale = poisoned(5, WIDTH, dtype=E4M3), poisoned(5, dtype=torch.float32)
+    expected, expected_scale = poisoned(5, WIDTH, dtype=E4M3), poisoned(5, dtype=torch.float32)
+    call("", x, data, scale)
+    call("plain_", x, expected, expected_scale)
+    assert torch.allclose(scale, expected_scale, rtol=1e-5)
+    assert (data[3].float() == 0).all()
