@@ -10,7 +10,7 @@ from typing import Any
 
 from export import console
 from export.manifest import write_manifest
-from export.options import FP8, TENSORRT, TENSORRT_RTX
+from export.options import FP8, FUSED, TENSORRT, TENSORRT_RTX
 from export.stages import Stages
 from export.work import Result
 from fluxserve import __version__, process
@@ -25,12 +25,15 @@ from fluxserve.artifact import (
     read_manifest,
     sha256,
 )
+from fluxserve.engines.torch_eager import ARCHITECTURES
 from fluxserve.errors import ExportError
 
 NOTES = {
     TENSORRT: "fluxserve's tests run this engine against a fake of TensorRT's interface, never against TensorRT: "
     "`fluxserve export verify` on the GPU is the proof.",
     TENSORRT_RTX: "fluxserve's tests build such plans, but no RTX GPU was there to run one: "
+    "`fluxserve export verify` on the GPU is the proof.",
+    FUSED: "fluxserve's tests run this engine's arithmetic on a CPU, with plain references in place of its kernels: "
     "`fluxserve export verify` on the GPU is the proof.",
 }
 """What was never run, by engine; see README.md."""
@@ -61,8 +64,12 @@ def assemble(stages: Stages, numerics: Mapping[str, Result], target: Path) -> Pa
     try:
         with console.line("assemble") as line:
             partial.mkdir()
-            components = {name: _component(stages, name, numerics[name], partial) for name in COMPONENTS}
             _copy_configurations(stages.checkpoint.path, partial / CHECKPOINT)
+            if stages.options.engine == FUSED:
+                _link_weights(stages.checkpoint.path, partial / CHECKPOINT)
+                components = {name: _of_checkpoint(stages, name) for name in COMPONENTS}
+            else:
+                components = {name: _component(stages, name, numerics[name], partial) for name in COMPONENTS}
             _place(stages.reference(), partial / REFERENCE)
             if stages.options.precision == FP8:
                 shutil.copy(stages.scales().path / SCALES, partial / SCALES)
@@ -101,6 +108,29 @@ def _component(stages: Stages, name: str, numerics: Result, partial: Path) -> di
     if precision == FP8:
         entry["quantised"] = [*graph.record["linears"], *(f"{a} (attention)" for a in graph.record["attention"])]
     return entry
+
+
+def _of_checkpoint(stages: Stages, name: str) -> dict[str, Any]:
+    """The entry of a component whose engine reads the checkpoint's own weights."""
+    file = f"{CHECKPOINT}/{ARCHITECTURES[name].folder}/config.json"
+    return {
+        "precision": stages.options.precision_of(name),
+        "compute_dtype": str(stages.options.dtype).removeprefix("torch."),
+        "shapes": {symbol: list(values) for symbol, values in stages.ranges(name).items()},
+        "engines": dict.fromkeys(stages.architectures, file),
+        "numerics": {},
+    }
+
+
+def _link_weights(checkpoint: Path, target: Path) -> None:
+    """The checkpoint's weights beside their configurations; the same files, if they are on the same file system."""
+    for folder in sorted({architecture.folder for architecture in ARCHITECTURES.values()}):
+        for file in sorted((checkpoint / folder).glob("*.safetensors")):
+            place = target / folder / file.name
+            try:
+                place.hardlink_to(file.resolve())
+            except OSError:  # another file system, or one without hard links
+                shutil.copy(file, place)
 
 
 def _place(result: Result, folder: Path) -> None:

@@ -13,9 +13,20 @@ from typing import TYPE_CHECKING
 
 from export import console
 from export.fp8 import KEPT
-from export.options import DTYPES, FP8, ONNXRUNTIME, TENSORRT, TENSORRT_RTX, Options, Size, Sizes, default_sizes
+from export.options import (
+    DTYPES,
+    FP8,
+    FUSED,
+    ONNXRUNTIME,
+    TENSORRT,
+    TENSORRT_RTX,
+    Options,
+    Size,
+    Sizes,
+    default_sizes,
+)
 from fluxserve.artifact import COMPONENTS
-from fluxserve.errors import ArtifactUnsuited, ExportError, FluxserveError, LibraryMissing
+from fluxserve.errors import ArtifactUnsuited, DeviceUnsuited, ExportError, FluxserveError, LibraryMissing
 
 if TYPE_CHECKING:
     from export.stages import Stages
@@ -72,7 +83,7 @@ def _parser(stage: str) -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="the artifact's folder; an earlier artifact is replaced"
     )
     parser.add_argument("--work", type=Path, help="where finished stages are kept; default: OUT.work")
-    parser.add_argument("--engine", choices=(ONNXRUNTIME, TENSORRT, TENSORRT_RTX), default=ONNXRUNTIME)
+    parser.add_argument("--engine", choices=(ONNXRUNTIME, TENSORRT, TENSORRT_RTX, FUSED), default=ONNXRUNTIME)
     parser.add_argument("--precision", choices=(*DTYPES, FP8), default="fp32", help="default: %(default)s")
     parser.add_argument(
         "--spell-attention-out", action="store_true", help="products and a softmax, as TensorRT 10.13 needs it"
@@ -145,6 +156,8 @@ def _export(stage: str, options: argparse.Namespace) -> int:
 
     begun = time.perf_counter()
     stages = _stages(options, stage)
+    if stage and options.engine == FUSED:
+        raise ExportError(f"{stage}: the fused engine has no such stage; it runs the checkpoint's own weights")
     usual = tuple(KEPT) if stage == "quantize" else COMPONENTS
     components = tuple(getattr(options, "component", ())) or usual
     if stage in ("", "build"):
@@ -154,9 +167,11 @@ def _export(stage: str, options: argparse.Namespace) -> int:
             for path in _run_stage(stages, stage, component):
                 print(f"  {path}")
         return 0
-    numerics = {component: stages.numerics(component) for component in COMPONENTS}
-    for component in COMPONENTS:
-        stages.engines(component)
+    numerics = {}
+    if stages.options.engine != FUSED:  # which reads the checkpoint's weights as they are
+        numerics = {component: stages.numerics(component) for component in COMPONENTS}
+        for component in COMPONENTS:
+            stages.engines(component)
     artifact = assemble(stages, numerics, options.out)
     print(
         f"exported in {console.duration(time.perf_counter() - begun)}; serve it: fluxserve serve --artifact {artifact}"
@@ -230,7 +245,7 @@ def _verify_if_possible(artifact: Path, options: argparse.Namespace) -> int:
     """Verify what was just exported, unless its engine can't run on this machine: then say so, which is no failure."""
     try:
         return _verify(artifact, options.device)
-    except (ArtifactUnsuited, LibraryMissing) as error:
+    except (ArtifactUnsuited, DeviceUnsuited, LibraryMissing) as error:
         print(f"not verified, because it can't run here: {error}")
         print(f"  on the machine that serves it: fluxserve export verify {artifact}")
         return 0

@@ -16,7 +16,7 @@ from torch import nn
 from export import build, calibrate, numerics, quantize, reference, trace
 from export.console import Line, size
 from export.fp8 import ATTENTION, KEPT
-from export.options import ATTENTION_OPSET, FP8, ONNXRUNTIME, Options, profile, ranges
+from export.options import ATTENTION_OPSET, FP8, FUSED, FUSED_ARCHITECTURES, ONNXRUNTIME, Options, profile, ranges
 from export.work import Make, Result, Work
 from fluxserve.artifact import ANYWHERE, SCALES, Range, Scales
 from fluxserve.checkpoint import Checkpoint
@@ -75,7 +75,7 @@ class Stages:
 
     def check_engine(self) -> None:
         """Raise now what a build would raise in an hour: the library is missing, too old, or knows no such GPU."""
-        if self.options.engine == ONNXRUNTIME:
+        if self.options.engine in (ONNXRUNTIME, FUSED):
             return
         for architecture in self.architectures:
             build.check_architecture(self._library, architecture)
@@ -99,7 +99,7 @@ class Stages:
     def versions(self) -> dict[str, str]:
         """Of everything that an artifact is made with."""
         found = dict(self._libraries)
-        if self.options.engine != ONNXRUNTIME:
+        if self.options.engine not in (ONNXRUNTIME, FUSED):
             found[self.options.engine] = self._library.version
         return {"python": platform.python_version(), **found}
 
@@ -262,6 +262,8 @@ class Stages:
     @property
     def architectures(self) -> tuple[str, ...]:
         """What to build for; full TensorRT builds for the GPU that is present, unless it is told."""
+        if self.options.engine == FUSED:
+            return FUSED_ARCHITECTURES
         if self.options.architectures or self.options.engine == ONNXRUNTIME:
             return self.options.architectures
         return (Cuda("cuda:0").architecture,)
@@ -273,8 +275,8 @@ class Stages:
         spec, sizes, device = self.checkpoint.spec, self.options.sizes, self.calibration.device
         calibration = self.calibration
         asked = reference.pictures(spec, sizes, calibration.prompts.lines, calibration.steps, calibration.seed)
-        quantised = self.options.precision == FP8
-        scales = {name: self.scales_of(name) for name in KEPT} if quantised else None
+        quantised = [name for name in KEPT if self.options.precision_of(name) == FP8]
+        scales = {name: self.scales_of(name) for name in quantised} or None
 
         def make(folder: Path, line: Line) -> dict[str, Any]:
             line.say("drawing in float32")

@@ -2,7 +2,7 @@
 
     ARTIFACT/
       manifest.json        checked against manifest.schema.json
-      checkpoint/          the configurations and tokenizers of the diffusers folder, without its weights
+      checkpoint/          configurations and tokenizers of the diffusers folder; its weights, if the engine runs them
       <component>/         engines: model.onnx (+ its data), or one plan for each GPU architecture
       scales.json          what calibration measured, for every engine that wants it
       reference/           inputs and outputs of the float32 reference, which `fluxserve export verify` compares with
@@ -14,6 +14,7 @@ when an engine asks for them by `file`, so that a tampered or truncated one is n
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
@@ -32,6 +33,7 @@ CHECKPOINT = "checkpoint"
 SCALES = "scales.json"
 REFERENCE = "reference"
 COMPONENTS = ("clip", "t5", "transformer", "vae_encoder", "vae_decoder")
+WEIGHTS = ".safetensors"
 ANYWHERE = "any"
 """The key of an engine that is not built for one GPU architecture."""
 
@@ -110,8 +112,10 @@ class Artifact:
             raise ArtifactError(f"{file}: no scales of {component} ({error})") from error
 
     def folder(self, name: str) -> list[Path]:
-        """Every file under a folder of the artifact, each after the check of `file`."""
-        return [self.file(listed) for listed in sorted(self.manifest["files"]) if listed.startswith(f"{name}/")]
+        """Every file under a folder of the artifact, each after the check of `file`; several are read at once."""
+        listed = [file for file in sorted(self.manifest["files"]) if file.startswith(f"{name}/")]
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(self.file, listed))
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -176,7 +180,7 @@ def _check_files(path: Path, files: Mapping[str, Any]) -> None:
     """Sizes of all; contents of what other libraries will read by the folder, where nothing may be added either."""
     for name, entry in files.items():
         _check_size(path / name, entry["bytes"])
-        if name.startswith(f"{CHECKPOINT}/"):
+        if name.startswith(f"{CHECKPOINT}/") and not name.endswith(WEIGHTS):
             _unchanged(path, files, name)
     for file in (path / CHECKPOINT).rglob("*"):
         if file.is_file() and file.relative_to(path).as_posix() not in files:
@@ -190,7 +194,7 @@ def _check_engines(path: Path, manifest: Mapping[str, Any]) -> None:
             got = f"{component} has engines for {', '.join(sorted(entry['engines']))}"
             raise ArtifactError(f"{path / MANIFEST}: {got}; expected {', '.join(sorted(wanted))}")
         for name in entry["engines"].values():
-            if name not in manifest["files"] or not name.startswith(f"{component}/"):
+            if name not in manifest["files"] or not name.startswith((f"{component}/", f"{CHECKPOINT}/")):
                 raise ArtifactError(f"{path / MANIFEST}: {component} names {name}, which is not among its files")
 
 

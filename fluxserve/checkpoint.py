@@ -36,6 +36,10 @@ class Checkpoint:
     def component(self, name: str) -> Path:
         return self.path / name
 
+    def config(self, name: str) -> dict[str, Any]:
+        """A component's config.json. Raises CheckpointError."""
+        return _json(self.component(name) / "config.json")
+
     def class_name(self, component: str) -> str | None:
         """The class that model_index.json names for a component."""
         entry = _json(self.path / "model_index.json").get(component)

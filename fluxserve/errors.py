@@ -18,6 +18,7 @@ FluxserveError
 │   ├── UnknownEngine
 │   ├── LibraryMissing     the engine's library is not installed
 │   ├── LibraryRefused     TensorRT or ONNX Runtime said no, in its own words
+│   ├── DeviceUnsuited     an engine that has no kernels for the device there is
 │   ├── OutOfMemory        the device has no room for weights or activations
 │   └── ShapeError         a tensor outside an engine's signature
 ├── SettingsError          an environment variable or a Triton parameter
@@ -122,6 +123,11 @@ class LibraryMissing(EngineError):
 
 class LibraryRefused(EngineError):
     """An engine's own library refused; the message has its words."""
+
+
+class DeviceUnsuited(EngineError):
+    def __init__(self, engine: str, got: str, expected: str) -> None:
+        super().__init__(f"{engine}: got {got}; expected {expected}")
 
 
 class OutOfMemory(EngineError):

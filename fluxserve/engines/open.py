@@ -7,15 +7,16 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.base import Components
 from fluxserve.errors import EngineError, UnknownEngine
 
-WEIGHTS = {"torch_eager": "fluxserve.engines.torch_eager"}
+WEIGHTS = {"torch_eager": "fluxserve.engines.torch_eager", "fused": "fluxserve.engines.fused.open"}
 """Engines that run a checkpoint's weights."""
 
 ARTIFACTS = {
     "onnxruntime": "fluxserve.engines.onnxruntime",
     "tensorrt": "fluxserve.engines.tensorrt",
     "tensorrt-rtx": "fluxserve.engines.tensorrt",
+    "fused": "fluxserve.engines.fused.open",
 }
-"""Engines that run what was exported; the artifact says which."""
+"""Engines that run an artifact, which says which."""
 
 ENGINES = {**WEIGHTS, **ARTIFACTS}
 DEFAULT = "torch_eager"
@@ -26,7 +27,7 @@ def needs_artifact(name: str) -> bool:
     """Raises UnknownEngine, which lists the valid names."""
     if name not in ENGINES:
         raise UnknownEngine(name, ENGINES)
-    return name in ARTIFACTS
+    return name not in WEIGHTS
 
 
 def open_components(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> Components:

@@ -75,14 +75,7 @@ class OnnxOf:
         from fluxserve.engines import signatures
         from fluxserve.engines.onnxruntime import OrtEngine
 
-        modules = {
-            "text_encoder": flux.clip,
-            "text_encoder_2": flux.t5,
-            "transformer": flux.transformer,
-            "vae": flux.vae,
-        }
-        for name, module in modules.items():
-            module.save_pretrained(folder / name)
+        flux.save(folder)
         sizes = options.Sizes((64, 64), (128, 128), (256, 256), 3)
         engines: dict[str, Engine] = {}
         for name, signature in signatures.BY_COMPONENT.items():

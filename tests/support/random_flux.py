@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -37,6 +38,17 @@ class RandomFlux:
 
     def components(self) -> Components:
         return torch_eager.from_modules(self.spec, self.clip, self.t5, self.transformer, self.vae)
+
+    def save(self, folder: Path) -> None:
+        """The weights as diffusers lays them out; neither scheduler nor tokenizers."""
+        modules = {
+            "text_encoder": self.clip,
+            "text_encoder_2": self.t5,
+            "transformer": self.transformer,
+            "vae": self.vae,
+        }
+        for name, module in modules.items():
+            module.save_pretrained(folder / name)
 
     def new_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler(**self.scheduler)

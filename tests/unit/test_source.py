@@ -79,7 +79,7 @@ def test_an_engine_that_the_artifact_is_not_for(folder: Path, engine: str) -> No
     assert message == f"engine: got {engine!r}; allowed: onnxruntime, which {folder} is for; or nothing"
 
 
-@pytest.mark.parametrize("engine", sorted(ARTIFACTS))
+@pytest.mark.parametrize("engine", sorted(set(ARTIFACTS) - set(WEIGHTS)))
 def test_an_engine_that_wants_an_artifact(engine: str) -> None:
     expected = (
         f"artifact: got ''; allowed: the folder of an artifact, which {engine} runs: `fluxserve export` makes one"
@@ -94,10 +94,15 @@ def test_a_dtype_beside_an_artifact(folder: Path, dtype: str) -> None:
     assert message == f"dtype: got {dtype!r}; allowed: auto beside an artifact: its precision was chosen at export"
 
 
+def test_the_fused_engine_runs_weights_and_artifacts() -> None:
+    assert source.find(Settings(engine="fused")).artifact is None
+    assert "fused" in ARTIFACTS
+
+
 @pytest.mark.parametrize("engine", ["nonsense", "TORCH_EAGER", "onnx"])
 def test_an_unknown_engine(engine: str) -> None:
     message = refusal(Settings(engine=engine, checkpoint="/nowhere"), UnknownEngine)
-    assert message == f"engine: got {engine!r}; known engines: onnxruntime, tensorrt, tensorrt-rtx, torch_eager"
+    assert message == f"engine: got {engine!r}; known engines: fused, onnxruntime, tensorrt, tensorrt-rtx, torch_eager"
     assert all(name in message for name in ENGINES)
 
 

@@ -112,8 +112,8 @@ class FusedBound:
         self, engine: FusedTransformer, weights: Weights, buffers: Mapping[str, Tensor], sizes: Shapes
     ) -> None:
         signature = engine.signature
-        self.inputs = {t.name: buffers[t.name] for t in signature.inputs}
-        self.outputs = {t.name: buffers[t.name] for t in signature.outputs}
+        self.inputs: Mapping[str, Tensor] = {t.name: buffers[t.name] for t in signature.inputs}
+        self.outputs: Mapping[str, Tensor] = {t.name: buffers[t.name] for t in signature.outputs}
         self._engine, self._weights, self._buffers = engine, weights, buffers
         self._images, self._text, _ = sizes["encoder_hidden_states"]
         self._b = Buffers(

@@ -27,26 +27,42 @@ class Precision:
 
 
 class Reader:
-    """The tensors of one component's folder, by diffusers' and transformers' names."""
+    """The tensors of one component's folder, by diffusers' and transformers' names.
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        self._folder = folder
+    Args:
+        prefix: only tensors whose names begin with it, and without it; all of them, if none does.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, prefix: str = "") -> None:
+        self._folder, self._prefix = folder, prefix
         self._files: dict[str, Any] = {}
         for file in sorted(folder.glob("*.safetensors")):
             opened: Any = safe_open(file, framework="pt", device=str(device))
             self._files |= dict.fromkeys(opened.keys(), opened)
-        self._unread = set(self._files)
+        if not any(name.startswith(prefix) for name in self._files):
+            self._prefix = ""
+        self._unread = {name.removeprefix(prefix) for name in self._files if name.startswith(self._prefix)}
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._files
 
     def __call__(self, name: str) -> Tensor:
         """One tensor, as it was stored. Raises CheckpointError."""
-        if name not in self._files:
-            raise CheckpointError(f"{self._folder}: no weight {name!r}")
+        full = self._prefix + name
+        if full not in self._files:
+            raise CheckpointError(f"{self._folder}: no weight {full!r}")
         self._unread.discard(name)
         try:
-            tensor: Tensor = self._files[name].get_tensor(name)
+            tensor: Tensor = self._files[full].get_tensor(full)
         except SafetensorError as error:
-            raise CheckpointError(f"{self._folder}: {name}: {error}") from error
+            raise CheckpointError(f"{self._folder}: {full}: {error}") from error
         return tensor
+
+    def first(self, *names: str) -> Tensor:
+        """One tensor that may have any of these names, or several of them."""
+        present = [name for name in names if name in self]
+        self._unread -= set(present)
+        return self(present[0] if present else names[0])
 
     def shaped(self, name: str, *shape: int) -> Tensor:
         """One tensor that must have this shape. Raises CheckpointError."""
@@ -54,6 +70,10 @@ class Reader:
         if tensor.shape != shape:
             raise CheckpointError(f"{self._folder}: {name}: got {tuple(tensor.shape)}; expected {shape}")
         return tensor
+
+    def ignore(self, *names: str) -> None:
+        """Weights that may be there, and are not needed."""
+        self._unread -= set(names)
 
     def refuse_rest(self) -> None:
         """Raise CheckpointError if there are weights that nobody asked for: the architecture is another."""
@@ -69,7 +89,7 @@ def stack(
     precision: Precision,
     factors: Sequence[Tensor | float] = (),
 ) -> Linear:
-    """Linear layers as one: outputs of several behind each other, in one or two streams.
+    """Linear layers as one: outputs of several behind each other, in one or two streams. All have a bias, or none.
 
     Args:
         names: for each stream the modules whose outputs lie behind each other.
@@ -80,7 +100,8 @@ def stack(
     streams, scales, biases = [], [], []
     for index, modules in enumerate(names):
         weight = torch.cat([_matrix(read, module, inputs) for module in modules])
-        biases.append(torch.cat([read(f"{module}.bias") for module in modules]).float())
+        if f"{modules[0]}.bias" in read:
+            biases.append(torch.cat([read(f"{module}.bias") for module in modules]).float())
         if not precision.quantised:
             streams.append(weight.to(precision.linear))
             continue
@@ -89,7 +110,7 @@ def stack(
         scales.append(scale)
     # One stream is the usual case, and its weights must not be copied once more.
     weight = streams[0][None] if len(streams) == 1 else torch.stack(streams)
-    return Linear(weight, torch.stack(scales) if scales else None, torch.stack(biases))
+    return Linear(weight, torch.stack(scales) if scales else None, torch.stack(biases) if biases else None)
 
 
 def _matrix(read: Reader, module: str, inputs: int) -> Tensor:

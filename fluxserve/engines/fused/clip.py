@@ -1,0 +1,105 @@
+"""CLIP's text encoder as far as FLUX uses it: the pooled embedding. So little work that PyTorch does it, in one graph.
+
+transformers' CLIPTextModel with quick GELU: causal attention, the final norm, and of its rows the one where text ends.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+from fluxserve.checkpoint import Checkpoint
+from fluxserve.engines import signatures
+from fluxserve.engines.base import Shapes
+from fluxserve.engines.fused.graphs import Replayed
+from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
+from fluxserve.errors import UnsupportedArchitecture
+
+FOLDER = "text_encoder"
+_QUICK_GELU = "quick_gelu"
+_OLD_END = 2
+"""An eos_token_id of 2 in a configuration is a mistake of old ones: the end is then where the largest id stands."""
+
+
+class _Norm:
+    def __init__(self, read: Reader, name: str, epsilon: float, precision: Precision) -> None:
+        self._weight, self._bias = (read(f"{name}.{part}").to(precision.compute) for part in ("weight", "bias"))
+        self._epsilon = epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return layer_norm(x, x.shape[-1:], self._weight, self._bias, self._epsilon)
+
+
+class _Layer:
+    def __init__(self, read: Reader, name: str, config: Mapping[str, Any], precision: Precision) -> None:
+        def linear(part: str) -> Dense:
+            return dense(read, f"{name}.{part}", precision)
+
+        epsilon = config["layer_norm_eps"]
+        self._heads = config["num_attention_heads"]
+        self._norm = _Norm(read, f"{name}.layer_norm1", epsilon, precision)
+        self._q, self._k, self._v = (linear(f"self_attn.{part}_proj") for part in "qkv")
+        self._out = linear("self_attn.out_proj")
+        self._mlp_norm = _Norm(read, f"{name}.layer_norm2", epsilon, precision)
+        self._up, self._down = linear("mlp.fc1"), linear("mlp.fc2")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        normed = self._norm(x)
+        q, k, v = (p(normed).unflatten(-1, (self._heads, -1)).transpose(1, 2) for p in (self._q, self._k, self._v))  # type: ignore[no-untyped-call]
+        x = x + self._out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        hidden = self._up(self._mlp_norm(x))
+        return x + self._down(hidden * torch.sigmoid(1.702 * hidden))
+
+
+class FusedClip:
+    """An Engine; see engines.base. precision.compute is what all of it is in."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, precision: Precision) -> None:
+        usual = {"layer_norm_eps": 1e-5, "hidden_act": _QUICK_GELU, "eos_token_id": _OLD_END}
+        config: dict[str, Any] = {**usual, **checkpoint.config(FOLDER)}
+        if config["hidden_act"] != _QUICK_GELU:
+            raise UnsupportedArchitecture(f"{FOLDER}/config.json: hidden_act", config["hidden_act"], _QUICK_GELU)
+        self.signature = signatures.clip(checkpoint.spec)
+        read = Reader(checkpoint.component(FOLDER), device, "text_model.")  # transformers 5 writes none
+        self._words = read("embeddings.token_embedding.weight").to(precision.compute)
+        self._positions = read("embeddings.position_embedding.weight").to(precision.compute)
+        read.ignore("embeddings.position_ids")
+        names = [f"encoder.layers.{i}" for i in range(config["num_hidden_layers"])]
+        self._layers = [_Layer(read, name, config, precision) for name in names]
+        self._norm = _Norm(read, "final_layer_norm", config["layer_norm_eps"], precision)
+        self._end: int = config["eos_token_id"]
+        read.refuse_rest()
+
+    def bind(self, shapes: Shapes) -> "_Bound":
+        assert self._layers, "bind after close"
+        return _Bound(self, self.signature.resolve(shapes), self._words)
+
+    def close(self) -> None:
+        self._layers = []
+
+    def pooled(self, ids: Tensor) -> Tensor:
+        """int64 [rows, tokens] → [rows, pooled_projection_dim]."""
+        x = self._words[ids] + self._positions[: ids.shape[1]]
+        for layer in self._layers:
+            x = layer(x)
+        marks = ids if self._end == _OLD_END else (ids == self._end).int()
+        at = marks.argmax(dim=-1)
+        return self._norm(x)[torch.arange(len(ids), device=ids.device), at]
+
+
+class _Bound:
+    def __init__(self, engine: FusedClip, sizes: Shapes, like: Tensor) -> None:
+        ids = torch.zeros(sizes["input_ids"], dtype=torch.int64, device=like.device)
+        self.inputs: Mapping[str, Tensor] = {"input_ids": ids}
+        self.outputs: Mapping[str, Tensor] = {"pooled": like.new_zeros(sizes["pooled"])}
+        self._engine = engine
+        self._replay = Replayed(self._launch, like.device)
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        self._replay()
+
+    def _launch(self) -> None:
+        self.outputs["pooled"].copy_(self._engine.pooled(self.inputs["input_ids"]))

@@ -1,0 +1,86 @@
+"""Open the fused engine: its five components, on one GPU, from a checkpoint's weights or an artifact."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+
+from fluxserve.artifact import CHECKPOINT, Artifact, Scales
+from fluxserve.checkpoint import Checkpoint
+from fluxserve.engines.base import Components
+from fluxserve.errors import DeviceUnsuited, LibraryMissing, SettingsError
+
+try:
+    from fluxserve.engines.fused import vae
+    from fluxserve.engines.fused.clip import FusedClip
+    from fluxserve.engines.fused.t5 import FusedT5
+    from fluxserve.engines.fused.transformer import FusedTransformer
+    from fluxserve.engines.fused.weights import Precision
+    from fluxserve.kernels.fp8 import E4M3
+    from fluxserve.kernels.operations import LAUNCHED, Operations
+except ModuleNotFoundError as error:
+    if error.name is None or not error.name.startswith("triton"):
+        raise
+    raise LibraryMissing("triton", comes_with="a CUDA build of PyTorch") from error
+
+BF16 = Precision(torch.bfloat16, torch.bfloat16)
+FP8 = Precision(torch.bfloat16, E4M3)
+_HOPPER = (9, 0)
+_ROWS = 8
+"""Images that one call may hold: they take turns, so it costs no more than their inputs' memory."""
+
+
+def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Components:
+    """In BF16, which needs no calibration; see engines.open.open_components."""
+    if dtype not in ("auto", "bfloat16"):
+        raise SettingsError("dtype", dtype, "auto or bfloat16 with the fused engine; FP8 comes with an artifact")
+    return assemble(checkpoint, usable(device), BF16, None, LAUNCHED)
+
+
+def open_artifact(artifact: Artifact, device: str) -> Components:
+    """In the precision it was exported in; see engines.open.open_artifact.
+
+    Weights are hashed while they are loaded, and nothing is returned before all hashes were right.
+    """
+    found = usable(device)
+    quantised = artifact.component("transformer").precision == "fp8"
+    scales = artifact.scales("transformer") if quantised else None
+    folder = replace(artifact.checkpoint, spec=artifact.spec)
+    with ThreadPoolExecutor(1) as pool:
+        unchanged = pool.submit(artifact.folder, CHECKPOINT)
+        components = assemble(folder, found, FP8 if quantised else BF16, scales, LAUNCHED)
+        unchanged.result()
+    return components
+
+
+def assemble(
+    checkpoint: Checkpoint, device: torch.device, precision: Precision, scales: Scales | None, run: Operations
+) -> Components:
+    """Every component. The transformer first: it needs the most memory.
+
+    Args:
+        scales: the transformer's; None exactly if nothing is quantised.
+
+    Raises:
+        CheckpointError, ArtifactError, OutOfMemory.
+    """
+    spec = checkpoint.spec
+    most = (spec.limits.max_pixels // spec.size_multiple**2, spec.text.t5_tokens, _ROWS)
+    return Components(
+        transformer=FusedTransformer(checkpoint, device, precision, scales, run, most),
+        t5=FusedT5(checkpoint, device, precision, run),
+        clip=FusedClip(checkpoint, device, precision),
+        vae_decoder=vae.decoder(checkpoint, device, precision, run),
+        vae_encoder=vae.encoder(checkpoint, device, precision, run),
+    )
+
+
+def usable(device: str) -> torch.device:
+    """Raises DeviceUnsuited: no GPU, or none of the architecture that the kernels are written for."""
+    found = torch.device(device)
+    if found.type != "cuda" or not torch.cuda.is_available():
+        raise DeviceUnsuited("fused", device, "a CUDA device")
+    if torch.cuda.get_device_capability(found) != _HOPPER:
+        name, capability = torch.cuda.get_device_name(found), torch.cuda.get_device_capability(found)
+        raise DeviceUnsuited("fused", f"{name}, compute capability {capability}", "Hopper, compute capability (9, 0)")
+    return found

@@ -1,0 +1,199 @@
+"""The VAE, pixel by pixel: cuDNN's convolutions over channels-last pictures, our GroupNorm and SiLU between them.
+
+diffusers' AutoencoderKL as FLUX.1 has it: no quant convolutions, one attention with a single head in the middle. In the
+compute dtype, whatever the transformer is in. Not captured: its launches take a tenth of what they start, and a graph
+would keep the pictures of every size in memory for good.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, interpolate, pad, scaled_dot_product_attention
+
+from fluxserve.checkpoint import Checkpoint
+from fluxserve.engines import signatures
+from fluxserve.engines.base import Shapes, Signature
+from fluxserve.engines.fused.weights import Precision, Reader, dense
+from fluxserve.kernels.operations import Operations
+
+FOLDER = "vae"
+_EPSILON = 1e-6
+_LOG_VARIANCE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What every layer is made with."""
+
+    read: Reader
+    precision: Precision
+    run: Operations
+    groups: int
+
+
+class _Conv:
+    def __init__(self, c: _Context, name: str) -> None:
+        weight = c.read(f"{name}.weight").to(c.precision.compute)
+        self._weight = weight.contiguous(memory_format=torch.channels_last)
+        self._bias = c.read(f"{name}.bias").to(c.precision.compute)
+        self._margin = weight.shape[-1] // 2
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return conv2d(x, self._weight, self._bias, padding=self._margin)
+
+    def halved(self, x: Tensor) -> Tensor:
+        """Every second pixel, with a margin right and below alone."""
+        return conv2d(pad(x, (0, 1, 0, 1)), self._weight, self._bias, stride=2)
+
+
+class _Norm:
+    def __init__(self, c: _Context, name: str) -> None:
+        self._weight, self._bias = (c.read(f"{name}.{part}").float() for part in ("weight", "bias"))
+        self._run, self._groups = c.run, c.groups
+
+    def __call__(self, x: Tensor, silu: bool = True) -> Tensor:
+        return self._run.group_norm(x, self._groups, self._weight, self._bias, _EPSILON, silu)
+
+
+class _Resnet:
+    def __init__(self, c: _Context, name: str) -> None:
+        self._norm1, self._norm2 = _Norm(c, f"{name}.norm1"), _Norm(c, f"{name}.norm2")
+        self._conv1, self._conv2 = _Conv(c, f"{name}.conv1"), _Conv(c, f"{name}.conv2")
+        shortcut = f"{name}.conv_shortcut"
+        self._shortcut = _Conv(c, shortcut) if f"{shortcut}.weight" in c.read else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._conv2(self._norm2(self._conv1(self._norm1(x))))
+        return y.add_(self._shortcut(x) if self._shortcut else x)
+
+
+class _Attention:
+    """Every pixel to every other, one head as wide as the picture is deep."""
+
+    def __init__(self, c: _Context, name: str) -> None:
+        self._norm = _Norm(c, f"{name}.group_norm")
+        self._q, self._k, self._v = (dense(c.read, f"{name}.to_{part}", c.precision) for part in "qkv")
+        self._out = dense(c.read, f"{name}.to_out.0", c.precision)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        _, channels, height, width = x.shape
+        pixels = self._norm(x, silu=False).permute(0, 2, 3, 1).reshape(1, 1, height * width, channels)
+        y = self._out(scaled_dot_product_attention(self._q(pixels), self._k(pixels), self._v(pixels)))
+        return x + y.view(1, height, width, channels).permute(0, 3, 1, 2)
+
+
+class _Middle:
+    def __init__(self, c: _Context) -> None:
+        self._first, self._last = (_Resnet(c, f"mid_block.resnets.{i}") for i in range(2))
+        self._attention = _Attention(c, "mid_block.attentions.0")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._last(self._attention(self._first(x)))
+
+
+class _Level:
+    """Resnets at one resolution, and the way to the next, if there is one."""
+
+    def __init__(self, c: _Context, name: str, resnets: int, sampler: str) -> None:
+        self._resnets = [_Resnet(c, f"{name}.resnets.{i}") for i in range(resnets)]
+        conv = f"{name}.{sampler}.0.conv"
+        self.sampler = _Conv(c, conv) if f"{conv}.weight" in c.read else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for resnet in self._resnets:
+            x = resnet(x)
+        return x
+
+
+class _Decoder:
+    def __init__(self, c: _Context, config: Mapping[str, Any]) -> None:
+        levels, resnets = len(config["block_out_channels"]), config["layers_per_block"] + 1
+        self._in, self._middle = _Conv(c, "conv_in"), _Middle(c)
+        self._levels = [_Level(c, f"up_blocks.{i}", resnets, "upsamplers") for i in range(levels)]
+        self._norm, self._out = _Norm(c, "conv_norm_out"), _Conv(c, "conv_out")
+        c.read.refuse_rest()
+
+    def __call__(self, latents: Tensor) -> tuple[Tensor, ...]:
+        x = self._middle(self._in(latents))
+        for level in self._levels:
+            x = level(x)
+            if level.sampler:
+                x = level.sampler(interpolate(x, scale_factor=2.0, mode="nearest"))
+        return (self._out(self._norm(x)),)
+
+
+class _Encoder:
+    def __init__(self, c: _Context, config: Mapping[str, Any]) -> None:
+        levels, resnets = len(config["block_out_channels"]), config["layers_per_block"]
+        self._in, self._middle = _Conv(c, "conv_in"), _Middle(c)
+        self._levels = [_Level(c, f"down_blocks.{i}", resnets, "downsamplers") for i in range(levels)]
+        self._norm, self._out = _Norm(c, "conv_norm_out"), _Conv(c, "conv_out")
+        c.read.refuse_rest()
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        x = self._in(pixels)
+        for level in self._levels:
+            x = level(x)
+            if level.sampler:
+                x = level.sampler.halved(x)
+        mean, log_variance = self._out(self._norm(self._middle(x))).chunk(2, dim=1)
+        return mean, torch.exp(0.5 * log_variance.clamp(*_LOG_VARIANCE))
+
+
+class FusedVae:
+    """An Engine for one way of the VAE; see engines.base."""
+
+    def __init__(
+        self, signature: Signature, network: "_Decoder | _Encoder", dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.signature, self.dtype, self.device = signature, dtype, device
+        self.network: _Decoder | _Encoder | None = network
+
+    def bind(self, shapes: Shapes) -> "_Bound":
+        assert self.network is not None, "bind after close"
+        return _Bound(self, self.network, self.signature.resolve(shapes))
+
+    def close(self) -> None:
+        self.network = None
+
+
+class _Bound:
+    """Pictures go through one after the other."""
+
+    def __init__(self, engine: FusedVae, network: "_Decoder | _Encoder", sizes: Shapes) -> None:
+        def empty(name: str) -> Tensor:
+            return torch.zeros(sizes[name], dtype=engine.dtype, device=engine.device)
+
+        self.inputs: Mapping[str, Tensor] = {t.name: empty(t.name) for t in engine.signature.inputs}
+        self.outputs: Mapping[str, Tensor] = {t.name: empty(t.name) for t in engine.signature.outputs}
+        self._network = network
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        (given,) = self.inputs.values()
+        for row in range(len(given)):
+            picture = given[row : row + 1].contiguous(memory_format=torch.channels_last)
+            for output, result in zip(self.outputs.values(), self._network(picture), strict=True):
+                output[row : row + 1].copy_(result)
+
+
+def decoder(checkpoint: Checkpoint, device: torch.device, precision: Precision, run: Operations) -> FusedVae:
+    """Latents → pixels. Raises CheckpointError."""
+    network = _Decoder(_context(checkpoint, device, precision, run, "decoder."), checkpoint.config(FOLDER))
+    return FusedVae(signatures.vae_decoder(checkpoint.spec), network, precision.compute, device)
+
+
+def encoder(checkpoint: Checkpoint, device: torch.device, precision: Precision, run: Operations) -> FusedVae:
+    """Pixels → mean and standard deviation of latents. Raises CheckpointError."""
+    network = _Encoder(_context(checkpoint, device, precision, run, "encoder."), checkpoint.config(FOLDER))
+    return FusedVae(signatures.vae_encoder(checkpoint.spec), network, precision.compute, device)
+
+
+def _context(
+    checkpoint: Checkpoint, device: torch.device, precision: Precision, run: Operations, part: str
+) -> _Context:
+    read = Reader(checkpoint.component(FOLDER), device, part)
+    return _Context(read, precision, run, checkpoint.config(FOLDER)["norm_num_groups"])
