@@ -29,6 +29,7 @@ from fluxserve.kernels.fp8 import cast
 
 RMS_EPSILON = 1e-6
 _GROUP = 8
+_PART = 128
 _CPU_PROGRAMS = 3
 
 
@@ -45,14 +46,23 @@ class Linear:
 class Heads:
     """What becomes of q, k and v.
 
-    norm: float32 [streams, 2, head_dim], RMSNorm's weights for q and for k. cos, sin: float32 [rows, head_dim / 2].
-    inverse: 1 / static scale of q, k and v.
+    factors: float32 [streams, 3, head_dim], what each number is multiplied with: RMSNorm's weights of q and of k, 1 for
+    v, each over its static scale. cos, sin: float32 [rows, head_dim / 2]. The two numbers that RoPE turns stand half a
+    head apart, here and in the weights: see `in_halves`.
     """
 
-    norm: Tensor
+    factors: Tensor
     cos: Tensor
     sin: Tensor
-    inverse: tuple[float, float, float]
+
+
+def in_halves(head_dim: int) -> Tensor:
+    """Where each number of a head comes from: first of every pair, then second of every pair.
+
+    FLUX rotates neighbours. Attention does not mind the order of numbers in a head as long as q and k have the same,
+    and a kernel writes two runs of half a head faster than it weaves them together.
+    """
+    return torch.arange(head_dim).view(-1, 2).T.flatten()
 
 
 @triton.jit
@@ -68,42 +78,93 @@ def _scaled(y, rows, valid_rows, columns, valid, x_scale, w_scale, bias):
 
 
 @triton.jit
-def _gelu_tanh(y):
-    """0.5·y·(1 + tanh(u)) = y·sigmoid(2u), u = √(2/π)·(y + 0.044715·y³)."""
-    return y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+def _gelu_tanh(y, INTERPRETED: tl.constexpr):
+    """0.5·y·(1 + tanh(√(2/π)·(y + 0.044715·y³))). A GPU's own tanh is right to 2^-11 and costs one instruction; an
+    exponential and a division would cost twenty, and an eighth of the whole product's time."""
+    u = y * (0.7978845608028654 + 0.035677408136300125 * y * y)
+    if INTERPRETED:
+        tanh = 2.0 * tl.sigmoid(2.0 * u) - 1.0
+    else:
+        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
+    return 0.5 * y + 0.5 * y * tanh
 
 
 @triton.jit
-def _heads(
+def _store_heads(
     y,
+    out,
     rows,
+    end,
     column,
     stream,
-    end,
     third,
-    norm,
+    out_stride,
+    factors,
     cos,
     sin,
-    inverse,
     epsilon,
     BM: tl.constexpr,
     BN: tl.constexpr,
     HEAD: tl.constexpr,
 ):
-    """RMSNorm and RoPE of a tile that lies in q, in k or in v, and covers whole heads."""
+    """RMSNorm and RoPE of a tile that lies in q, in k or in v, and covers whole heads; v is only scaled.
+
+    Selected, not branched, and halves never joined again: either would pass the tile through shared memory.
+    """
+    HALF: tl.constexpr = HEAD // 2
     which = column // third
-    pair = tl.arange(0, BN // 2) % (HEAD // 2)
-    if which < 2:
-        heads = tl.reshape(y, (BM, BN // HEAD, HEAD))
-        mean_square = tl.sum(heads * heads, axis=2) / HEAD
-        y = tl.reshape(heads * tl.rsqrt(mean_square + epsilon)[:, :, None], (BM, BN))
-        weight = tl.load(norm + (stream * 2 + which) * HEAD + tl.arange(0, BN) % HEAD)
-        real, imaginary = tl.split(tl.reshape(y * weight[None, :], (BM, BN // 2, 2)))
-        at = rows[:, None] * (HEAD // 2) + pair[None, :]
-        mask = (rows < end)[:, None]
-        c, s = tl.load(cos + at, mask=mask, other=0.0), tl.load(sin + at, mask=mask, other=0.0)
-        y = tl.reshape(tl.join(real * c - imaginary * s, imaginary * c + real * s), (BM, BN))
-    return y * tl.where(which == 0, inverse[0], tl.where(which == 1, inverse[1], inverse[2]))
+    turned = which < 2
+    heads = tl.reshape(y, (BM, BN // HEAD, HEAD))
+    inverse = tl.where(turned, tl.rsqrt(tl.sum(heads * heads, axis=2) / HEAD + epsilon), 1.0)
+    halves = tl.reshape(heads * inverse[:, :, None], (BM, BN // HEAD, 2, HALF))
+    real, imaginary = tl.split(tl.permute(halves, (0, 1, 3, 2)))
+    real, imaginary = tl.reshape(real, (BM, BN // 2)), tl.reshape(imaginary, (BM, BN // 2))
+
+    index = tl.arange(0, BN // 2)
+    pair = tl.max_contiguous(index % HALF, HALF)
+    place = factors + (stream * 3 + which) * HEAD + pair
+    real, imaginary = real * tl.load(place)[None, :], imaginary * tl.load(place + HALF)[None, :]
+    valid = (rows < end)[:, None]
+    at = rows[:, None] * HALF + pair[None, :]
+    used = (rows < tl.where(turned, end, 0))[:, None]
+    c = tl.where(turned, tl.load(cos + at, mask=used, other=0.0), 1.0)
+    s = tl.load(sin + at, mask=used, other=0.0)
+    target = out + rows[:, None] * out_stride + (column + index // HALF * HEAD + pair)[None, :]
+    tl.store(target, (real * c - imaginary * s).to(out.dtype.element_ty), mask=valid)
+    tl.store(target + HALF, (imaginary * c + real * s).to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _finish(
+    y,
+    offset,
+    parameters,
+    place,
+    ENDING: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HEAD: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """From a part of the product to what is stored. The part begins `offset` columns into the tile."""
+    x_scale, w_scale, bias, out, gate, factors, cos, sin, inverse = parameters
+    row, end, column, stream, N, out_stride, epsilon = place
+    column += offset
+    rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    of_stream, valid = stream * N + columns, columns < N
+    y = _scaled(y, rows, rows < end, of_stream, valid, x_scale, w_scale, bias)
+    target = out + rows[:, None] * out_stride + columns[None, :]
+    mask = (rows < end)[:, None] & valid[None, :]
+    if ENDING == "gelu":
+        y = _gelu_tanh(y, INTERPRETED) * inverse
+    if ENDING == "add":
+        if gate is not None:
+            y = y * tl.load(gate + of_stream, mask=valid, other=0.0)[None, :]
+        y += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    if ENDING == "heads":
+        _store_heads(y, out, rows, end, column, stream, N // 3, out_stride, factors, cos, sin, epsilon, BM, BN, HEAD)
+    else:
+        tl.store(target, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -115,12 +176,10 @@ def _linear_kernel(
     bias,
     out,
     gate,
-    norm,
+    factors,
     cos,
     sin,
-    inverse_q,
-    inverse_k,
-    inverse_v,
+    inverse,
     M,
     N,
     K,
@@ -132,6 +191,7 @@ def _linear_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    PARTS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -157,21 +217,14 @@ def _linear_kernel(
                 a, b = a.to(tl.float32), b.to(tl.float32)
             y = tl.dot(a, b.T, y)
 
-        rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
-        of_stream, valid = stream * N + columns, columns < N
-        y = _scaled(y, rows, rows < end, of_stream, valid, x_scale, w_scale, bias)
-        target = out + rows[:, None] * out_stride + columns[None, :]
-        mask = (rows < end)[:, None] & valid[None, :]
-        if ENDING == "gelu":
-            y = _gelu_tanh(y) * inverse_q
-        if ENDING == "add":
-            if gate is not None:
-                y = y * tl.load(gate + of_stream, mask=valid, other=0.0)[None, :]
-            y += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-        if ENDING == "heads":
-            inverse = (inverse_q, inverse_k, inverse_v)
-            y = _heads(y, rows, column, stream, end, N // 3, norm, cos, sin, inverse, epsilon, BM, BN, HEAD)
-        tl.store(target, y.to(out.dtype.element_ty), mask=mask)
+        parameters = (x_scale, w_scale, bias, out, gate, factors, cos, sin, inverse)
+        place = (row, end, column, stream, N, out_stride, epsilon)
+        if PARTS == 2:  # one after the other, so that what an ending loads needs half the registers
+            left, right = tl.split(tl.permute(tl.reshape(y, (BM, 2, BN // 2)), (0, 2, 1)))
+            _finish(left, 0, parameters, place, ENDING, BM, BN // 2, HEAD, INTERPRETED)
+            _finish(right, BN // 2, parameters, place, ENDING, BM, BN // 2, HEAD, INTERPRETED)
+        else:
+            _finish(y, 0, parameters, place, ENDING, BM, BN, HEAD, INTERPRETED)
 
 
 @dataclass(frozen=True)
@@ -202,7 +255,7 @@ def _launch(
     out: Tensor,
     gate: Tensor | None = None,
     heads: Heads | None = None,
-    inverse: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    inverse: float = 1.0,
 ) -> None:
     (rows, inner), (streams, columns, _) = x.shape, w.weight.shape
     t = tiling(rows, columns, x.element_size())
@@ -215,10 +268,10 @@ def _launch(
         w.bias,
         out,
         gate,
-        heads.norm if heads else None,
+        heads.factors if heads else None,
         heads.cos if heads else None,
         heads.sin if heads else None,
-        *inverse,
+        inverse,
         rows,
         columns,
         inner,
@@ -230,8 +283,9 @@ def _launch(
         BM=t.rows,
         BN=t.columns,
         BK=t.inner,
+        PARTS=t.columns // _PART if t.columns > _PART else 1,
         GROUP=_GROUP,
-        HEAD=heads.norm.shape[-1] if heads else 1,
+        HEAD=heads.factors.shape[-1] if heads else 1,
         PROGRAMS=programs,
         INTERPRETED=x.device.type == "cpu",  # Triton's interpreter multiplies bfloat16 as if it were whole numbers
         num_warps=t.warps,
@@ -253,7 +307,7 @@ def linear(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor
 
 def linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inverse: float, out: Tensor) -> None:
     """out [rows, N] = gelu_tanh(y) · inverse."""
-    _launch("gelu", x, x_scale, w, split, out, inverse=(inverse, 1.0, 1.0))
+    _launch("gelu", x, x_scale, w, split, out, inverse=inverse)
 
 
 def linear_add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor) -> None:
@@ -262,8 +316,8 @@ def linear_add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: T
 
 
 def linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
-    """out [rows, N], N = 3 · heads · head_dim: q and k normalised and rotated, v as it is, each times its inverse."""
-    _launch("heads", x, x_scale, w, split, out, heads=heads, inverse=heads.inverse)
+    """out [rows, N], N = 3 · heads · head_dim: q and k normalised and rotated, v as it is, each times its factors."""
+    _launch("heads", x, x_scale, w, split, out, heads=heads)
 
 
 # --- the same, plainly --------------------------------------------------------------------------------------------
@@ -300,14 +354,12 @@ def plain_linear_add(
 
 
 def plain_linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
-    head_dim = heads.norm.shape[-1]
+    head_dim = heads.factors.shape[-1]
     y = _product(x, x_scale, w, split).view(len(x), 3, -1, head_dim)
-    for which in (0, 1):
-        part = torch.nn.functional.rms_norm(y[:, which], (head_dim,), eps=RMS_EPSILON)
-        weight = torch.empty(len(x), 1, head_dim, device=x.device)
-        weight[:split], weight[split:] = heads.norm[0, which], heads.norm[-1, which]
-        real, imaginary = (part * weight).view(*part.shape[:-1], -1, 2).unbind(-1)
-        c, s = heads.cos[:, None], heads.sin[:, None]
-        y[:, which] = torch.stack([real * c - imaginary * s, imaginary * c + real * s], dim=-1).flatten(-2)
-    inverse = torch.tensor(heads.inverse, device=x.device)[None, :, None, None]
-    out.copy_(cast(y * inverse, out.dtype).flatten(1))
+    y[:, :2] = torch.nn.functional.rms_norm(y[:, :2], (head_dim,), eps=RMS_EPSILON)
+    y[:split] *= heads.factors[0, :, None]
+    y[split:] *= heads.factors[-1, :, None]
+    first, second = y[:, :2].chunk(2, dim=-1)
+    c, s = heads.cos[:, None, None], heads.sin[:, None, None]
+    y[:, :2] = torch.cat([first * c - second * s, second * c + first * s], dim=-1)
+    out.copy_(cast(y, out.dtype).flatten(1))

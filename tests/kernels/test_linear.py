@@ -67,7 +67,7 @@ def test_gated_into_the_residual(rows: int, columns: int, inner: int, dtype: tor
 
 def heads_of(rows: int, streams: int) -> Heads:
     angle = random(rows, HEAD // 2, seed=8, spread=3)
-    return Heads(1 + random(streams, 2, HEAD, seed=9, spread=0.1), angle.cos(), angle.sin(), (7.0, 5.0, 3.0))
+    return Heads(3 + random(streams, 3, HEAD, seed=9), angle.cos(), angle.sin())
 
 
 @pytest.mark.parametrize("rows", [1, 17, 70] if INTERPRETED else [1, 17, 4608, 9217])

@@ -14,7 +14,7 @@ from torch import Tensor
 from fluxserve.artifact import Scales
 from fluxserve.engines.fused.scales import BlockScales, of_block
 from fluxserve.engines.fused.weights import Precision, Reader, stack
-from fluxserve.kernels.linear import Heads, Linear
+from fluxserve.kernels.linear import Heads, Linear, in_halves
 from fluxserve.kernels.operations import Operations
 from fluxserve.spec import TransformerSpec
 
@@ -53,16 +53,32 @@ class Buffers:
 class _Attention:
     """What both kinds of block do from the normed rows to attention's output."""
 
-    def __init__(self, spec: TransformerSpec, qkv: Linear, norm: Tensor, scales: BlockScales) -> None:
-        self._heads, self._qkv, self._norm, self._scales = spec.num_attention_heads, qkv, norm, scales
+    def __init__(self, spec: TransformerSpec, qkv: Linear, norms: Tensor, scales: BlockScales) -> None:
+        self._heads, self._qkv = spec.num_attention_heads, _in_halves(qkv, spec)
+        streams, _, dim = norms.shape
+        ones = torch.ones(streams, 1, dim, device=norms.device)
+        inverse = torch.tensor([1 / scales.q, 1 / scales.k, 1 / scales.v], device=norms.device)
+        halves = in_halves(dim).to(norms.device)
+        self._factors = torch.cat([norms[:, :, halves], ones], dim=1) * inverse[:, None]
         descale = [scales.q, scales.k, scales.v, 1 / scales.out]
-        self._descale = torch.tensor(descale, dtype=torch.float32, device=norm.device)
+        self._descale = torch.tensor(descale, dtype=torch.float32, device=norms.device)
 
     def __call__(self, run: Operations, b: Buffers, split: int) -> None:
-        inverse = (1 / self._scales.q, 1 / self._scales.k, 1 / self._scales.v)
-        heads = Heads(self._norm, b.cos, b.sin, inverse)
+        heads = Heads(self._factors, b.cos, b.sin)
         run.linear_heads(b.normed, b.row_scale, self._qkv, split, heads, b.qkv)
         run.attention(b.qkv, self._heads, self._descale, b.attended)
+
+
+def _in_halves(qkv: Linear, spec: TransformerSpec) -> Linear:
+    """The outputs that are q and k, reordered in every head; see kernels.linear.in_halves."""
+    d, dim = spec.hidden_size, spec.attention_head_dim
+    starts = torch.arange(0, 2 * d, dim)[:, None]
+    order = torch.cat([(starts + in_halves(dim)).flatten(), torch.arange(2 * d, 3 * d)]).to(qkv.weight.device)
+    scale, bias = (None if rows is None else rows[:, order] for rows in (qkv.scale, qkv.bias))
+    raw = (
+        qkv.weight.view(torch.uint8) if qkv.weight.dtype.itemsize == 1 else qkv.weight
+    )  # bytes can be indexed anywhere
+    return Linear(raw[:, order].view(qkv.weight.dtype), scale, bias)
 
 
 class DoubleBlock:

@@ -97,20 +97,20 @@ def stack(
         factors: for each stream what its inputs were divided by when they were quantised with a static scale, one
             number or one per feature; the weights are multiplied by it before they are quantised themselves.
     """
-    streams, scales, biases = [], [], []
+    weights: Tensor | None = None
+    scales, biases = [], []
     for index, modules in enumerate(names):
         weight = torch.cat([_matrix(read, module, inputs) for module in modules])
         if f"{modules[0]}.bias" in read:
             biases.append(torch.cat([read(f"{module}.bias") for module in modules]).float())
-        if not precision.quantised:
-            streams.append(weight.to(precision.linear))
-            continue
-        quantised, scale = quantise_rows(weight * factors[index] if factors else weight)
-        streams.append(quantised)
-        scales.append(scale)
-    # One stream is the usual case, and its weights must not be copied once more.
-    weight = streams[0][None] if len(streams) == 1 else torch.stack(streams)
-    return Linear(weight, torch.stack(scales) if scales else None, torch.stack(biases) if biases else None)
+        if precision.quantised:
+            weight, scale = quantise_rows(weight * factors[index] if factors else weight)
+            scales.append(scale)
+        if weights is None:
+            weights = torch.empty(len(names), *weight.shape, dtype=precision.linear, device=weight.device)
+        weights[index].copy_(weight)
+    assert weights is not None, "no streams"
+    return Linear(weights, torch.stack(scales) if scales else None, torch.stack(biases) if biases else None)
 
 
 def _matrix(read: Reader, module: str, inputs: int) -> Tensor:

@@ -1,0 +1,109 @@
+"""Compile every kernel for Hopper, as an engine would launch it; what comes out, as JSON. Needs no GPU.
+
+    python -m tests.kernels.hopper
+
+A process of its own: what Triton's interpreter has taken over can't be compiled any more.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from fluxserve.kernels import group_norm, linear, modulation, norm, rows
+
+TARGET = GPUTarget("cuda", 90, 32)
+FLOAT = {"e4m3": "fp8e4nv", "bf16": "bf16", "fp32": "fp32"}
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> dict[str, Any]:
+    """Compile; arguments that neither dict names are 32-bit integers. Pointers are aligned, as PyTorch's are."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = [
+        i for i, n in enumerate(names) if signature[n].startswith("*") or n.endswith(("stride", "columns", "N", "K"))
+    ]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[names[i]] != "constexpr"}
+    made = triton.compile(ASTSource(kernel, signature, constants, attributes), target=TARGET, options=options)
+    ptx = made.asm["ptx"]
+    return {"shared": made.metadata.shared, "tensor_cores": "wgmma.mma_async" in ptx, **_resources(ptx)}
+
+
+def _resources(ptx: str) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "k.ptx").write_text(ptx)
+        command = [get_ptxas(TARGET.arch).path, "-v", "-arch=sm_90a", "k.ptx", "-o", "k.cubin"]
+        said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    spilled, registers = re.search(r"(\d+) bytes spill stores", said), re.search(r"Used (\d+) registers", said)
+    assert spilled and registers, said
+    return {"spilled": int(spilled[1]), "registers": int(registers[1])}
+
+
+def linear_kernel(ending: str, dtype: str, out: str, size: tuple[int, int]) -> dict[str, Any]:
+    bytes_each = 1 if dtype == "e4m3" else 2
+    t = linear.tiling(*size, bytes_each)
+    constants = {
+        "ENDING": ending,
+        "BM": t.rows,
+        "BN": t.columns,
+        "BK": t.inner,
+        "PARTS": t.columns // 128,
+        "GROUP": 8,
+        "HEAD": 128,
+        "PROGRAMS": 132,
+        "INTERPRETED": False,
+    }
+    types = {
+        "x": f"tensordesc<{FLOAT[dtype]}[{t.rows}, {t.inner}]>",
+        "w": f"tensordesc<{FLOAT[dtype]}[{t.columns}, {t.inner}]>",
+        "out": f"*{FLOAT[out]}",
+        "inverse": "fp32",
+        "epsilon": "fp32",
+        **dict.fromkeys(("bias", "factors", "cos", "sin", "gate"), "*fp32"),
+    }
+    quantised = dtype == "e4m3"
+    for name in ("x_scale", "w_scale"):
+        types[name] = "*fp32"
+        if not quantised:
+            constants[name] = None
+    for name in ("gate",) if ending != "add" else ():
+        constants[name] = None
+    for name in ("factors", "cos", "sin") if ending != "heads" else ():
+        constants[name] = None
+    return compiled(linear._linear_kernel, types, constants, num_warps=t.warps, num_stages=t.stages)
+
+
+def main() -> None:
+    found = {}
+    for dtype, out in (("e4m3", "bf16"), ("bf16", "bf16")):
+        endings = {"none": out, "gelu": dtype, "add": out, "heads": dtype}
+        for ending, result in endings.items():
+            for size in ((4608, 9216), (128, 3072)):
+                found[f"linear {ending} {dtype} {size[0]}"] = linear_kernel(ending, dtype, result, size)
+    pointers = {"x": "*bf16", "data": "*fp8e4nv", "epsilon": "fp32", "smallest": "fp32"}
+    floats = dict.fromkeys(("shift", "scale", "row_scale", "weight", "bias", "parts"), "*fp32")
+    constants: dict[str, Any] = {"E4M3_LARGEST": 448.0, "BLOCK": 4096}
+    found["norm"] = compiled(norm._norm_kernel, pointers | floats, constants, num_warps=8)
+    for gated in (True, False):
+        own = constants | {"GATED": gated, "BLOCK": 16384 if gated else 4096} | ({"weight": None} if gated else {})
+        found[f"rows gated={gated}"] = compiled(rows._rows_kernel, pointers | floats, own, num_warps=8)
+    own = {"BM": 32, "BN": 64, "BK": 128, "WIDEN": False}
+    weights = {"x": "*bf16", "w": "*i8", "w_scale": "*fp32", "bias": "*fp32", "out": "*fp32"}
+    found["modulation"] = compiled(modulation._modulation_kernel, weights, own, num_warps=4, num_stages=4)
+    shared = {"PARTS": 256, "CHANNELS": 128, "GROUPS": 32, "PADDED": 4, "ROWS": 64}
+    pictures = {"x": "*bf16", "out": "*bf16", "epsilon": "fp32", **floats}
+    found["group_norm statistics"] = compiled(group_norm._statistics_kernel, pictures, shared, num_warps=8)
+    apply = shared | {"PROGRAMS": 1024, "SILU": True}
+    found["group_norm apply"] = compiled(group_norm._apply_kernel, pictures, apply, num_warps=8)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
