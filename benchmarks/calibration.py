@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quality import FIRST_SEED, PROMPT_SEED, surroundings
+from benchmarks.quality import FIRST_SEED, PROMPT_SEED
 from benchmarks.scale_methods import BOUND, CANDIDATES, LUCK, MAX, TARGETS, Method, Seen, Target, quantised, watched
+from benchmarks.surroundings import surroundings
 from export import calibrate as ranges
 from export import fp8
 from fluxserve import checkpoint as folders

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality import surroundings
+from benchmarks.surroundings import surroundings
 from fluxserve import settings, source
 from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline

@@ -22,7 +22,7 @@ from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from benchmarks.quality import surroundings
+from benchmarks.surroundings import surroundings
 from export import quantize, trace
 from export.fp8 import attention_modules, quantised_linears
 from export.options import ATTENTION_OPSET, default_sizes, ranges

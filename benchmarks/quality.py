@@ -10,8 +10,6 @@ last line on stdout is JSON.
 import argparse
 import json
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.surroundings import surroundings
 from tests.quality.judge import judge, load_judge
 from training.evaluate import ask_for
 
@@ -128,26 +127,6 @@ def _what(artifact: Path) -> dict[str, str]:
 
     manifest = read_manifest(artifact)
     return {name: manifest[name] for name in ("model", "engine", "precision")}
-
-
-def surroundings() -> dict[str, str]:
-    """Hardware, versions and commit of this run."""
-    import diffusers
-    import transformers
-
-    def output(*command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip() or "unknown"
-
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "gpu": cuda,
-        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
-    }
 
 
 def main() -> None:

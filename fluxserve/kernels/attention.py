@@ -8,7 +8,7 @@ Compute dtype: cuDNN's as well, all scales 1; an unpinned scaled_dot_product_att
 """
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fluxserve.errors import LibraryMissing
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, cast
+
+_PLANS = 64
+"""Shapes whose plans are kept."""
 
 Scales = Tensor
 """float32 [4]: s_q, s_k, s_v, 1 / s_out."""
@@ -39,8 +42,7 @@ class _Plan:
     """One built cuDNN graph for one shape. Its workspace is its own; `execute` neither allocates nor waits."""
 
     def __init__(self, rows: int, heads: int, dim: int, dtype: torch.dtype, stride: int, out_stride: int) -> None:
-        self._cudnn = _cudnn()
-        self._handle = self._cudnn.create_handle()
+        self._cudnn, self._handle = _cudnn(), _handle()
         self._quantised = dtype == E4M3
         kinds = self._cudnn.data_type
         kind = (
@@ -102,6 +104,11 @@ def _cudnn() -> ModuleType:
 
 
 @cache
+def _handle() -> Any:
+    return _cudnn().create_handle()
+
+
+@lru_cache(maxsize=_PLANS)
 def _plan(
     rows: int, heads: int, dim: int, dtype: torch.dtype, stride: int, out_stride: int, device: torch.device
 ) -> _Plan:

@@ -1,0 +1,130 @@
+"""A served model as its users see it: gRPC request in, picture out, one after the other; and where the time goes.
+
+    python -m benchmarks.served [--artifact A | --checkpoint C] [--engine E] [--n 20] [--size 1024x1024] [--json OUT]
+
+Starts Triton on free ports of this machine, asks it for pictures one at a time with the client, and sets beside each
+other: what the client measured, the device's stages, the image's encoding, and Triton's own statistics of every model.
+What is left over is overhead: client − device − encoding. The last line on stdout is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import tritonclient.grpc as triton
+from fluxserve_client import Client, Result
+
+from benchmarks.surroundings import surroundings
+from benchmarks.timing import summary
+from fluxserve import settings
+from fluxserve.installation import bundled
+from fluxserve.server import Ports, TritonServer
+
+PROMPT = "a photograph of a fox that reads a newspaper in a café, morning light, shallow depth of field"
+WARM_UP = 3
+_REPOSITORY = Path(__file__).parents[1] / "model_repository"
+_NANOSECONDS = ("queue", "compute_input", "compute_infer", "compute_output")
+
+
+def ask(client: Client, seed: int, fields: dict[str, Any]) -> tuple[float, Result]:
+    begun = time.perf_counter()
+    result = client.generate(PROMPT, seed=seed, **fields)
+    return 1000 * (time.perf_counter() - begun), result
+
+
+def statistics_of(url: str) -> dict[str, dict[str, float]]:
+    """Nanoseconds that each of Triton's models has spent so far, by what on, and its count of requests."""
+    with triton.InferenceServerClient(url) as client:
+        models = client.get_inference_statistics(as_json=True)["model_stats"]
+    found = {}
+    for model in models:
+        stats = model["inference_stats"]
+        spent = {name: float(stats.get(name, {}).get("ns", 0)) for name in _NANOSECONDS}
+        found[model["name"]] = {**spent, "count": float(stats.get("success", {}).get("count", 0))}
+    return found
+
+
+def per_request(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Milliseconds a request, of the models that were called in between."""
+    found = {}
+    for name, stats in after.items():
+        count = stats["count"] - before.get(name, {}).get("count", 0.0)
+        if count:
+            spent = {part: stats[part] - before.get(name, {}).get(part, 0.0) for part in _NANOSECONDS}
+            found[name] = {part: round(ns / count / 1e6, 2) for part, ns in spent.items()}
+    return found
+
+
+def measure(options: dict[str, str], fields: dict[str, Any], n: int) -> dict[str, Any]:
+    """Start a server with these settings, ask for `n` pictures one after the other."""
+    with tempfile.TemporaryFile() as log:
+        server = TritonServer(_REPOSITORY, Ports.free(), bundled(), log=log, options=options)
+        with server:
+            begun = time.perf_counter()
+            server.start()
+            server.wait_ready()
+            ready = time.perf_counter() - begun
+            with Client(server.grpc_url) as client:
+                first, _ = ask(client, 0, fields)
+                for seed in range(1, WARM_UP):
+                    ask(client, seed, fields)
+                before = statistics_of(server.grpc_url)
+                asked = [ask(client, WARM_UP + i, fields) for i in range(n)]
+                after = statistics_of(server.grpc_url)
+    return {
+        "n": n,
+        "ready_s": round(ready, 1),
+        "first_ms": round(first, 1),
+        **table(asked),
+        "triton_ms": per_request(before, after),
+    }
+
+
+def table(asked: list[tuple[float, Result]]) -> dict[str, Any]:
+    """Milliseconds by what they went on."""
+    times = [result.timings for _, result in asked]
+    overhead = [spent - t.total - t.image for (spent, _), t in zip(asked, times, strict=True)]
+    return {
+        "client_ms": summary([spent for spent, _ in asked]),
+        "overhead_ms": summary(overhead),
+        "around_the_loop_ms": summary([spent - t.denoise for (spent, _), t in zip(asked, times, strict=True)]),
+        "stages_ms": {
+            name: round(statistics.median(getattr(t, name) for t in times), 2)
+            for name in ("queue", "encode", "denoise", "decode", "image")
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("artifact", "checkpoint", "engine"):
+        parser.add_argument(f"--{name}", default="", help="as `fluxserve serve` takes it")
+    parser.add_argument("--size", default="", metavar="HxW", help="default: the model's own")
+    parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--n", type=int, default=20, help="requests; default: %(default)s")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    settings.let_threads_sleep()
+    given = {name: getattr(args, name) for name in ("artifact", "checkpoint", "engine")}
+    fields: dict[str, Any] = {"num_inference_steps": args.steps} if args.steps else {}
+    if args.size:
+        fields["height"], fields["width"] = (int(side) for side in args.size.split("x"))
+    found = measure({name: value for name, value in given.items() if value}, fields, args.n)
+    result = {"benchmark": "served", **surroundings(), **given, **fields, **found}
+    print(f"ready after {found['ready_s']} s; first request {found['first_ms']} ms")
+    for name in ("client_ms", "overhead_ms", "around_the_loop_ms"):
+        print(f"{name:<20}" + "".join(f"{key} {value:<10}" for key, value in found[name].items()))
+    print(f"{'stages':<20}" + "".join(f"{key} {value:<10}" for key, value in found["stages_ms"].items()))
+    for model, spent in found["triton_ms"].items():
+        print(f"{model:<20}" + "".join(f"{key} {value:<10}" for key, value in spent.items()))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

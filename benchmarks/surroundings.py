@@ -1,0 +1,35 @@
+"""What a measurement stands beside: hardware, versions, commit."""
+
+import platform
+import subprocess
+from importlib import metadata
+
+import torch
+
+_LIBRARIES = ("diffusers", "transformers", "triton", "nvidia-cudnn-frontend")
+
+
+def surroundings() -> dict[str, str]:
+    """Of this run; "unknown" for what can't be had, nothing for a library that is not there."""
+    found = {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    for library in _LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return {**found, "commit": _output("git", "rev-parse", "--short", "HEAD")}
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
