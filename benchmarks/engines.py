@@ -37,6 +37,7 @@ class Contender:
         device = found.device(device)
         self._pipeline = Pipeline(found.spec, found.open_components(device, config.dtype), device)
         self._spec, self._tokenizers = found.spec, Tokenizers(found.checkpoint)
+        self.memory = memory()
         self.times: list[dict[str, float]] = []
 
     def draw(self, seed: int) -> None:
@@ -55,7 +56,13 @@ class Contender:
             "engine": self.name,
             "median_ms": medians,
             "total_ms_least_most": [round(totals[0], 2), round(totals[-1], 2)],
+            "gib_after_opening": self.memory,
         }
+
+
+def memory() -> float | None:
+    """GiB that PyTorch has allocated on the GPU, None on a CPU."""
+    return round(torch.cuda.memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks import random_weights
 from export.calibrate import watched
 from export.fp8 import simulated
 from fluxserve import checkpoint, flow, settings
@@ -24,7 +25,6 @@ from fluxserve.engines.torch_eager import TorchEngine, Transformer, load_module
 from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.operations import LAUNCHED, PLAIN
-from tests.support import wide_flux
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
@@ -108,7 +108,7 @@ def judge(request: pytest.FixtureRequest, tiny: Judge, tmp_path_factory: pytest.
     """tiny's trained weights, or random ones at FLUX.1-dev's widths in so many double and single blocks."""
     if request.param == "tiny":
         return tiny
-    folder = wide_flux.write(tmp_path_factory.mktemp("wide") / "flux", *request.param, guidance=True)
+    folder = random_weights.write(tmp_path_factory.mktemp("wide") / "flux", *request.param, guidance=True)
     return Judge(checkpoint.read(folder), (64, 64) if GPU else (16, 16))
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import random_weights
 from fluxserve import artifact as artifacts
 from fluxserve.artifact import COMPONENTS, Artifact
-from tests.support import wide_flux
 from tests.support.exports import TINY, Exports, run
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 alone")
@@ -74,7 +74,7 @@ def test_an_attention_that_is_not_counted_on_fails_the_build(tmp_path: Path, exp
 
 def test_a_slice_at_real_width(tmp_path: Path) -> None:
     """From weights on disk to FP8 plans for two architectures, every graph compared with PyTorch on the way."""
-    folder = wide_flux.write(tmp_path / "wide", DOUBLE, SINGLE)
+    folder = random_weights.write(tmp_path / "wide", DOUBLE, SINGLE)
     shapes = ("--min-size", "64x64", "--opt-size", "64x64", "--max-size", "1024x1024", "--prompts", "1", "--steps", "1")
     prompts = ("--calibration", str(TINY / "calibration.txt"))
     given = ("--engine", "tensorrt-rtx", "--precision", "fp8", *BOTH, *shapes, *prompts)

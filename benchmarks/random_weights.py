@@ -1,10 +1,15 @@
-"""A slice of FLUX.1 at its real widths: few blocks, random weights, in diffusers' format on disk.
+"""FLUX.1 at its real widths with random weights, whole or few blocks of it, in diffusers' format on disk.
 
-Transformer 3072 wide, 24 heads of 128; T5 4096 wide with one layer; CLIP 768 wide with one layer; the VAE whole.
-The tokenizers, and with them the vocabularies, are tiny's. Without a guidance embedding it is a FLUX.1-schnell, whose
-256 text tokens instead of 512 halve what a CPU has to compute.
+    python -m benchmarks.random_weights FOLDER [--double 19] [--single 38] [--schnell] [--text-layers 24]
+
+Speed depends on shapes, and on numbers that are finite and random, not on what they mean. By default it is FLUX.1-dev
+whole but for the vocabularies: 34 GB.
+
+Transformer 3072 wide, 24 heads of 128; T5 4096 wide; CLIP 768 wide; the VAE whole. The tokenizers, and with them the
+vocabularies, are tiny's. Without a guidance embedding it is a FLUX.1-schnell, with 256 text tokens instead of 512.
 """
 
+import argparse
 import json
 import shutil
 import zlib
@@ -91,3 +96,18 @@ def _random(name: str, parameter: Tensor, tile: Tensor) -> Tensor:
     rounds = -(-parameter.numel() // tile.numel())
     shifted = tile.roll(zlib.crc32(name.encode()) % tile.numel())
     return (shifted.repeat(rounds)[: parameter.numel()] * fan_in**-0.5).reshape(parameter.shape)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--double", type=int, default=19, help="double blocks; default: %(default)s")
+    parser.add_argument("--single", type=int, default=38, help="single blocks; default: %(default)s")
+    parser.add_argument("--schnell", action="store_true", help="without a guidance embedding")
+    parser.add_argument("--text-layers", type=int, default=24, help="of T5; default: %(default)s")
+    args = parser.parse_args()
+    print(write(args.folder, args.double, args.single, not args.schnell, args.text_layers))
+
+
+if __name__ == "__main__":
+    main()

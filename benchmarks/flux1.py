@@ -1,0 +1,110 @@
+"""FLUX.1 on one GPU, proven: the floor, the peers, the engine inside and the served model, in one run.
+
+    python -m benchmarks.random_weights /tmp/flux1                                        # or real weights
+    fluxserve export /tmp/flux1 --out /tmp/flux1.fp8 --engine fused --precision fp8 --prompts 2 --steps 4
+    python -m benchmarks.flux1 /tmp/flux1 /tmp/flux1.fp8 --out benchmarks/results/flux1-dev-h100-DATE
+
+Each part is a command of its own and runs in a process of its own, so that the GPU's memory is free for it:
+benchmarks.floor, .peers, .engines, .served. Writes OUT.json with all of their results and OUT.md with the table that
+compares them. --parts leaves some out; those that OUT.json has from before stay in it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PARTS = ("floor", "peers", "engines", "served")
+Results = dict[str, dict[str, Any]]
+
+
+def commands(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Part → its arguments."""
+    steps = ["--steps", str(args.steps)] if args.steps else []
+    size = ["--size", args.size]
+    return {
+        "floor": ["--text", str(args.text), *size, *steps],
+        "peers": [args.checkpoint, *size, *steps],
+        "engines": ["--checkpoint", args.checkpoint, "--artifact", args.artifact, "--n", "5"],
+        "served": ["--artifact", args.artifact, *size, *steps],
+    }
+
+
+def run(part: str, arguments: list[str]) -> dict[str, Any]:
+    """One command; what it wrote. Raises CalledProcessError."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        print(f"--- {part}", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{part}", *arguments, "--json", str(file)], check=True)
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+
+def markdown(found: Results) -> str:
+    """The table; a part that is not there has no row."""
+    any_part = next(iter(found.values()))
+    names = ("gpu", "driver", "torch", "cudnn", "triton", "nvidia-cudnn-frontend", "diffusers", "commit")
+    lines = [", ".join(f"{name} {any_part[name]}" for name in names if name in any_part), ""]
+    lines += ["| | end to end, ms | denoise, ms | a step, ms | times as long as the floor |", "|---|---|---|---|---|"]
+    floor = found.get("floor", {}).get("total_ms")
+    if floor:
+        lines.append(row("floor: products and attentions of the loop alone", None, floor, found["floor"]["step_ms"], 1))
+    for mode, peer in found.get("peers", {}).get("modes", {}).items():
+        steps = found["peers"]["steps"]
+        total, step = peer["total_ms"]["median"], peer["step_ms"]
+        lines.append(row(f"diffusers BF16, {mode}", total, step * steps, step, total / floor if floor else None))
+    if "served" in found:
+        served = found["served"]
+        total, denoise = served["client_ms"]["median"], served["stages_ms"]["denoise"]
+        steps = found.get("floor", {}).get("steps") or served.get("num_inference_steps")
+        step = denoise / steps if steps else None
+        lines.append(row("fluxserve, gRPC to PNG", total, denoise, step, total / floor if floor else None))
+        lines += ["", *_details(served)]
+    return "\n".join(lines) + "\n"
+
+
+def row(name: str, total: float | None, denoise: float, step: float | None, ratio: float | None) -> str:
+    values = ((total, 0), (denoise, 0), (step, 2), (ratio, 3))
+    cells = [f"{value:.{digits}f}" if value else "" for value, digits in values]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _details(served: dict[str, Any]) -> list[str]:
+    """What a request consists of, and how it varies."""
+    client = served["client_ms"]
+    spread = ", ".join(f"{name} {client[name]}" for name in ("median", "p90", "p99", "n"))
+    stages = ", ".join(f"{name} {value}" for name, value in served["stages_ms"].items())
+    return [
+        f"- client, ms: {spread}; ready after {served['ready_s']} s, first request {served['first_ms']} ms",
+        f"- stages, ms: {stages}",
+        f"- client − device − encoding, ms: {served['overhead_ms']['median']}; everything but the loop:"
+        f" {served['around_the_loop_ms']['median']}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("artifact")
+    parser.add_argument("--out", type=Path, required=True, help="without suffix")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--size", default="1024x1024", metavar="HxW")
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--text", type=int, default=512, help="text tokens of the model; default: %(default)s")
+    args = parser.parse_args()
+    target = args.out.with_suffix(".json")
+    found: Results = json.loads(target.read_text()) if target.is_file() else {}
+    for part, arguments in commands(args).items():
+        if part in args.parts:
+            found[part] = run(part, arguments)
+            target.write_text(json.dumps(found, indent=1) + "\n")
+    table = markdown(found)
+    args.out.with_suffix(".md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
