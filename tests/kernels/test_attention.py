@@ -1,0 +1,62 @@
+"""attention: cuDNN's kernel on a GPU; everywhere, its plain reference against PyTorch's attention."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from fluxserve.kernels.attention import attention, plain_attention
+from fluxserve.kernels.fp8 import E4M3, cast
+from tests.kernels.judge import DEVICE, INTERPRETED, random, relative
+
+DIM = 128
+SCALES = (0.02, 0.03, 0.01)
+
+
+def q_k_v(rows: int, heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row's q, k and v behind each other, and the scales that it is held with."""
+    wide = torch.cat([random(rows, heads * DIM, seed=i, spread=0.5) for i in range(3)], dim=1)
+    scales = torch.tensor([*SCALES, 1 / SCALES[2]], device=DEVICE)
+    if dtype != E4M3:
+        return wide.to(dtype), scales
+    factor = scales[:3].repeat_interleave(heads * DIM)
+    return cast(wide / factor, E4M3), scales
+
+
+def exact(qkv: torch.Tensor, heads: int, scales: torch.Tensor) -> torch.Tensor:
+    held = [1.0] * 3 if qkv.dtype != E4M3 else scales[:3].tolist()
+    parts = (p.double() * s for p, s in zip(qkv.chunk(3, dim=1), held, strict=True))
+    q, k, v = (p.unflatten(1, (heads, DIM)).transpose(0, 1) for p in parts)
+    return scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1).float()
+
+
+@pytest.mark.parametrize("rows", [1, 17, 130])
+def test_the_reference_is_attention(rows: int) -> None:
+    qkv, scales = q_k_v(rows, 2, torch.float32)
+    out = torch.empty(rows, 2 * DIM, device=DEVICE)
+    plain_attention(qkv, 2, scales, out)
+    assert relative(out, exact(qkv, 2, scales)) < 1e-5
+
+
+def test_the_reference_loses_what_fp8_loses() -> None:
+    """E4M3's step is 2^-3: weights and outputs are each off by 2^-4 at most, 2% to 3% over all of them."""
+    qkv, scales = q_k_v(300, 2, E4M3)
+    out = torch.empty(300, 2 * DIM, device=DEVICE, dtype=E4M3)
+    plain_attention(qkv, 2, scales, out)
+    assert 0.01 < relative(out.float() * SCALES[2], exact(qkv, 2, scales)) < 0.05
+
+
+@pytest.mark.skipif(INTERPRETED, reason="cuDNN needs a CUDA device")
+@pytest.mark.parametrize("rows", [17, 512, 4608, 9217])
+@pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16])
+def test_into_a_part_of_wider_rows(rows: int, dtype: torch.dtype) -> None:
+    """No worse than the same arithmetic done plainly; what lies beside it is left alone."""
+    qkv, scales = q_k_v(rows, 3, dtype)
+    whole = torch.full((rows, 5 * 3 * DIM), float("nan"), device=DEVICE).to(dtype)
+    plain = torch.empty(rows, 3 * DIM, device=DEVICE, dtype=dtype)
+    attention(qkv, 3, scales, whole[:, : 3 * DIM])
+    plain_attention(qkv, 3, scales, plain)
+    factor = SCALES[2] if dtype == E4M3 else 1.0
+    expected = exact(qkv, 3, scales)
+    allowed = 1.2 * relative(plain.float() * factor, expected) + 1e-3
+    assert relative(whole[:, : 3 * DIM].float() * factor, expected) <= allowed
+    assert torch.isnan(whole[:, 3 * DIM :].float()).all()
