@@ -1,4 +1,4 @@
-"""FLUX.1's double and single blocks: what is read of a checkpoint, and the six or seven launches that each of them is.
+"""FLUX.1's double and single blocks: what is read of a checkpoint, and the seven or five launches that each of them is.
 
 diffusers' FluxTransformerBlock and FluxSingleTransformerBlock, with these differences in arithmetic: products keep
 float32 until bias, activation, gate and residual are done, and round once; the residual stream is in the compute dtype
