@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from benchmarks import library
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import replayed
 from fluxserve.kernels import linear as linears
@@ -36,8 +37,14 @@ HEADS = FLUX1_DEV.transformer.num_attention_heads
 _SETS = 3
 
 TILINGS = [
-    Tiling(rows, columns, 128, warps, stages)
-    for (rows, columns, warps), stages in itertools.product([(128, 256, 8), (128, 128, 4), (128, 128, 8)], (3, 4, 5))
+    Tiling(128, 256, 128, 8, 3),
+    Tiling(128, 256, 128, 8, 4),
+    Tiling(128, 128, 128, 4, 3, resident=2),
+    Tiling(128, 128, 128, 8, 3, resident=2),
+    Tiling(128, 128, 128, 4, 4),
+    Tiling(128, 128, 128, 8, 5),
+    Tiling(64, 256, 128, 4, 3, resident=2),
+    Tiling(256, 128, 128, 8, 4),
 ]
 
 Case = tuple[str, Callable[[int], object], float, float]
@@ -78,8 +85,13 @@ def products() -> Iterator[Case]:
                 else:
                     linears.linear_add(x[i], None, w[i], split, gate, out[i])
 
+            def by_library(i: int, ending=ending, x=x, w=weights, out=out, heads=heads, gate=gate, split=split) -> None:
+                y = library.products(x[i], None if ending == "add" else scale, w[i], split)
+                library.end(ending, y, w[i], split, out[i], gate, heads, 20.0)
+
             moved = x[0].nbytes + weights[0].weight.nbytes + out[0].nbytes * (1 if wide else 2)
             yield f"{name}, {streams} streams", launch, moved, 2 * ROWS * columns * inner
+            yield f"{name}, {streams} streams, cuBLASLt + ending", by_library, moved, 2 * ROWS * columns * inner
 
 
 def _linear(streams: int, columns: int, inner: int) -> Linear:

@@ -229,13 +229,18 @@ def _linear_kernel(
 
 @dataclass(frozen=True)
 class Tiling:
-    """Rows and columns of a tile of the product, the part of K that is loaded at once, warps, and loads in flight."""
+    """How a product is cut.
+
+    rows, columns: of a tile. inner: of K, loaded at once, `stages` of them in flight. warps: of a program. resident:
+    programs that share an SM, so that one multiplies while another is at its ending.
+    """
 
     rows: int
     columns: int
     inner: int
     warps: int
     stages: int
+    resident: int = 1
 
 
 def tiling(rows: int, columns: int, element_size: int) -> Tiling:
@@ -259,7 +264,7 @@ def _launch(
 ) -> None:
     (rows, inner), (streams, columns, _) = x.shape, w.weight.shape
     t = tiling(rows, columns, x.element_size())
-    programs = _processors(x.device)
+    programs = t.resident * _processors(x.device)
     _linear_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [t.rows, t.inner]),
         TensorDescriptor.from_tensor(w.weight.view(streams * columns, inner), [t.columns, t.inner]),

@@ -30,7 +30,8 @@ class Replayed:
     def _capture(self) -> torch.cuda.CUDAGraph:
         """By hand, because `torch.cuda.graph` also collects garbage and empties the allocator's cache, which the next
         picture would have to fill again."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             graph.capture_begin(capture_error_mode="thread_local")
