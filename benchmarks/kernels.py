@@ -170,7 +170,7 @@ def measure(only: str, tilings: bool) -> list[dict[str, object]]:
         if only not in case[0]:
             continue
         found.append(row(case, copy_rate))
-        for tiling in TILINGS if tilings and case[3] and case[0] != "attention" else []:
+        for tiling in TILINGS if tilings and case[0].endswith("streams") else []:
             with mock.patch.object(linears, "tiling", lambda *_, t=tiling: t):
                 try:
                     found.append(row(case, copy_rate, tiling=str(tiling)))
