@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from benchmarks import library
+from benchmarks import library, linear_hopper
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import replayed
 from fluxserve.kernels import linear as linears
@@ -89,9 +89,16 @@ def products() -> Iterator[Case]:
                 y = library.products(x[i], None if ending == "add" else scale, w[i], split)
                 library.end(ending, y, w[i], split, out[i], gate, heads, 20.0)
 
+            permuted = [linear_hopper.permuted(w) for w in weights]
+
+            def in_cuda(i: int, ending=ending, x=x, w=permuted, out=out, heads=heads, gate=gate, split=split) -> None:
+                x_scale = None if ending == "add" else scale
+                linear_hopper.launch(ending, x[i], x_scale, w[i], split, out[i], gate, heads, 20.0)
+
             moved = x[0].nbytes + weights[0].weight.nbytes + out[0].nbytes * (1 if wide else 2)
             yield f"{name}, {streams} streams", launch, moved, 2 * ROWS * columns * inner
             yield f"{name}, {streams} streams, cuBLASLt + ending", by_library, moved, 2 * ROWS * columns * inner
+            yield f"{name}, {streams} streams, CUDA", in_cuda, moved, 2 * ROWS * columns * inner
 
 
 def _linear(streams: int, columns: int, inner: int) -> Linear:

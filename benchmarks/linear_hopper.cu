@@ -1,0 +1,367 @@
+// y = (x · Wᵀ) · row scale · column scale + bias and one of the endings of fluxserve/kernels/linear.py, in FP8, for sm_90a.
+//
+// Clusters of two programs share each tile of weights: either loads half of it for both (TMA multicast), so that a tile
+// of 128 × 256 costs L2 the bytes of 128 + 128 rows and not of 128 + 256. One warpgroup of three loads, the other two
+// multiply 64 × 256 each, and keep one group of products in flight. Persistent: while a tile is at its ending, the next
+// one's operands arrive.
+//
+// Columns of W are permuted within each 32 (see linear_hopper.py), so that the numbers which wgmma leaves in one thread
+// are eight neighbours of a row: endings load and store 8 or 16 bytes at once and need no shared memory.
+//
+// ENDING: 0 out = y; 1 gelu_tanh(y) · inverse; 2 out += gate · y; 3 RMSNorm, RoPE and factors of q, k, v.
+
+#define ROWS 128
+#define COLUMNS 256
+#define INNER 128
+#define STAGES 4
+#define A_BYTES (ROWS * INNER)
+#define B_BYTES (COLUMNS * INNER)
+#define HEAD 128
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+
+struct alignas(64) TensorMap {
+  char opaque[128];
+};
+
+struct Parameters {
+  const float *x_scale, *w_scale, *bias;
+  void *out;
+  const float *gate, *factors, *cos, *sin;
+  float inverse, epsilon;
+  int M, N, K, split, second, out_stride;
+};
+
+struct Tile {
+  int row, end, column, stream;
+};
+
+__device__ __forceinline__ Tile tile_of(const Parameters &p, int index, int pairs, int pairs_first, int rank) {
+  int pair = index % pairs, in_second = pair >= pairs_first;
+  Tile t;
+  t.row = (in_second ? p.split + (pair - pairs_first) * 2 * ROWS : pair * 2 * ROWS) + rank * ROWS;
+  t.end = in_second ? p.M : p.split;
+  t.column = index / pairs * COLUMNS;
+  t.stream = in_second ? p.second : 0;
+  return t;
+}
+
+// --- barriers and copies ------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u64 *b, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(b)), "r"(count));
+}
+
+__device__ __forceinline__ void barrier_expect(u64 *b, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u64 *b, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
+          address(b)),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u64 *b, u32 rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(address(b)),
+      "r"(rank)
+      : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void load(void *to, const TensorMap *from, u64 *b, int inner, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          address(to)),
+      "l"(from), "r"(address(b)), "r"(inner), "r"(row)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_for_both(void *to, const TensorMap *from, u64 *b, int inner, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(address(to)),
+      "l"(from), "r"(address(b)), "r"(inner), "r"(row), "h"((u16)3)
+      : "memory");
+}
+
+// --- wgmma --------------------------------------------------------------------------------------------------------------
+
+// K-major rows of 128 bytes in the 128-byte swizzle: eight of them are 1,024 bytes.
+__device__ __forceinline__ u64 descriptor(const void *tile) {
+  return (u64)((address(tile) & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+#define D1(i) "+f"(d[i])
+#define D4(i) D1(i), D1(i + 1), D1(i + 2), D1(i + 3)
+#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
+#define D64(i) D16(i), D16(i + 16), D16(i + 32), D16(i + 48)
+
+__device__ __forceinline__ void multiply(float (&d)[128], u64 a, u64 b, int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"
+      "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,"
+      "%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,"
+      "%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"
+      "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+      "}, %128, %129, p, 1, 1;\n}"
+      : D64(0), D64(64)
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+__device__ __forceinline__ void multiply_begin(float (&d)[128]) {
+#pragma unroll
+  for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+template <int LEFT> __device__ __forceinline__ void multiply_wait(float (&d)[128]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+#pragma unroll
+  for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// --- endings ------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void load8(float (&to)[8], const float *from) {
+  float4 a = ((const float4 *)from)[0], b = ((const float4 *)from)[1];
+  to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
+
+__device__ __forceinline__ u32 pack_e4m3(float a, float b, float c, float d) {
+  u16 low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  return (u32)high << 16 | low;
+}
+
+__device__ __forceinline__ void store8_e4m3(void *out, long at, const float (&y)[8]) {
+  uint2 packed = make_uint2(pack_e4m3(y[0], y[1], y[2], y[3]), pack_e4m3(y[4], y[5], y[6], y[7]));
+  *(uint2 *)((char *)out + at) = packed;
+}
+
+__device__ __forceinline__ u32 pack_bf16(float a, float b) {
+  u32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(b), "f"(a));
+  return packed;
+}
+
+__device__ __forceinline__ void store8_bf16(void *out, long at, const float (&y)[8]) {
+  uint4 packed = make_uint4(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]), pack_bf16(y[6], y[7]));
+  *(uint4 *)((u16 *)out + at) = packed;
+}
+
+__device__ __forceinline__ void add8_bf16(float (&y)[8], const void *from, long at) {
+  uint4 packed = *(const uint4 *)((const u16 *)from + at);
+  const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    y[2 * i] += __uint_as_float(words[i] << 16);
+    y[2 * i + 1] += __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+
+__device__ __forceinline__ float gelu_tanh(float y) {
+  float u = y * (0.7978845608028654f + 0.035677408136300125f * y * y), t;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(u));
+  return 0.5f * y + 0.5f * y * t;
+}
+
+// Products of a thread → what they stand for, in place. Eight neighbours of row r, then of row r + 8, of each 32 columns.
+__device__ __forceinline__ void scale(float (&d)[128], const Parameters &p, const Tile &t, const float (&x)[2], int lane) {
+#pragma unroll
+  for (int g = 0; g < 8; g++) {
+    int of_stream = t.stream * p.N + t.column + g * 32 + lane % 4 * 8;
+    float w[8], b[8];
+    load8(w, p.w_scale + of_stream);
+    load8(b, p.bias + of_stream);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float &y = d[g * 16 + i / 2 * 4 + half * 2 + i % 2];
+        y = y * x[half] * w[i] + b[i];
+      }
+  }
+}
+
+__device__ __forceinline__ void neighbours(float (&y)[8], const float (&d)[128], int g, int half) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) y[i] = d[g * 16 + i / 2 * 4 + half * 2 + i % 2];
+}
+
+__device__ __forceinline__ void store_heads(float (&d)[128], const Parameters &p, const Tile &t, int row, int lane) {
+#pragma unroll
+  for (int head = 0; head < 2; head++) {
+    int which = (t.column + head * HEAD) / (p.N / 3), lane_column = lane % 4 * 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int at_row = row + half * 8;
+      float square = 0, y[4][8];
+#pragma unroll
+      for (int g = 0; g < 4; g++) {
+        neighbours(y[g], d, head * 4 + g, half);
+#pragma unroll
+        for (int i = 0; i < 8; i++) square += y[g][i] * y[g][i];
+      }
+      square += __shfl_xor_sync(0xffffffff, square, 1);
+      square += __shfl_xor_sync(0xffffffff, square, 2);
+      float inverse = which < 2 ? rsqrtf(square / HEAD + p.epsilon) : 1.0f;
+      if (at_row >= t.end) continue;
+      const float *factors = p.factors + (t.stream * 3 + which) * HEAD + lane_column;
+#pragma unroll
+      for (int g = 0; g < 4; g++) {
+        float f[8];
+        load8(f, factors + g * 32);
+#pragma unroll
+        for (int i = 0; i < 8; i++) y[g][i] *= inverse * f[i];
+      }
+      if (which < 2) {
+#pragma unroll
+        for (int g = 0; g < 2; g++) {
+          float c[8], s[8];
+          load8(c, p.cos + (long)at_row * (HEAD / 2) + g * 32 + lane_column);
+          load8(s, p.sin + (long)at_row * (HEAD / 2) + g * 32 + lane_column);
+#pragma unroll
+          for (int i = 0; i < 8; i++) {
+            float first = y[g][i], second = y[g + 2][i];
+            y[g][i] = first * c[i] - second * s[i];
+            y[g + 2][i] = second * c[i] + first * s[i];
+          }
+        }
+      }
+      long at = (long)at_row * p.out_stride + t.column + head * HEAD + lane_column;
+#pragma unroll
+      for (int g = 0; g < 4; g++) store8_e4m3(p.out, at + g * 32, y[g]);
+    }
+  }
+}
+
+__device__ __forceinline__ void store(float (&d)[128], const Parameters &p, const Tile &t, int row, int lane) {
+#pragma unroll
+  for (int g = 0; g < 8; g++) {
+    int column = t.column + g * 32 + lane % 4 * 8;
+    float gate[8];
+    if (ENDING == 2) load8(gate, p.gate + t.stream * p.N + column);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int at_row = row + half * 8;
+      if (at_row >= t.end) continue;
+      long at = (long)at_row * p.out_stride + column;
+      float y[8];
+      neighbours(y, d, g, half);
+      if (ENDING == 1) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) y[i] = gelu_tanh(y[i]) * p.inverse;
+        store8_e4m3(p.out, at, y);
+      } else {
+        if (ENDING == 2) {
+#pragma unroll
+          for (int i = 0; i < 8; i++) y[i] *= gate[i];
+          add8_bf16(y, p.out, at);
+        }
+        store8_bf16(p.out, at, y);
+      }
+    }
+  }
+}
+
+// --- the kernel ---------------------------------------------------------------------------------------------------------
+
+struct Shared {
+  alignas(1024) char a[STAGES][A_BYTES];
+  alignas(1024) char b[STAGES][B_BYTES];
+  u64 full[STAGES], empty[STAGES];
+};
+
+__device__ __forceinline__ void produce(
+    Shared &s, const TensorMap *x, const TensorMap *w, const Parameters &p, int pairs, int pairs_first, int tiles, int rank) {
+  int at = 0;
+  for (int index = blockIdx.x / 2; index < tiles; index += gridDim.x / 2) {
+    Tile t = tile_of(p, index, pairs, pairs_first, rank);
+    int row_b = t.stream * p.N + t.column + rank * (COLUMNS / 2);
+    for (int k = 0; k < p.K; k += INNER, at++) {
+      int stage = at % STAGES;
+      barrier_wait(&s.empty[stage], at / STAGES & 1 ^ 1);
+      barrier_expect(&s.full[stage], A_BYTES + B_BYTES);
+      load(s.a[stage], x, &s.full[stage], k, t.row);
+      load_for_both(s.b[stage] + rank * (B_BYTES / 2), w, &s.full[stage], k, row_b);
+    }
+  }
+}
+
+__device__ __forceinline__ void release(Shared &s, int stage) {
+  if (threadIdx.x % 128 < 2) barrier_arrive(&s.empty[stage], threadIdx.x % 128);  // a thread for each of the cluster
+}
+
+__device__ __forceinline__ void consume(
+    Shared &s, const Parameters &p, int pairs, int pairs_first, int tiles, int rank, int group) {
+  int lane = threadIdx.x % 32, row_of_thread = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4, at = 0;
+  float d[128];
+  for (int index = blockIdx.x / 2; index < tiles; index += gridDim.x / 2) {
+    Tile t = tile_of(p, index, pairs, pairs_first, rank);
+    for (int k = 0; k < p.K; k += INNER, at++) {
+      int stage = at % STAGES;
+      barrier_wait(&s.full[stage], at / STAGES & 1);
+      u64 a = descriptor(s.a[stage] + group * 64 * INNER), b = descriptor(s.b[stage]);
+      multiply_begin(d);
+#pragma unroll
+      for (int step = 0; step < INNER / 32; step++) multiply(d, a + step * 2, b + step * 2, k + step > 0);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      if (k > 0) {
+        multiply_wait<1>(d);
+        release(s, (at - 1) % STAGES);
+      }
+    }
+    multiply_wait<0>(d);
+    release(s, (at - 1) % STAGES);
+    int row = t.row + row_of_thread;
+    float x[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      x[half] = p.x_scale && row + half * 8 < t.end ? p.x_scale[row + half * 8] : 1.0f;
+    scale(d, p, t, x, lane);
+    if (ENDING == 3)
+      store_heads(d, p, t, row, lane);
+    else
+      store(d, p, t, row, lane);
+  }
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
+    linear(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const __grid_constant__ Parameters p) {
+  extern __shared__ __align__(1024) char memory[];
+  Shared &s = *(Shared *)memory;
+  int rank = blockIdx.x & 1, pairs_first = (p.split + 2 * ROWS - 1) / (2 * ROWS);
+  int pairs = pairs_first + (p.M - p.split + 2 * ROWS - 1) / (2 * ROWS), tiles = pairs * (p.N / COLUMNS);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(&s.full[i], 1);
+      barrier_init(&s.empty[i], 4);  // two warpgroups of each of two programs
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  cluster_sync();
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 0) produce(s, &x, &w, p, pairs, pairs_first, tiles, rank);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    consume(s, p, pairs, pairs_first, tiles, rank, threadIdx.x / 128 - 1);
+  }
+  __syncwarp();
+  cluster_sync();  // nobody leaves while the other may still write to it
+}
