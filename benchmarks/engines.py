@@ -35,15 +35,22 @@ class Contender:
         if found.artifact:
             self.name += f" {found.artifact.manifest['precision']}"
         device = found.device(device)
-        self._pipeline = Pipeline(found.spec, found.open_components(device, config.dtype), device)
+        before = allocated()
+        components = found.open_components(device, config.dtype)
+        self.memory = {"opened": allocated() - before}
+        if arena := getattr(components.transformer, "arena", None):
+            self.memory["of which arena"] = arena.bytes / 2**30
+        self._pipeline = Pipeline(found.spec, components, device)
         self._spec, self._tokenizers = found.spec, Tokenizers(found.checkpoint)
-        self.memory = memory()
         self.times: list[dict[str, float]] = []
 
     def draw(self, seed: int) -> None:
         request = parse({"prompt": PROMPT, "seed": seed}, self._spec)
+        before = allocated(reset=True)
         (drawing,) = self._pipeline.draw([plan(request, self._spec, self._tokenizers)])
         assert drawing is not None
+        drawn = self.memory["opened"] + allocated(peak=True) - before
+        self.memory["peak"] = max(self.memory.get("peak", 0.0), drawn)
         self.times.append(drawing.timings)
 
     def median(self, stage: str) -> float:
@@ -56,13 +63,17 @@ class Contender:
             "engine": self.name,
             "median_ms": medians,
             "total_ms_least_most": [round(totals[0], 2), round(totals[-1], 2)],
-            "gib_after_opening": self.memory,
+            "gib": {name: round(value, 2) for name, value in self.memory.items() if torch.cuda.is_available()},
         }
 
 
-def memory() -> float | None:
-    """GiB that PyTorch has allocated on the GPU, None on a CPU."""
-    return round(torch.cuda.memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
+def allocated(peak: bool = False, reset: bool = False) -> float:
+    """GiB that PyTorch has on the GPU now, or had at most since a reset; 0 on a CPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+    return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**30
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
         "floor": ["--text", str(args.text), *size, *steps],
         "peers": [args.checkpoint, *size, *steps],
         "engines": ["--checkpoint", args.checkpoint, "--artifact", args.artifact, "--n", "5"],
-        "served": ["--artifact", args.artifact, *size, *steps],
+        "served": ["--artifact", args.artifact, *size, *steps, "--unseen", "896x1152"],
     }
 
 
@@ -80,6 +80,7 @@ def _details(served: dict[str, Any]) -> list[str]:
     return [
         f"- client, ms: {spread}; ready after {served['ready_s']} s, first request {served['first_ms']} ms",
         f"- stages, ms: {stages}",
+        f"- a size never seen, ms: {json.dumps(served['unseen_size_ms'])}",
         f"- client − device − encoding, ms: {served['overhead_ms']['median']}; everything but the loop:"
         f" {served['around_the_loop_ms']['median']}",
     ]

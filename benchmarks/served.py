@@ -59,8 +59,8 @@ def per_request(before: dict[str, dict[str, float]], after: dict[str, dict[str, 
     return found
 
 
-def measure(options: dict[str, str], fields: dict[str, Any], n: int) -> dict[str, Any]:
-    """Start a server with these settings, ask for `n` pictures one after the other."""
+def measure(options: dict[str, str], fields: dict[str, Any], n: int, unseen: tuple[int, int]) -> dict[str, Any]:
+    """Start a server with these settings, ask for `n` pictures one after the other; then twice for another size."""
     with tempfile.TemporaryFile() as log:
         server = TritonServer(_REPOSITORY, Ports.free(), bundled(), log=log, options=options)
         with server:
@@ -75,13 +75,21 @@ def measure(options: dict[str, str], fields: dict[str, Any], n: int) -> dict[str
                 before = statistics_of(server.grpc_url)
                 asked = [ask(client, WARM_UP + i, fields) for i in range(n)]
                 after = statistics_of(server.grpc_url)
+                other = fields | {"height": unseen[0], "width": unseen[1]}
+                new, again = (ask(client, seed, other)[0] for seed in (0, 1))
     return {
         "n": n,
         "ready_s": round(ready, 1),
         "first_ms": round(first, 1),
+        "unseen_size_ms": {"size": list(unseen), "first": round(new, 1), "next": round(again, 1)},
         **table(asked),
         "triton_ms": per_request(before, after),
     }
+
+
+def sides(text: str) -> tuple[int, int]:
+    height, width = (int(side) for side in text.split("x"))
+    return height, width
 
 
 def table(asked: list[tuple[float, Result]]) -> dict[str, Any]:
@@ -104,6 +112,7 @@ def main() -> None:
     for name in ("artifact", "checkpoint", "engine"):
         parser.add_argument(f"--{name}", default="", help="as `fluxserve serve` takes it")
     parser.add_argument("--size", default="", metavar="HxW", help="default: the model's own")
+    parser.add_argument("--unseen", default="96x160", metavar="HxW", help="a size asked for at the end; %(default)s")
     parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--n", type=int, default=20, help="requests; default: %(default)s")
     parser.add_argument("--json", type=Path)
@@ -112,10 +121,12 @@ def main() -> None:
     given = {name: getattr(args, name) for name in ("artifact", "checkpoint", "engine")}
     fields: dict[str, Any] = {"num_inference_steps": args.steps} if args.steps else {}
     if args.size:
-        fields["height"], fields["width"] = (int(side) for side in args.size.split("x"))
-    found = measure({name: value for name, value in given.items() if value}, fields, args.n)
+        fields["height"], fields["width"] = sides(args.size)
+    found = measure({name: value for name, value in given.items() if value}, fields, args.n, sides(args.unseen))
     result = {"benchmark": "served", **surroundings(), **given, **fields, **found}
+    other = found["unseen_size_ms"]
     print(f"ready after {found['ready_s']} s; first request {found['first_ms']} ms")
+    print(f"a size never seen, {other['size']}: {other['first']} ms, and {other['next']} ms the next time")
     for name in ("client_ms", "overhead_ms", "around_the_loop_ms"):
         print(f"{name:<20}" + "".join(f"{key} {value:<10}" for key, value in found[name].items()))
     print(f"{'stages':<20}" + "".join(f"{key} {value:<10}" for key, value in found["stages_ms"].items()))

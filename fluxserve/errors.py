@@ -131,10 +131,10 @@ class DeviceUnsuited(EngineError):
 
 
 class OutOfMemory(EngineError):
-    """A device has no room for what an engine needs; sizes in bytes."""
+    """A device has no room for what an engine needs."""
 
-    def __init__(self, what: str, needed: int, allowed: str) -> None:
-        super().__init__(f"{what}: needs {needed:,} bytes of the device's memory; allowed: {allowed}")
+    def __init__(self, what: str, needed: str, allowed: str) -> None:
+        super().__init__(f"{what}: needs {needed} of the device's memory; allowed: {allowed}")
 
 
 class ShapeError(EngineError):

@@ -1,6 +1,9 @@
 """GroupNorm and SiLU over a picture that is laid out pixel by pixel: what the VAE does between its convolutions.
 
-    y = (x − mean) / √(var + ε) · weight + bias; out = y · sigmoid(y)        statistics of one picture and one group
+    z = x + offset; y = (z − mean) / √(var + ε) · weight + bias; out = y · sigmoid(y)
+
+Statistics are of one picture and one group. `offset` is the bias of the convolution that x comes from, for which cuDNN
+would otherwise take a pass of its own.
 
 Two launches: each program of the first takes some pixels and leaves the mean and the squared deviations of every group;
 each of the second merges all of them (Chan's formula, so that a large mean costs no digits) and writes its pixels. x is
@@ -35,6 +38,7 @@ def _channels(CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr
 @triton.jit
 def _statistics_kernel(
     x,
+    offset,
     parts,
     pixels,
     per_part,
@@ -50,6 +54,9 @@ def _statistics_kernel(
     group = tl.arange(0, GROUPS)
     channel, valid = _channels(CHANNELS, GROUPS, PADDED)
     per_pixel: tl.constexpr = CHANNELS // GROUPS
+    added = tl.zeros((GROUPS * PADDED,), tl.float32)
+    if offset is not None:
+        added = tl.load(offset + channel, mask=valid, other=0.0)
     count = 0.0
     mean = tl.zeros((GROUPS,), tl.float32)
     deviation = tl.zeros((GROUPS,), tl.float32)
@@ -57,7 +64,8 @@ def _statistics_kernel(
         rows = row + tl.arange(0, ROWS)
         mask = (rows < end)[:, None] & valid[None, :]
         tile = tl.load(x + rows[:, None].to(tl.int64) * CHANNELS + channel[None, :], mask=mask, other=0.0)
-        tile = tl.reshape(tile.to(tl.float32), (ROWS, GROUPS, PADDED))
+        tile = tl.where(mask, tile.to(tl.float32) + added[None, :], 0.0)
+        tile = tl.reshape(tile, (ROWS, GROUPS, PADDED))
         taken = tl.minimum(end - row, ROWS) * per_pixel * 1.0
         own = tl.sum(tl.sum(tile, axis=2), axis=0) / taken
         apart = tl.where(tl.reshape(mask, (ROWS, GROUPS, PADDED)), tile - own[None, :, None], 0.0)
@@ -73,6 +81,7 @@ def _statistics_kernel(
 @triton.jit
 def _apply_kernel(
     x,
+    offset,
     parts,
     weight,
     bias,
@@ -103,11 +112,15 @@ def _apply_kernel(
     inverse = tl.rsqrt(variance + epsilon)
 
     factor, shift = tl.load(weight + channel, mask=valid, other=0.0), tl.load(bias + channel, mask=valid, other=0.0)
+    added = tl.zeros((GROUPS * PADDED,), tl.float32)
+    if offset is not None:
+        added = tl.load(offset + channel, mask=valid, other=0.0)
     for row in range(tl.program_id(0) * ROWS, pixels, PROGRAMS * ROWS):
         rows = row + tl.arange(0, ROWS)
         mask = (rows < pixels)[:, None] & valid[None, :]
         at_pixels = rows[:, None].to(tl.int64) * CHANNELS + channel[None, :]
-        tile = tl.reshape(tl.load(x + at_pixels, mask=mask, other=0.0).to(tl.float32), (ROWS, GROUPS, PADDED))
+        tile = tl.load(x + at_pixels, mask=mask, other=0.0).to(tl.float32) + added[None, :]
+        tile = tl.reshape(tile, (ROWS, GROUPS, PADDED))
         normed = tl.reshape((tile - mean[None, :, None]) * inverse[None, :, None], (ROWS, GROUPS * PADDED))
         y = normed * factor[None, :] + shift[None, :]
         if SILU:
@@ -115,12 +128,14 @@ def _apply_kernel(
         tl.store(out + at_pixels, y.to(out.dtype.element_ty), mask=mask)
 
 
-def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: float, silu: bool) -> Tensor:
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: float, silu: bool, offset: Tensor | None = None
+) -> Tensor:
     """Launch both.
 
     Args:
         x: one picture [1, C, H, W] in channels-last layout; groups a power of two that divides C.
-        weight, bias: float32 [C].
+        weight, bias, offset: float32 [C].
 
     Returns:
         a new tensor like x.
@@ -134,14 +149,17 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: fl
     parts = torch.empty(2, _PARTS, groups, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)
     shared = {"PARTS": _PARTS, "CHANNELS": channels, "GROUPS": groups, "PADDED": padded, "ROWS": rows, "num_warps": 8}
-    _statistics_kernel[(used,)](x, parts, pixels, per_part, **shared)
+    _statistics_kernel[(used,)](x, offset, parts, pixels, per_part, **shared)
     programs = min(triton.cdiv(pixels, rows), _PROGRAMS)
     own = {"PROGRAMS": programs, "SILU": silu}
-    _apply_kernel[(programs,)](x, parts, weight, bias, out, pixels, per_part, used, epsilon, **own, **shared)
+    _apply_kernel[(programs,)](x, offset, parts, weight, bias, out, pixels, per_part, used, epsilon, **own, **shared)
     return out
 
 
-def plain_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: float, silu: bool) -> Tensor:
+def plain_group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: float, silu: bool, offset: Tensor | None = None
+) -> Tensor:
     """The same, plainly."""
-    y = torch.nn.functional.group_norm(x.float(), groups, weight, bias, epsilon)
+    z = x.float() if offset is None else x.float() + offset[:, None, None]
+    y = torch.nn.functional.group_norm(z, groups, weight, bias, epsilon)
     return (torch.nn.functional.silu(y) if silu else y).to(x.dtype).contiguous(memory_format=torch.channels_last)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fluxserve.kernels import attention, group_norm, linear, modulation, norm, rows
+from fluxserve.kernels import add, attention, group_norm, linear, modulation, norm, rows
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Operations:
     rms_rows: Callable[..., None]
     gated_rows: Callable[..., None]
     group_norm: Callable[..., Tensor]
+    add: Callable[..., Tensor]
 
 
 LAUNCHED = Operations(
@@ -37,6 +38,7 @@ LAUNCHED = Operations(
     rms_rows=rows.rms_rows,
     gated_rows=rows.gated_rows,
     group_norm=group_norm.group_norm,
+    add=add.add,
 )
 
 PLAIN = Operations(
@@ -51,5 +53,6 @@ PLAIN = Operations(
     rms_rows=rows.plain_rms_rows,
     gated_rows=rows.plain_gated_rows,
     group_norm=group_norm.plain_group_norm,
+    add=add.plain_add,
 )
 """Every operation by its definition: what kernels are judged by, and how an engine's own arithmetic is on a CPU."""

@@ -19,9 +19,16 @@ pytestmark = [
 ]
 
 
-def pipeline_of(device: str, dtype: str, max_rows: int = 1) -> Pipeline:
+def pipeline_of(device: str, dtype: str, max_rows: int = 1, engine: str = "torch_eager") -> Pipeline:
     folder = checkpoint.read(settings.default_checkpoint())
-    return Pipeline(folder.spec, open_components("torch_eager", folder, device, dtype), device, max_rows)
+    return Pipeline(folder.spec, open_components(engine, folder, device, dtype), device, max_rows)
+
+
+@pytest.fixture(params=["torch_eager", "fused"])
+def engine(request: pytest.FixtureRequest) -> str:
+    if request.param == "fused" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the fused engine's kernels are for Hopper")
+    return str(request.param)
 
 
 def job_of(pipeline: Pipeline, **fields: object) -> Job:
@@ -45,14 +52,14 @@ def test_float32_draws_what_the_cpu_draws() -> None:
     assert psnr(a, b) > 45
 
 
-def test_bfloat16_draws_the_same_picture() -> None:
-    full, half = pipeline_of("cuda:0", "float32"), pipeline_of("cuda:0", "bfloat16")
+def test_bfloat16_draws_the_same_picture(engine: str) -> None:
+    full, half = pipeline_of("cuda:0", "float32"), pipeline_of("cuda:0", "bfloat16", engine=engine)
     (a,), (b,) = draw(full, job_of(full)), draw(half, job_of(half))
     assert psnr(a, b) > 20
 
 
-def test_the_same_bytes_run_to_run_and_in_a_batch() -> None:
-    pipeline = pipeline_of("cuda:0", "bfloat16")
+def test_the_same_bytes_run_to_run_and_in_a_batch(engine: str) -> None:
+    pipeline = pipeline_of("cuda:0", "bfloat16", engine=engine)
     job, other = job_of(pipeline), job_of(pipeline, prompt=b"a red apple", seed=9)
     (alone,), (again,) = draw(pipeline, job), draw(pipeline, job)
     _, batched = draw(pipeline, other, job)
@@ -82,9 +89,9 @@ def test_times_are_the_devices() -> None:
     assert 20 < spent < 500, "the launch alone takes microseconds"
 
 
-def test_the_loop_does_not_wait_for_the_device() -> None:
+def test_the_loop_does_not_wait_for_the_device(engine: str) -> None:
     """Between the first step and the last nothing synchronises: torch raises on any call that would."""
-    pipeline = pipeline_of("cuda:0", "bfloat16")
+    pipeline = pipeline_of("cuda:0", "bfloat16", engine=engine)
     job = job_of(pipeline)
     draw(pipeline, job)  # allocations and kernels are loaded
     with torch.inference_mode():

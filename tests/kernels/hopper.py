@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fluxserve.kernels import group_norm, linear, modulation, norm, rows
+from fluxserve.kernels import add, group_norm, linear, modulation, norm, rows
 
 TARGET = GPUTarget("cuda", 90, 32)
 FLOAT = {"e4m3": "fp8e4nv", "bf16": "bf16", "fp32": "fp32"}
@@ -88,7 +88,7 @@ def main() -> None:
             for size in ((4608, 9216), (128, 3072)):
                 found[f"linear {ending} {dtype} {size[0]}"] = linear_kernel(ending, dtype, result, size)
     pointers = {"x": "*bf16", "data": "*fp8e4nv", "epsilon": "fp32", "smallest": "fp32"}
-    floats = dict.fromkeys(("shift", "scale", "row_scale", "weight", "bias", "parts"), "*fp32")
+    floats = dict.fromkeys(("shift", "scale", "row_scale", "weight", "bias", "parts", "offset"), "*fp32")
     constants: dict[str, Any] = {"E4M3_LARGEST": 448.0, "BLOCK": 4096}
     found["norm"] = compiled(norm._norm_kernel, pointers | floats, constants, num_warps=8)
     for gated in (True, False):
@@ -102,6 +102,8 @@ def main() -> None:
     found["group_norm statistics"] = compiled(group_norm._statistics_kernel, pictures, shared, num_warps=8)
     apply = shared | {"PROGRAMS": 1024, "SILU": True}
     found["group_norm apply"] = compiled(group_norm._apply_kernel, pictures, apply, num_warps=8)
+    own = {"CHANNELS": 128, "TILE": 4096}
+    found["add"] = compiled(add._add_kernel, {"x": "*bf16", "y": "*bf16", "bias": "*fp32"}, own, num_warps=8)
     print(json.dumps(found))
 
 

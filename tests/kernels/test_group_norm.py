@@ -32,3 +32,11 @@ def test_a_large_mean_costs_no_digits() -> None:
     exact = torch.nn.functional.group_norm(x.double(), 8).float()
     got = group_norm(x, 8, one, zero, 1e-6, False)
     assert relative(got, exact) < 2e-3
+
+
+def test_an_offset_is_added_first() -> None:
+    x, weight, bias, offset = picture(64, (9, 13)), random(64, seed=1), random(64, seed=2), random(64, seed=3, spread=5)
+    got = group_norm(x, 8, weight, bias, 1e-6, True, offset)
+    same(got, plain_group_norm(x.float(), 8, weight, bias, 1e-6, True, offset), x.dtype)
+    shifted = plain_group_norm(x.float() + offset[:, None, None], 8, weight, bias, 1e-6, True)
+    assert relative(got, shifted) < 2**-8

@@ -9,6 +9,7 @@ SERVED = {
     "gpu": "G",
     "ready_s": 9.0,
     "first_ms": 200.0,
+    "unseen_size_ms": {"size": [896, 1152], "first": 150.0, "next": 120.0},
     "client_ms": SUMMARY,
     "overhead_ms": {"median": 3.0},
     "around_the_loop_ms": {"median": 12.0},

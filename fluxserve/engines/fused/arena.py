@@ -44,7 +44,7 @@ class Arena:
         try:
             self._memory = torch.zeros(bytes, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError as error:
-            raise OutOfMemory("activations", bytes, f"what {device} has left") from error
+            raise OutOfMemory("activations", f"{bytes:,} bytes", f"what {device} has left") from error
 
     @property
     def bytes(self) -> int:
@@ -53,7 +53,9 @@ class Arena:
     def cut(self, layout: Layout) -> dict[str, Tensor]:
         """The buffers, by name. Raises OutOfMemory if the arena is too small."""
         if size(layout) > self.bytes:
-            raise OutOfMemory("activations", size(layout), f"{self.bytes}, sized for the largest picture")
+            raise OutOfMemory(
+                "activations", f"{size(layout):,} bytes", f"{self.bytes:,}, sized for the largest picture"
+            )
         buffers, at = {}, 0
         for name, buffer in layout.items():
             raw = self._memory[at : at + math.prod(buffer.shape) * buffer.dtype.itemsize]

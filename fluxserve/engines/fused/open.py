@@ -8,7 +8,7 @@ import torch
 from fluxserve.artifact import CHECKPOINT, Artifact, Scales
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.base import Components
-from fluxserve.errors import DeviceUnsuited, LibraryMissing, SettingsError
+from fluxserve.errors import DeviceUnsuited, LibraryMissing, OutOfMemory, SettingsError
 
 try:
     from fluxserve.engines.fused import vae
@@ -64,6 +64,22 @@ def assemble(
     Raises:
         CheckpointError, ArtifactError, OutOfMemory.
     """
+    try:
+        return _load(checkpoint, device, precision, scales, run)
+    except torch.OutOfMemoryError as error:
+        needed = f"about {_weights_gb(checkpoint, precision):.0f} GB"
+        raise OutOfMemory("weights", needed, f"what {device} has left ({error})") from error
+
+
+def _weights_gb(checkpoint: Checkpoint, precision: Precision) -> float:
+    """All safetensors of the folder; in FP8 and INT8 half of what BF16 takes."""
+    files = sum(file.stat().st_size for file in checkpoint.path.glob("*/*.safetensors"))
+    return files / 1e9 / (2 if precision.quantised else 1)
+
+
+def _load(
+    checkpoint: Checkpoint, device: torch.device, precision: Precision, scales: Scales | None, run: Operations
+) -> Components:
     spec = checkpoint.spec
     most = (spec.limits.max_pixels // spec.size_multiple**2, spec.text.t5_tokens, _ROWS)
     return Components(

@@ -38,11 +38,16 @@ class _Conv:
     def __init__(self, c: _Context, name: str) -> None:
         weight = c.read(f"{name}.weight").to(c.precision.compute)
         self._weight = weight.contiguous(memory_format=torch.channels_last)
-        self._bias = c.read(f"{name}.bias").to(c.precision.compute)
+        self.bias = c.read(f"{name}.bias").float()
+        self._bias = self.bias.to(c.precision.compute)
         self._margin = weight.shape[-1] // 2
 
     def __call__(self, x: Tensor) -> Tensor:
         return conv2d(x, self._weight, self._bias, padding=self._margin)
+
+    def unbiased(self, x: Tensor) -> Tensor:
+        """For a kernel that adds the bias in passing."""
+        return conv2d(x, self._weight, padding=self._margin)
 
     def halved(self, x: Tensor) -> Tensor:
         """Every second pixel, with a margin right and below alone."""
@@ -54,8 +59,8 @@ class _Norm:
         self._weight, self._bias = (c.read(f"{name}.{part}").float() for part in ("weight", "bias"))
         self._run, self._groups = c.run, c.groups
 
-    def __call__(self, x: Tensor, silu: bool = True) -> Tensor:
-        return self._run.group_norm(x, self._groups, self._weight, self._bias, _EPSILON, silu)
+    def __call__(self, x: Tensor, silu: bool = True, offset: Tensor | None = None) -> Tensor:
+        return self._run.group_norm(x, self._groups, self._weight, self._bias, _EPSILON, silu, offset)
 
 
 class _Resnet:
@@ -64,10 +69,13 @@ class _Resnet:
         self._conv1, self._conv2 = _Conv(c, f"{name}.conv1"), _Conv(c, f"{name}.conv2")
         shortcut = f"{name}.conv_shortcut"
         self._shortcut = _Conv(c, shortcut) if f"{shortcut}.weight" in c.read else None
+        self._run = c.run
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._conv2(self._norm2(self._conv1(self._norm1(x))))
-        return y.add_(self._shortcut(x) if self._shortcut else x)
+        """x is overwritten, unless it has another depth than what comes out."""
+        y = self._norm2(self._conv1.unbiased(self._norm1(x)), offset=self._conv1.bias)
+        y = self._conv2.unbiased(y)
+        return self._run.add(self._shortcut(x) if self._shortcut else x, y, self._conv2.bias)
 
 
 class _Attention:
