@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 4096
+_TILE = 2048
 
 
 @triton.jit

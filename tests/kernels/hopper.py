@@ -102,7 +102,7 @@ def main() -> None:
     found["group_norm statistics"] = compiled(group_norm._statistics_kernel, pictures, shared, num_warps=8)
     apply = shared | {"PROGRAMS": 1024, "SILU": True}
     found["group_norm apply"] = compiled(group_norm._apply_kernel, pictures, apply, num_warps=8)
-    own = {"CHANNELS": 128, "TILE": 4096}
+    own = {"CHANNELS": 128, "TILE": 2048}
     found["add"] = compiled(add._add_kernel, {"x": "*bf16", "y": "*bf16", "bias": "*fp32"}, own, num_warps=8)
     print(json.dumps(found))
 
