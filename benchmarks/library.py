@@ -4,13 +4,17 @@ Written to be measured against (`benchmarks.kernels`): it costs a trip of the pr
 cuBLASLt is faster by. Same signatures, same endings; the text's and the image's product are two calls.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fluxserve.kernels import linear
+from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.linear import RMS_EPSILON, Heads, Linear
+from fluxserve.kernels.operations import LAUNCHED
 
 _ROWS, _COLUMNS = 64, 128
 
@@ -112,3 +116,26 @@ def end(
         INTERPRETED=y.device.type == "cpu",
         num_warps=4,
     )
+
+
+def _linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inverse: float, out: Tensor) -> None:
+    if x.dtype != E4M3:
+        return linear.linear_gelu(x, x_scale, w, split, inverse, out)
+    return end("gelu", products(x, x_scale, w, split), w, split, out, inverse=inverse)
+
+
+def _linear_add(
+    x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor
+) -> None:
+    if x.dtype != E4M3:
+        return linear.linear_add(x, x_scale, w, split, gate, residual)
+    return end("add", products(x, x_scale, w, split), w, split, residual, gate)
+
+
+def _linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
+    if x.dtype != E4M3:
+        return linear.linear_heads(x, x_scale, w, split, heads, out)
+    return end("heads", products(x, x_scale, w, split), w, split, out, heads=heads)
+
+
+OPERATIONS = replace(LAUNCHED, linear_gelu=_linear_gelu, linear_add=_linear_add, linear_heads=_linear_heads)

@@ -3,7 +3,8 @@
 // Clusters of two programs share each tile of weights: either loads half of it for both (TMA multicast), so that a tile
 // of 128 × 256 costs L2 the bytes of 128 + 128 rows and not of 128 + 256. One warpgroup of three loads, the other two
 // multiply 64 × 256 each, and keep one group of products in flight. Persistent: while a tile is at its ending, the next
-// one's operands arrive.
+// one's operands arrive. Tiles that would leave most clusters idle in a last round are cut along K: parts of one tile's
+// sums meet in `workspace`, where the cluster of the last part adds them in their order, always the same.
 //
 // Columns of W are permuted within each 32 (see linear_hopper.py), so that the numbers which wgmma leaves in one thread
 // are eight neighbours of a row: endings load and store 8 or 16 bytes at once and need no shared memory.
@@ -17,6 +18,7 @@
 #define A_BYTES (ROWS * INNER)
 #define B_BYTES (COLUMNS * INNER)
 #define HEAD 128
+#define LEAST_STEPS 4  // of K that are worth a cluster of their own
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -30,22 +32,54 @@ struct Parameters {
   const float *x_scale, *w_scale, *bias;
   void *out;
   const float *gate, *factors, *cos, *sin;
+  float4 *workspace;
+  int *arrived;
   float inverse, epsilon;
   int M, N, K, split, second, out_stride;
+};
+
+// What a launch consists of: `whole` tiles are dealt out in rounds, the rest is cut into `parts` along K.
+struct Plan {
+  int pairs, pairs_first, tiles, whole, parts, clusters, cluster, rank;
+};
+
+struct Item {
+  int tile, part, begin, end;  // end 0: nothing left
 };
 
 struct Tile {
   int row, end, column, stream;
 };
 
-__device__ __forceinline__ Tile tile_of(const Parameters &p, int index, int pairs, int pairs_first, int rank) {
-  int pair = index % pairs, in_second = pair >= pairs_first;
+__device__ __forceinline__ Tile tile_of(const Parameters &p, const Plan &plan, int index) {
+  int pair = index % plan.pairs, in_second = pair >= plan.pairs_first;
   Tile t;
-  t.row = (in_second ? p.split + (pair - pairs_first) * 2 * ROWS : pair * 2 * ROWS) + rank * ROWS;
+  t.row = (in_second ? p.split + (pair - plan.pairs_first) * 2 * ROWS : pair * 2 * ROWS) + plan.rank * ROWS;
   t.end = in_second ? p.M : p.split;
-  t.column = index / pairs * COLUMNS;
+  t.column = index / plan.pairs * COLUMNS;
   t.stream = in_second ? p.second : 0;
   return t;
+}
+
+__device__ __forceinline__ Plan plan_of(const Parameters &p) {
+  Plan plan;
+  plan.rank = blockIdx.x & 1, plan.cluster = blockIdx.x / 2, plan.clusters = gridDim.x / 2;
+  plan.pairs_first = (p.split + 2 * ROWS - 1) / (2 * ROWS);
+  plan.pairs = plan.pairs_first + (p.M - p.split + 2 * ROWS - 1) / (2 * ROWS);
+  plan.tiles = plan.pairs * (p.N / COLUMNS);
+  int rest = plan.tiles % plan.clusters, steps = (p.K + INNER - 1) / INNER;
+  plan.parts = rest ? min(plan.clusters / rest, max(1, steps / LEAST_STEPS)) : 1;
+  plan.whole = plan.parts > 1 ? plan.tiles - rest : plan.tiles;
+  return plan;
+}
+
+__device__ __forceinline__ Item item_of(const Plan &plan, const Parameters &p, int round) {
+  int index = plan.cluster + round * plan.clusters, steps = (p.K + INNER - 1) / INNER;
+  if (index < plan.whole) return {index, plan.parts - 1, 0, steps};
+  if (plan.parts == 1 || round != plan.whole / plan.clusters) return {0, 0, 0, 0};
+  int tile = plan.whole + plan.cluster / plan.parts, part = plan.cluster % plan.parts;
+  if (tile >= plan.tiles) return {0, 0, 0, 0};
+  return {tile, part, steps * part / plan.parts, steps * (part + 1) / plan.parts};
 }
 
 // --- barriers and copies ------------------------------------------------------------------------------------------------
@@ -288,12 +322,15 @@ struct Shared {
 };
 
 __device__ __forceinline__ void produce(
-    Shared &s, const TensorMap *x, const TensorMap *w, const Parameters &p, int pairs, int pairs_first, int tiles, int rank) {
-  int at = 0;
-  for (int index = blockIdx.x / 2; index < tiles; index += gridDim.x / 2) {
-    Tile t = tile_of(p, index, pairs, pairs_first, rank);
+    Shared &s, const TensorMap *x, const TensorMap *w, const Parameters &p, const Plan &plan) {
+  int at = 0, rank = plan.rank;
+  for (int round = 0;; round++) {
+    Item item = item_of(plan, p, round);
+    if (!item.end) break;
+    Tile t = tile_of(p, plan, item.tile);
     int row_b = t.stream * p.N + t.column + rank * (COLUMNS / 2);
-    for (int k = 0; k < p.K; k += INNER, at++) {
+    for (int step = item.begin; step < item.end; step++, at++) {
+      int k = step * INNER;
       int stage = at % STAGES;
       barrier_wait(&s.empty[stage], at / STAGES & 1 ^ 1);
       barrier_expect(&s.full[stage], A_BYTES + B_BYTES);
@@ -307,27 +344,66 @@ __device__ __forceinline__ void release(Shared &s, int stage) {
   if (threadIdx.x % 128 < 2) barrier_arrive(&s.empty[stage], threadIdx.x % 128);  // a thread for each of the cluster
 }
 
-__device__ __forceinline__ void consume(
-    Shared &s, const Parameters &p, int pairs, int pairs_first, int tiles, int rank, int group) {
+// The sums of a warpgroup's part, for whoever finishes the tile.
+__device__ __forceinline__ void hand_over(const float (&d)[128], const Parameters &p, int slot, int part, int parts, int group) {
+  int thread = threadIdx.x % 128;
+  float4 *to = p.workspace + (slot * (parts - 1) + part) * 32 * 128 + thread;
+#pragma unroll
+  for (int i = 0; i < 32; i++) __stcg(to + i * 128, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+  __threadfence();
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+  if (thread == 0) atomicAdd(p.arrived + slot, 1);
+}
+
+// All other parts of the tile, in their order. The counter is left at 0 for the next launch.
+__device__ __forceinline__ void take_over(float (&d)[128], const Parameters &p, int slot, int parts, int group) {
+  int thread = threadIdx.x % 128;
+  if (thread == 0) {
+    int there = 0;
+    while (there < parts - 1) asm volatile("ld.acquire.gpu.b32 %0, [%1];" : "=r"(there) : "l"(p.arrived + slot) : "memory");
+    p.arrived[slot] = 0;
+  }
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+  for (int part = 0; part < parts - 1; part++) {
+    const float4 *from = p.workspace + (slot * (parts - 1) + part) * 32 * 128 + thread;
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+      float4 more = __ldcg(from + i * 128);
+      d[4 * i] += more.x, d[4 * i + 1] += more.y, d[4 * i + 2] += more.z, d[4 * i + 3] += more.w;
+    }
+  }
+}
+
+__device__ __forceinline__ void consume(Shared &s, const Parameters &p, const Plan &plan, int group) {
   int lane = threadIdx.x % 32, row_of_thread = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4, at = 0;
   float d[128];
-  for (int index = blockIdx.x / 2; index < tiles; index += gridDim.x / 2) {
-    Tile t = tile_of(p, index, pairs, pairs_first, rank);
-    for (int k = 0; k < p.K; k += INNER, at++) {
+  for (int round = 0;; round++) {
+    Item item = item_of(plan, p, round);
+    if (!item.end) break;
+    Tile t = tile_of(p, plan, item.tile);
+    for (int step = item.begin; step < item.end; step++, at++) {
       int stage = at % STAGES;
       barrier_wait(&s.full[stage], at / STAGES & 1);
       u64 a = descriptor(s.a[stage] + group * 64 * INNER), b = descriptor(s.b[stage]);
       multiply_begin(d);
 #pragma unroll
-      for (int step = 0; step < INNER / 32; step++) multiply(d, a + step * 2, b + step * 2, k + step > 0);
+      for (int i = 0; i < INNER / 32; i++) multiply(d, a + i * 2, b + i * 2, step > item.begin || i > 0);
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-      if (k > 0) {
+      if (step > item.begin) {
         multiply_wait<1>(d);
         release(s, (at - 1) % STAGES);
       }
     }
     multiply_wait<0>(d);
     release(s, (at - 1) % STAGES);
+    if (item.tile >= plan.whole) {
+      int slot = ((item.tile - plan.whole) * 2 + plan.rank) * 2 + group;
+      if (item.part < plan.parts - 1) {
+        hand_over(d, p, slot, item.part, plan.parts, group);
+        continue;
+      }
+      take_over(d, p, slot, plan.parts, group);
+    }
     int row = t.row + row_of_thread;
     float x[2];
 #pragma unroll
@@ -345,8 +421,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     linear(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const __grid_constant__ Parameters p) {
   extern __shared__ __align__(1024) char memory[];
   Shared &s = *(Shared *)memory;
-  int rank = blockIdx.x & 1, pairs_first = (p.split + 2 * ROWS - 1) / (2 * ROWS);
-  int pairs = pairs_first + (p.M - p.split + 2 * ROWS - 1) / (2 * ROWS), tiles = pairs * (p.N / COLUMNS);
+  Plan plan = plan_of(p);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       barrier_init(&s.full[i], 1);
@@ -357,10 +432,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   cluster_sync();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == 0) produce(s, &x, &w, p, pairs, pairs_first, tiles, rank);
+    if (threadIdx.x == 0) produce(s, &x, &w, p, plan);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    consume(s, p, pairs, pairs_first, tiles, rank, threadIdx.x / 128 - 1);
+    consume(s, p, plan, threadIdx.x / 128 - 1);
   }
   __syncwarp();
   cluster_sync();  // nobody leaves while the other may still write to it

@@ -7,13 +7,17 @@ neither share a tile of weights between two SMs nor leave neighbours of a row in
 import ctypes
 from collections.abc import Callable
 from ctypes import c_char_p, c_float, c_int, c_uint, c_uint32, c_uint64, c_void_p
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fluxserve.kernels import linear
+from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.linear import RMS_EPSILON, Heads, Linear
+from fluxserve.kernels.operations import LAUNCHED
 
 ENDINGS = ("none", "gelu", "add", "heads")
 TILE_ROWS, TILE_COLUMNS, TILE_INNER, STAGES = 128, 256, 128, 4
@@ -30,6 +34,7 @@ class _Parameters(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("x_scale", "w_scale", "bias", "out", "gate", "factors", "cos", "sin")),
+        *((name, c_void_p) for name in ("workspace", "arrived")),
         *((name, c_float) for name in ("inverse", "epsilon")),
         *((name, c_int) for name in ("M", "N", "K", "split", "second", "out_stride")),
     ]
@@ -76,6 +81,7 @@ def launch(
     parameters = _Parameters(
         *(None if t is None else t.data_ptr() for t in (x_scale, w.scale, w.bias, out, gate)),
         *((heads.factors.data_ptr(), heads.cos.data_ptr(), heads.sin.data_ptr()) if heads else (None,) * 3),
+        *(t.data_ptr() for t in _meeting_place()),
         inverse,
         RMS_EPSILON,
         rows,
@@ -90,6 +96,14 @@ def launch(
     stream = torch.cuda.current_stream().cuda_stream
     grid = (_programs(), 1, 1, _THREADS, 1, 1, _SHARED)
     _check(_driver().cuLaunchKernel(_function(ending), *grid, c_void_p(stream), arguments, None))
+
+
+@cache
+def _meeting_place() -> tuple[Tensor, Tensor]:
+    """Where parts of tiles meet: at most one tile's sums of each program, and a count for each warpgroup."""
+    programs = _programs()
+    sums = torch.empty(programs * TILE_ROWS * TILE_COLUMNS, dtype=torch.float32, device="cuda")
+    return sums, torch.zeros(2 * programs, dtype=torch.int32, device="cuda")
 
 
 @cache
@@ -172,3 +186,43 @@ def _check(code: int) -> None:
         name = c_char_p()
         _driver().cuGetErrorName(c_int(code), ctypes.byref(name))
         raise RuntimeError(f"{_SOURCE.name}: {(name.value or b'').decode()} ({code})")
+
+
+def _arrange(w: Linear) -> Linear:
+    return permuted(w) if w.weight.dtype == E4M3 else w
+
+
+def _linear(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor) -> None:
+    if x.dtype != E4M3:
+        return linear.linear(x, x_scale, w, split, out)
+    return launch("none", x, x_scale, w, split, out)
+
+
+def _linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inverse: float, out: Tensor) -> None:
+    if x.dtype != E4M3:
+        return linear.linear_gelu(x, x_scale, w, split, inverse, out)
+    return launch("gelu", x, x_scale, w, split, out, inverse=inverse)
+
+
+def _linear_add(
+    x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor
+) -> None:
+    if x.dtype != E4M3:
+        return linear.linear_add(x, x_scale, w, split, gate, residual)
+    return launch("add", x, x_scale, w, split, residual, gate)
+
+
+def _linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
+    if x.dtype != E4M3:
+        return linear.linear_heads(x, x_scale, w, split, heads, out)
+    return launch("heads", x, x_scale, w, split, out, heads=heads)
+
+
+OPERATIONS = replace(
+    LAUNCHED,
+    arrange=_arrange,
+    linear=_linear,
+    linear_gelu=_linear_gelu,
+    linear_add=_linear_add,
+    linear_heads=_linear_heads,
+)

@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fluxserve.kernels import add, attention, group_norm, linear, modulation, norm, rows
+from fluxserve.kernels.linear import Linear
 
 
 @dataclass(frozen=True)
 class Operations:
-    """One set; each field is described where the function of its name is."""
+    """One set; each field is described where the function of its name is.
 
+    arrange: a Linear → the same, as this set's products want its weights to lie.
+    """
+
+    arrange: Callable[[Linear], Linear]
     norm: Callable[..., None]
     linear: Callable[..., None]
     linear_gelu: Callable[..., None]
@@ -26,7 +31,12 @@ class Operations:
     add: Callable[..., Tensor]
 
 
+def _as_they_are(w: Linear) -> Linear:
+    return w
+
+
 LAUNCHED = Operations(
+    arrange=_as_they_are,
     norm=norm.norm,
     linear=linear.linear,
     linear_gelu=linear.linear_gelu,
@@ -42,6 +52,7 @@ LAUNCHED = Operations(
 )
 
 PLAIN = Operations(
+    arrange=_as_they_are,
     norm=norm.plain_norm,
     linear=linear.plain_linear,
     linear_gelu=linear.plain_linear_gelu,

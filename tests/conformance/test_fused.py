@@ -20,7 +20,7 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Bound
 from fluxserve.engines.fused.transformer import FusedTransformer
-from fluxserve.engines.fused.weights import Precision
+from fluxserve.engines.fused.weights import Precision, Reader
 from fluxserve.engines.torch_eager import TorchEngine, Transformer, load_module
 from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
 from fluxserve.kernels.fp8 import E4M3
@@ -75,6 +75,13 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
+def transformer(
+    folder: Checkpoint, precision: Precision, scales: Scales | None, most: tuple[int, int, int]
+) -> FusedTransformer:
+    read = Reader(folder.component("transformer"), DEVICE)
+    return FusedTransformer(folder.spec, read, DEVICE, precision, scales, KERNELS, most)
+
+
 class Judge:
     """One checkpoint: what diffusers computes in float32, and the error of its own BF16 and of plain FP8."""
 
@@ -92,7 +99,7 @@ class Judge:
 
     def open(self, precision: Precision) -> FusedTransformer:
         scales = self.scales if precision.quantised else None
-        return FusedTransformer(self.folder, DEVICE, precision, scales, KERNELS, (4096, TEXT, 3))
+        return transformer(self.folder, precision, scales, (4096, TEXT, 3))
 
     def error(self, precision: Precision) -> float:
         return relative(velocity(self.open(precision), self.inputs), self.expected)
@@ -160,7 +167,7 @@ def test_beyond_its_arena_is_refused(tiny: Judge) -> None:
 
 def test_scales_of_another_model_are_refused(tiny: Judge) -> None:
     with pytest.raises(ArtifactError, match="no 'transformer_blocks"):
-        FusedTransformer(tiny.folder, DEVICE, FP8, Scales({}, {}), KERNELS, (64, TEXT, 1))
+        transformer(tiny.folder, FP8, Scales({}, {}), (64, TEXT, 1))
 
 
 @pytest.mark.parametrize(
@@ -179,4 +186,4 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, tiny: Judge, change
         del weights[name]
     save_file(weights, file)
     with pytest.raises(CheckpointError, match=says):
-        FusedTransformer(Checkpoint(tmp_path, tiny.folder.spec), DEVICE, BF16, None, KERNELS, (64, TEXT, 1))
+        transformer(Checkpoint(tmp_path, tiny.folder.spec), BF16, None, (64, TEXT, 1))

@@ -54,7 +54,7 @@ class _Attention:
     """What both kinds of block do from the normed rows to attention's output."""
 
     def __init__(self, spec: TransformerSpec, qkv: Linear, norms: Tensor, scales: BlockScales) -> None:
-        self._heads, self._qkv = spec.num_attention_heads, _in_halves(qkv, spec)
+        self._heads, self._qkv = spec.num_attention_heads, qkv
         streams, _, dim = norms.shape
         ones = torch.ones(streams, 1, dim, device=norms.device)
         inverse = torch.tensor([1 / scales.q, 1 / scales.k, 1 / scales.v], device=norms.device)
@@ -69,16 +69,11 @@ class _Attention:
         run.attention(b.qkv, self._heads, self._descale, b.attended)
 
 
-def _in_halves(qkv: Linear, spec: TransformerSpec) -> Linear:
-    """The outputs that are q and k, reordered in every head; see kernels.linear.in_halves."""
+def _order(spec: TransformerSpec, device: torch.device) -> Tensor:
+    """Of a product's outputs: q and k with their heads in halves (see kernels.linear.in_halves), v as it is."""
     d, dim = spec.hidden_size, spec.attention_head_dim
     starts = torch.arange(0, 2 * d, dim)[:, None]
-    order = torch.cat([(starts + in_halves(dim)).flatten(), torch.arange(2 * d, 3 * d)]).to(qkv.weight.device)
-    scale, bias = (None if rows is None else rows[:, order] for rows in (qkv.scale, qkv.bias))
-    raw = (
-        qkv.weight.view(torch.uint8) if qkv.weight.dtype.itemsize == 1 else qkv.weight
-    )  # bytes can be indexed anywhere
-    return Linear(raw[:, order].view(qkv.weight.dtype), scale, bias)
+    return torch.cat([(starts + in_halves(dim)).flatten(), torch.arange(2 * d, 3 * d)]).to(device)
 
 
 class DoubleBlock:
@@ -88,16 +83,23 @@ class DoubleBlock:
     """Of its modulation: shift, scale, gate before attention and before the MLP; text and image."""
 
     def __init__(
-        self, read: Reader, index: int, spec: TransformerSpec, precision: Precision, found: Scales | None
+        self,
+        read: Reader,
+        index: int,
+        spec: TransformerSpec,
+        precision: Precision,
+        found: Scales | None,
+        run: Operations,
     ) -> None:
         name, width = f"transformer_blocks.{index}", spec.hidden_size
         hidden = tuple(f"{mlp}.net.2" for *_, mlp in _DOUBLE_STREAMS)
         scales = of_block(found, name, hidden, spec.attention_head_dim) if found else BlockScales()
 
         def linear(modules: Sequence[Sequence[str]], inputs: int, factor: float = 1.0) -> Linear:
-            return stack(read, [[f"{name}.{m}" for m in of] for of in modules], inputs, precision, [factor, factor])
+            return stack(read, _of(name, modules), inputs, precision, run, [factor, factor])
 
-        qkv = linear([[f"attn.{q.format(part)}" for part in "qkv"] for q, *_ in _DOUBLE_STREAMS], width)
+        parts = [[f"attn.{q.format(part)}" for part in "qkv"] for q, *_ in _DOUBLE_STREAMS]
+        qkv = stack(read, _of(name, parts), width, precision, run, order=_order(spec, read.device))
         norms = [f"{name}.attn.{norm}" for _, _, norm, _ in _DOUBLE_STREAMS]
         self._attention = _Attention(spec, qkv, _norms(read, norms, spec), scales)
         self._out = linear([[f"attn.{out}"] for _, out, _, _ in _DOUBLE_STREAMS], width, scales.out)
@@ -123,16 +125,23 @@ class SingleBlock:
     """Of its modulation: shift, scale, gate."""
 
     def __init__(
-        self, read: Reader, index: int, spec: TransformerSpec, precision: Precision, found: Scales | None
+        self,
+        read: Reader,
+        index: int,
+        spec: TransformerSpec,
+        precision: Precision,
+        found: Scales | None,
+        run: Operations,
     ) -> None:
         name, width = f"single_transformer_blocks.{index}", spec.hidden_size
         scales = of_block(found, name, ("proj_out",), spec.attention_head_dim) if found else BlockScales()
-        qkv = stack(read, [[f"{name}.attn.to_{part}" for part in "qkv"]], width, precision)
+        parts = [[f"attn.to_{part}" for part in "qkv"]]
+        qkv = stack(read, _of(name, parts), width, precision, run, order=_order(spec, read.device))
         self._attention = _Attention(spec, qkv, _norms(read, [f"{name}.attn.norm_{{}}"], spec), scales)
-        self._up = stack(read, [[f"{name}.proj_mlp"]], width, precision)
-        factors = torch.full(((1 + MLP_RATIO) * width,), scales.hidden, device=qkv.weight.device)
+        self._up = stack(read, [[f"{name}.proj_mlp"]], width, precision, run)
+        factors = torch.full(((1 + MLP_RATIO) * width,), scales.hidden, device=read.device)
         factors[:width] = scales.out
-        self._out = stack(read, [[f"{name}.proj_out"]], len(factors), precision, [factors])
+        self._out = stack(read, [[f"{name}.proj_out"]], len(factors), precision, run, [factors])
         self._inverse_hidden = 1 / scales.hidden
 
     def __call__(self, run: Operations, b: Buffers, modulation: Tensor) -> None:
@@ -142,6 +151,11 @@ class SingleBlock:
         run.linear_gelu(b.normed, b.row_scale, self._up, 0, self._inverse_hidden, b.hidden)
         self._attention(run, b, 0)
         run.linear_add(b.wide, None, self._out, 0, gate, b.residual)
+
+
+def _of(block: str, modules: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Full names of a block's modules."""
+    return [[f"{block}.{module}" for module in stream] for stream in modules]
 
 
 def _norms(read: Reader, names: Sequence[str], spec: TransformerSpec) -> Tensor:

@@ -15,7 +15,7 @@ try:
     from fluxserve.engines.fused.clip import FusedClip
     from fluxserve.engines.fused.t5 import FusedT5
     from fluxserve.engines.fused.transformer import FusedTransformer
-    from fluxserve.engines.fused.weights import Precision
+    from fluxserve.engines.fused.weights import Precision, Reader
     from fluxserve.kernels.fp8 import E4M3
     from fluxserve.kernels.operations import LAUNCHED, Operations
 except ModuleNotFoundError as error:
@@ -81,9 +81,10 @@ def _load(
     checkpoint: Checkpoint, device: torch.device, precision: Precision, scales: Scales | None, run: Operations
 ) -> Components:
     spec = checkpoint.spec
+    read = Reader(checkpoint.component("transformer"), device)
     most = (spec.limits.max_pixels // spec.size_multiple**2, spec.text.t5_tokens, _ROWS)
     return Components(
-        transformer=FusedTransformer(checkpoint, device, precision, scales, run, most),
+        transformer=FusedTransformer(spec, read, device, precision, scales, run, most),
         t5=FusedT5(checkpoint, device, precision, run),
         clip=FusedClip(checkpoint, device, precision),
         vae_decoder=vae.decoder(checkpoint, device, precision, run),

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fluxserve.artifact import Scales
-from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Shapes
 from fluxserve.engines.fused import modulation as modulations
@@ -34,14 +33,17 @@ class Weights:
         ArtifactError: the scales are of another model.
     """
 
-    def __init__(self, read: Reader, spec: ModelSpec, precision: Precision, found: Scales | None) -> None:
+    def __init__(
+        self, read: Reader, spec: ModelSpec, precision: Precision, found: Scales | None, run: Operations
+    ) -> None:
         shape = spec.transformer
         assert precision.quantised == (found is not None), "scales are for E4M3, and E4M3 needs them"
         self.image = dense(read, "x_embedder", precision)
         self.text = dense(read, "context_embedder", precision)
         self.modulation = Modulation(read, shape, precision)
-        self.double = [DoubleBlock(read, i, shape, precision, found) for i in range(shape.num_layers)]
-        self.single = [SingleBlock(read, i, shape, precision, found) for i in range(shape.num_single_layers)]
+        made_of = (shape, precision, found, run)
+        self.double = [DoubleBlock(read, i, *made_of) for i in range(shape.num_layers)]
+        self.single = [SingleBlock(read, i, *made_of) for i in range(shape.num_single_layers)]
         self.out = dense(read, "proj_out", precision)
         read.refuse_rest()
 
@@ -50,6 +52,7 @@ class FusedTransformer:
     """An Engine; see engines.base.
 
     Args:
+        read: the folder `transformer`.
         found: the transformer's scales, for E4M3 linears and only for them.
         run: the kernels, or their plain references.
         most: image tokens, text tokens and images at once that the arena is sized for.
@@ -57,21 +60,20 @@ class FusedTransformer:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        read: Reader,
         device: torch.device,
         precision: Precision,
         found: Scales | None,
         run: Operations,
         most: tuple[int, int, int],
     ) -> None:
-        spec = checkpoint.spec
         image, text, rows = most
         ranges = {"rows": (1, rows), "image_tokens": (1, image), "text_tokens": (1, text)}
         self.signature = signatures.transformer(spec).narrowed(ranges)
         self.spec, self.precision, self.run = spec.transformer, precision, run
         self.arena = Arena(size(self.layout(self.signature.at({s: r[1] for s, r in ranges.items()}))), device)
-        read = Reader(checkpoint.component("transformer"), device)
-        self.weights: Weights | None = Weights(read, spec, precision, found)
+        self.weights: Weights | None = Weights(read, spec, precision, found, run)
 
     def bind(self, shapes: Shapes) -> "FusedBound":
         assert self.weights is not None, "bind after close"

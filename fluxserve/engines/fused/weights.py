@@ -12,6 +12,7 @@ from torch import Tensor
 from fluxserve.errors import CheckpointError
 from fluxserve.kernels.fp8 import E4M3, quantise_rows
 from fluxserve.kernels.linear import Linear
+from fluxserve.kernels.operations import Operations
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Reader:
     """
 
     def __init__(self, folder: Path, device: torch.device, prefix: str = "") -> None:
-        self._folder, self._prefix = folder, prefix
+        self._folder, self._prefix, self.device = folder, prefix, device
         self._files: dict[str, Any] = {}
         for file in sorted(folder.glob("*.safetensors")):
             opened: Any = safe_open(file, framework="pt", device=str(device))
@@ -87,7 +88,9 @@ def stack(
     names: Sequence[Sequence[str]],
     inputs: int,
     precision: Precision,
+    run: Operations,
     factors: Sequence[Tensor | float] = (),
+    order: Tensor | None = None,
 ) -> Linear:
     """Linear layers as one: outputs of several behind each other, in one or two streams. All have a bias, or none.
 
@@ -96,13 +99,16 @@ def stack(
         inputs: features that each takes.
         factors: for each stream what its inputs were divided by when they were quantised with a static scale, one
             number or one per feature; the weights are multiplied by it before they are quantised themselves.
+        order: which output comes where; None: as they are.
     """
     weights: Tensor | None = None
     scales, biases = [], []
     for index, modules in enumerate(names):
         weight = torch.cat([_matrix(read, module, inputs) for module in modules])
+        weight = weight if order is None else weight[order]
         if f"{modules[0]}.bias" in read:
-            biases.append(torch.cat([read(f"{module}.bias") for module in modules]).float())
+            bias = torch.cat([read(f"{module}.bias") for module in modules]).float()
+            biases.append(bias if order is None else bias[order])
         if precision.quantised:
             weight, scale = quantise_rows(weight * factors[index] if factors else weight)
             scales.append(scale)
@@ -110,7 +116,8 @@ def stack(
             weights = torch.empty(len(names), *weight.shape, dtype=precision.linear, device=weight.device)
         weights[index].copy_(weight)
     assert weights is not None, "no streams"
-    return Linear(weights, torch.stack(scales) if scales else None, torch.stack(biases) if biases else None)
+    stacked = [torch.stack(rows) if rows else None for rows in (scales, biases)]
+    return run.arrange(Linear(weights, *stacked))
 
 
 def _matrix(read: Reader, module: str, inputs: int) -> Tensor:
