@@ -18,7 +18,7 @@
 #define A_BYTES (ROWS * INNER)
 #define B_BYTES (COLUMNS * INNER)
 #define HEAD 128
-#define LEAST_STEPS 4  // of K that are worth a cluster of their own
+#define LEAST_STEPS 8  // of K that are worth a cluster of their own
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -102,10 +102,12 @@ __device__ __forceinline__ void barrier_wait(u64 *b, u32 parity) {
       : "memory");
 }
 
+// Nothing was written that the other side reads, so this releases nothing: a release for the cluster would be a fence for
+// the whole GPU.
 __device__ __forceinline__ void barrier_arrive(u64 *b, u32 rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(address(b)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(address(b)),
       "r"(rank)
       : "memory");
 }
@@ -323,7 +325,8 @@ struct Shared {
 
 __device__ __forceinline__ void produce(
     Shared &s, const TensorMap *x, const TensorMap *w, const Parameters &p, const Plan &plan) {
-  int at = 0, rank = plan.rank;
+  int rank = plan.rank;
+  u32 at = 0;
   for (int round = 0;; round++) {
     Item item = item_of(plan, p, round);
     if (!item.end) break;
@@ -375,7 +378,8 @@ __device__ __forceinline__ void take_over(float (&d)[128], const Parameters &p, 
 }
 
 __device__ __forceinline__ void consume(Shared &s, const Parameters &p, const Plan &plan, int group) {
-  int lane = threadIdx.x % 32, row_of_thread = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4, at = 0;
+  int lane = threadIdx.x % 32, row_of_thread = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  u32 at = 0;
   float d[128];
   for (int round = 0;; round++) {
     Item item = item_of(plan, p, round);
@@ -435,7 +439,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     if (threadIdx.x == 0) produce(s, &x, &w, p, plan);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    consume(s, p, plan, threadIdx.x / 128 - 1);
+    // The same for all of a warp, and said so: what follows from it then lives in uniform registers.
+    consume(s, p, plan, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }
   __syncwarp();
   cluster_sync();  // nobody leaves while the other may still write to it

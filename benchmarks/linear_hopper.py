@@ -27,6 +27,7 @@ _SHARED = STAGES * (TILE_ROWS + TILE_COLUMNS) * TILE_INNER + 2 * STAGES * 8
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _UINT8, _SWIZZLE_128B, _PROMOTION_256B = 0, 3, 3  # of CUtensorMap
 _MAP_BYTES = 128
+_HEAD = 128
 
 
 class _Parameters(ctypes.Structure):
@@ -76,7 +77,8 @@ def launch(
     heads: Heads | None = None,
     inverse: float = 1.0,
 ) -> None:
-    """As `kernels.linear` would; `w` is `permuted`."""
+    """As `kernels.linear` would; `w` is `permuted`. Raises ValueError for what this contender was not built for."""
+    _refuse(ending, x, out, gate, heads)
     (rows, inner), (streams, columns, _) = x.shape, w.weight.shape
     parameters = _Parameters(
         *(None if t is None else t.data_ptr() for t in (x_scale, w.scale, w.bias, out, gate)),
@@ -98,9 +100,24 @@ def launch(
     _check(_driver().cuLaunchKernel(_function(ending), *grid, c_void_p(stream), arguments, None))
 
 
+def _refuse(ending: str, x: Tensor, out: Tensor, gate: Tensor | None, heads: Heads | None) -> None:
+    wanted = E4M3 if ending in ("gelu", "heads") else torch.bfloat16
+    if out.dtype != wanted or out.stride(1) != 1 or out.stride(0) % 16 or out.data_ptr() % 16:
+        raise ValueError(f"out: got {out.dtype}, strides {out.stride()}; expected {wanted}, rows at multiples of 16")
+    if x.dtype != E4M3 or x.stride(1) != 1:
+        raise ValueError(f"x: got {x.dtype}, strides {x.stride()}; expected E4M3, row by row")
+    if ending == "add" and gate is None:
+        raise ValueError("gate: got none; expected one for each output")
+    if heads and heads.factors.shape[-1] != _HEAD:
+        raise ValueError(f"head_dim: got {heads.factors.shape[-1]}; expected {_HEAD}")
+
+
 @cache
 def _meeting_place() -> tuple[Tensor, Tensor]:
-    """Where parts of tiles meet: at most one tile's sums of each program, and a count for each warpgroup."""
+    """Where parts of tiles meet: at most one tile's sums of each program, and a count for each warpgroup.
+
+    One for all launches, which therefore must follow each other on one stream.
+    """
     programs = _programs()
     sums = torch.empty(programs * TILE_ROWS * TILE_COLUMNS, dtype=torch.float32, device="cuda")
     return sums, torch.zeros(2 * programs, dtype=torch.int32, device="cuda")

@@ -29,9 +29,48 @@ def test_weights_are_permuted_and_nothing_else() -> None:
         hopper.permuted(operands(1, 384, 96, E4M3)[2])
 
 
+@pytest.mark.parametrize("ending", hopper.ENDINGS)
+def test_what_it_was_not_built_for_is_refused(ending: str) -> None:
+    x, _, w = operands(4, 768, 128, E4M3)
+    bf16 = ending in ("none", "add")
+    right, wrong = (torch.empty(4, 768, dtype=t, device=DEVICE) for t in (torch.bfloat16, E4M3)[:: 1 if bf16 else -1])
+    with pytest.raises(ValueError, match="out: got"):
+        hopper.launch(ending, x, None, w, 0, wrong)
+    with pytest.raises(ValueError, match="x: got"):
+        hopper.launch(ending, x.float(), None, w, 0, right)
+    if ending == "add":
+        with pytest.raises(ValueError, match="gate: got none"):
+            hopper.launch(ending, x, None, w, 0, right)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
+@pytest.mark.timeout(60)
+def test_parts_of_wider_rows_static_scales_and_again() -> None:
+    """As a single block calls it: one stream, no scales of rows, strided on both sides; the same bits every time."""
+    rows, d = 4608, 3072
+    wide = random(rows, 5 * d, seed=1).clamp(-400, 400).to(E4M3)
+    _, _, w = operands(1, d, 5 * d, E4M3, streams=1)
+    gate, before, own = random(1, d, seed=2), random(rows, d, seed=3).to(torch.bfloat16), hopper.permuted(w)
+    expected, results = before.float(), []
+    kernels.plain_linear_add(wide, None, w, 0, gate, expected)
+    for _ in range(10):
+        results.append(before.clone())
+        hopper.launch("add", wide, None, own, 0, results[-1], gate)
+    torch.cuda.synchronize()
+    same(results[0], expected, torch.bfloat16, of_product(E4M3))
+    assert all(torch.equal(results[0], again) for again in results)
+    _, _, up = operands(1, 4 * d, d, E4M3, streams=1)
+    out, plain = wide[:, d:], torch.empty(rows, 4 * d, device=DEVICE)
+    x = random(rows, 3 * d, seed=4).clamp(-400, 400).to(E4M3)[:, :d]
+    kernels.plain_linear_gelu(x, None, up, 0, 2.0, plain)
+    hopper.launch("gelu", x, None, hopper.permuted(up), 0, out, inverse=2.0)
+    same(out, plain.clamp(-448, 448), E4M3, of_product(E4M3) + 2**-10)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("rows", [1, 17, 257, 4608, 9217])
-@pytest.mark.parametrize(("columns", "inner"), [(768, 256), (3072, 15360), (9216, 3072)])
+@pytest.mark.parametrize(("columns", "inner"), [(768, 208), (3072, 15360), (9216, 3072)])
 @pytest.mark.parametrize("ending", hopper.ENDINGS)
 def test_as_the_reference(rows: int, columns: int, inner: int, ending: str) -> None:
     x, x_scale, w = operands(rows, columns, inner, E4M3)
