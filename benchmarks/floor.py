@@ -97,7 +97,8 @@ def _random(rows: int, columns: int, spread: float = 1.0) -> torch.Tensor:
 
 def measure(spec: TransformerSpec, tokens: int, steps: int, repeats: int = 5) -> dict[str, float]:
     """Milliseconds of all steps, and what rate that is."""
-    graph = captured(Step(spec, tokens))
+    step = Step(spec, tokens)
+    graph = captured(step)
 
     def loop() -> None:
         for _ in range(steps):

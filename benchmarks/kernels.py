@@ -40,11 +40,8 @@ TILINGS = [
     Tiling(128, 256, 128, 8, 3),
     Tiling(128, 256, 128, 8, 4),
     Tiling(128, 128, 128, 4, 3, resident=2),
-    Tiling(128, 128, 128, 8, 3, resident=2),
-    Tiling(128, 128, 128, 4, 4),
     Tiling(128, 128, 128, 8, 5),
-    Tiling(64, 256, 128, 4, 3, resident=2),
-    Tiling(256, 128, 128, 8, 4),
+    Tiling(64, 256, 128, 4, 4),
 ]
 
 Case = tuple[str, Callable[[int], object], float, float]

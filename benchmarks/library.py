@@ -5,6 +5,7 @@ cuBLASLt is faster by. Same signatures, same endings; the text's and the image's
 """
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 import triton
@@ -57,24 +58,29 @@ def _ending_kernel(
     linear._finish(product, 0, parameters, place, ENDING, BM, BN, HEAD, INTERPRETED)
 
 
+@cache
+def _ones(count: int, device: torch.device) -> Tensor:
+    return torch.ones(count, device=device)
+
+
 def products(x: Tensor, x_scale: Tensor | None, w: Linear, split: int) -> Tensor:
     """BF16 [rows, N], without the weights' scales and the bias; cuBLASLt takes scales of rows and of columns together,
     so that of the columns is 1 where there is one for rows."""
     rows, (streams, columns, _) = len(x), w.weight.shape
     out = torch.empty(rows, columns, dtype=torch.bfloat16, device=x.device)
-    one = torch.ones((), device=x.device)
+    one, ones = _ones(1, x.device).view(()), _ones(columns, x.device)[None]
     for stream, part in ((0, slice(0, split)), (streams - 1, slice(split, None))):
         if x[part].shape[0] == 0:
             continue
         scale_a = one if x_scale is None else x_scale[part, None]
-        scale_b = one if x_scale is None else torch.ones(1, columns, device=x.device)
-        out[part] = torch._scaled_mm(
+        torch._scaled_mm(
             x[part],
             w.weight[stream].T,
             scale_a=scale_a,
-            scale_b=scale_b,
+            scale_b=one if x_scale is None else ones,
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
+            out=out[part],
         )
     return out
 

@@ -71,7 +71,12 @@ class Peer:
     def _attention(self) -> Any:
         if self._device.type == "cpu":
             return nullcontext()
-        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True)
+        others = [
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ]  # T5's mask, VAE's head of 512
+        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True)
 
 
 def measure(folder: Path, modes: list[str], n: int, steps: int, size: tuple[int, int], device: str) -> dict[str, Any]:

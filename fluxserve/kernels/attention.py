@@ -8,7 +8,7 @@ Compute dtype: cuDNN's as well, all scales 1; an unpinned scaled_dot_product_att
 """
 
 import math
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +17,6 @@ from torch import Tensor
 
 from fluxserve.errors import LibraryMissing
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, cast
-
-_PLANS = 64
-"""Shapes whose plans are kept."""
 
 Scales = Tensor
 """float32 [4]: s_q, s_k, s_v, 1 / s_out."""
@@ -108,7 +105,7 @@ def _handle() -> Any:
     return _cudnn().create_handle()
 
 
-@lru_cache(maxsize=_PLANS)
+@cache  # for good: captured graphs read what a plan holds
 def _plan(
     rows: int, heads: int, dim: int, dtype: torch.dtype, stride: int, out_stride: int, device: torch.device
 ) -> _Plan:

@@ -35,7 +35,7 @@ def _channels(CHANNELS: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr
     return index // PADDED * per_pixel + index % PADDED, index % PADDED < per_pixel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "per_part"])  # or every size would be compiled anew
 def _statistics_kernel(
     x,
     offset,
@@ -78,7 +78,7 @@ def _statistics_kernel(
     tl.store(parts + (PARTS + part) * GROUPS + group, deviation)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "per_part", "used"])
 def _apply_kernel(
     x,
     offset,
@@ -95,7 +95,6 @@ def _apply_kernel(
     GROUPS: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     SILU: tl.constexpr,
 ):
     group, part = tl.arange(0, GROUPS), tl.arange(0, PARTS)
@@ -115,7 +114,7 @@ def _apply_kernel(
     added = tl.zeros((GROUPS * PADDED,), tl.float32)
     if offset is not None:
         added = tl.load(offset + channel, mask=valid, other=0.0)
-    for row in range(tl.program_id(0) * ROWS, pixels, PROGRAMS * ROWS):
+    for row in range(tl.program_id(0) * ROWS, pixels, tl.num_programs(0) * ROWS):
         rows = row + tl.arange(0, ROWS)
         mask = (rows < pixels)[:, None] & valid[None, :]
         at_pixels = rows[:, None].to(tl.int64) * CHANNELS + channel[None, :]
@@ -151,8 +150,8 @@ def group_norm(
     shared = {"PARTS": _PARTS, "CHANNELS": channels, "GROUPS": groups, "PADDED": padded, "ROWS": rows, "num_warps": 8}
     _statistics_kernel[(used,)](x, offset, parts, pixels, per_part, **shared)
     programs = min(triton.cdiv(pixels, rows), _PROGRAMS)
-    own = {"PROGRAMS": programs, "SILU": silu}
-    _apply_kernel[(programs,)](x, offset, parts, weight, bias, out, pixels, per_part, used, epsilon, **own, **shared)
+    given = (x, offset, parts, weight, bias, out, pixels, per_part, used, epsilon)
+    _apply_kernel[(programs,)](*given, SILU=silu, **shared)
     return out
 
 

@@ -46,15 +46,18 @@ def _resources(ptx: str) -> dict[str, int]:
     return {"spilled": int(spilled[1]), "registers": int(registers[1])}
 
 
-def linear_kernel(ending: str, dtype: str, out: str, size: tuple[int, int]) -> dict[str, Any]:
-    bytes_each = 1 if dtype == "e4m3" else 2
-    t = linear.tiling(*size, bytes_each)
+BYTES = {"e4m3": 1, "bf16": 2, "fp32": 4}
+
+
+def linear_kernel(ending: str, dtype: str, out: str, size: tuple[int, int], bare: bool = False) -> dict[str, Any]:
+    """`bare`: without gate and bias, as T5 calls it."""
+    t = linear.tiling(*size, BYTES[dtype], BYTES[out])
     constants = {
         "ENDING": ending,
         "BM": t.rows,
         "BN": t.columns,
         "BK": t.inner,
-        "PARTS": t.columns // 128,
+        "PARTS": linear.parts(t),
         "GROUP": 8,
         "HEAD": 128,
         "PROGRAMS": 132,
@@ -73,7 +76,7 @@ def linear_kernel(ending: str, dtype: str, out: str, size: tuple[int, int]) -> d
         types[name] = "*fp32"
         if not quantised:
             constants[name] = None
-    for name in ("gate",) if ending != "add" else ():
+    for name in ("gate", "bias") if bare else ("gate",) if ending != "add" else ():
         constants[name] = None
     for name in ("factors", "cos", "sin") if ending != "heads" else ():
         constants[name] = None
@@ -87,6 +90,9 @@ def main() -> None:
         for ending, result in endings.items():
             for size in ((4608, 9216), (128, 3072)):
                 found[f"linear {ending} {dtype} {size[0]}"] = linear_kernel(ending, dtype, result, size)
+        for size in ((128, 4096), (512, 4096), (4608, 4096)):
+            found[f"linear add {dtype} {size[0]} to float32"] = linear_kernel("add", dtype, "fp32", size, bare=True)
+            found[f"linear none {dtype} {size[0]} to float32"] = linear_kernel("none", dtype, "fp32", size)
     pointers = {"x": "*bf16", "data": "*fp8e4nv", "epsilon": "fp32", "smallest": "fp32"}
     floats = dict.fromkeys(("shift", "scale", "row_scale", "weight", "bias", "parts", "offset"), "*fp32")
     constants: dict[str, Any] = {"E4M3_LARGEST": 448.0, "BLOCK": 4096}
@@ -100,7 +106,7 @@ def main() -> None:
     shared = {"PARTS": 256, "CHANNELS": 128, "GROUPS": 32, "PADDED": 4, "ROWS": 64}
     pictures = {"x": "*bf16", "out": "*bf16", "epsilon": "fp32", **floats}
     found["group_norm statistics"] = compiled(group_norm._statistics_kernel, pictures, shared, num_warps=8)
-    apply = shared | {"PROGRAMS": 1024, "SILU": True}
+    apply = shared | {"SILU": True}
     found["group_norm apply"] = compiled(group_norm._apply_kernel, pictures, apply, num_warps=8)
     own = {"CHANNELS": 128, "TILE": 2048}
     found["add"] = compiled(add._add_kernel, {"x": "*bf16", "y": "*bf16", "bias": "*fp32"}, own, num_warps=8)

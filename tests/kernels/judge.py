@@ -22,10 +22,10 @@ def poisoned(*shape: int, dtype: torch.dtype, width: int | None = None) -> Tenso
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 1.0) -> Tensor:
     """Normal numbers with a few large ones among them, as activations have."""
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    x = torch.randn(shape, generator=generator) * spread
+    generator = torch.Generator(DEVICE).manual_seed(seed + sum(shape))
+    x = torch.randn(shape, generator=generator, device=DEVICE) * spread
     x.view(-1)[:: max(1, x.numel() // 7)] *= 12
-    return x.to(DEVICE).to(dtype)
+    return x.to(dtype)
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -46,7 +46,10 @@ def same(got: Tensor, expected: Tensor, dtype: torch.dtype, before: float = 1e-6
 
 
 def of_product(operands: torch.dtype) -> float:
-    """Relative error of a sum of products on the tensor cores: E4M3's accumulator has about 14 bits of mantissa."""
+    """Relative error of a sum of products on the tensor cores: E4M3's accumulator cuts after 13 bits of mantissa.
+
+    At 15,360 products a simulation of it is off by 3.0e-3, BF16's (25 bits, cut as well) by 1.7e-5.
+    """
     if INTERPRETED:
         return 1e-6
-    return 2**-9 if operands == E4M3 else 1e-5
+    return 2**-8 if operands == E4M3 else 2**-14

@@ -12,7 +12,7 @@ from tests.kernels.test_linear import HEAD, heads_of, operands
 
 @pytest.mark.parametrize("ending", ["gelu", "add", "heads"])
 def test_endings(ending: str) -> None:
-    rows, columns, split = 70, 3 * HEAD, 21
+    rows, columns, split = 70, 3 * HEAD, 32
     x, x_scale, w = operands(rows, columns, 128, E4M3)
     if DEVICE == "cuda":
         y = library.products(x, x_scale, w, split)

@@ -106,4 +106,4 @@ def test_loses_no_more_than_the_library(columns: int, inner: int) -> None:
     got, one = poisoned(4608, columns, dtype=torch.float32), torch.ones((), device=DEVICE)
     kernels.linear(x, x_scale, w, 0, got)
     theirs = torch._scaled_mm(x, w.weight[0].T, scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=True)
-    assert relative(got, exact) <= 1.1 * relative(theirs * x_scale[:, None] * w.scale, exact)
+    assert relative(got, exact) <= 1.5 * relative(theirs * x_scale[:, None] * w.scale, exact)

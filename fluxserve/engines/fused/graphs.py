@@ -1,8 +1,16 @@
 """A sequence of launches as one: run as it is the first time, captured the second, replayed from then on."""
 
+import gc
 from collections.abc import Callable
+from functools import cache
 
 import torch
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Replayed:
@@ -30,14 +38,19 @@ class Replayed:
     def _capture(self) -> torch.cuda.CUDAGraph:
         """By hand, because `torch.cuda.graph` also collects garbage and empties the allocator's cache, which the next
         picture would have to fill again."""
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        graph, stream = torch.cuda.CUDAGraph(), _stream(self._device)
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._launch()
-            finally:
-                graph.capture_end()
+        collecting = gc.isenabled()
+        gc.disable()  # another graph's destruction would end this capture
+        try:
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._launch()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collecting:
+                gc.enable()
         torch.cuda.current_stream().wait_stream(stream)
         return graph

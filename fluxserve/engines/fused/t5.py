@@ -101,7 +101,8 @@ class _Bound:
         self._normed, self._qkv, self._attended = empty(width, linear), empty(3 * inner, compute), empty(inner, linear)
         self._up, self._hidden = empty(2 * hidden, compute), empty(hidden, linear)
         self._scale = empty(1, torch.float32).view(-1) if engine.precision.quantised else None
-        self._bias = position_bias(engine.positions, tokens, engine.shape.max_distance).to(compute)
+        bias = position_bias(engine.positions, tokens, engine.shape.max_distance)
+        self._bias = bias.to(compute).contiguous()  # or PyTorch has no fused kernel for it
         self._replay = Replayed(self._launch, device)
 
     @torch.inference_mode()

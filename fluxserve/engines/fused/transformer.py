@@ -21,8 +21,6 @@ from fluxserve.kernels.operations import Operations
 from fluxserve.spec import ModelSpec
 
 _THETA = 10000.0
-_PER_IMAGE = (("guidance", 1), ("pooled_projections", 2))
-"""Inputs that steer an image, and their ranks."""
 
 
 class Weights:
@@ -136,16 +134,22 @@ class FusedBound:
 
     def _prepare_inputs(self) -> None:
         b, given = self._buffers, self.inputs
-        b["text"].copy_(self._weights.text(given["encoder_hidden_states"]))
+        for text, states in zip(b["text"], given["encoder_hidden_states"], strict=True):
+            _linear_into(text, states, self._weights.text)
         ids = torch.cat([given["txt_ids"], given["img_ids"]])
         write_rope(ids, self._engine.spec.axes_dims_rope, b["cos"], b["sin"])
 
     def _fill(self, timesteps: Tensor) -> None:
-        """Modulation of as many steps [steps, images] as there is room for."""
-        steps = len(timesteps)
-        guidance, pooled = (self.inputs[n].repeat(steps, *[1] * (d - 1)) for n, d in _PER_IMAGE)
-        out = self._buffers["ahead"][: steps * self._images]
-        self._weights.modulation(self._engine.run, timesteps.flatten(), guidance, pooled, out)
+        """Modulation of as many steps [steps, images] as there is room for.
+
+        Always of so many rows, the last repeated: products of another height may round differently, and a step must be
+        the same whether it comes first or last, alone or among others.
+        """
+        out = self._buffers["ahead"]
+        steps = torch.arange(len(out), device=out.device).div(self._images, rounding_mode="floor")
+        steps, images = steps.clamp(max=len(timesteps) - 1), torch.arange(len(out), device=out.device) % self._images
+        guidance, pooled = (self.inputs[name][images] for name in ("guidance", "pooled_projections"))
+        self._weights.modulation(self._engine.run, timesteps[steps, images], guidance, pooled, out)
 
     @torch.inference_mode()
     def run(self) -> None:
