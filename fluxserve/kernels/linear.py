@@ -79,7 +79,7 @@ def _scaled(y, rows, valid_rows, columns, valid, x_scale, w_scale, bias):
 
 
 @triton.jit
-def _gelu_tanh(y, INTERPRETED: tl.constexpr):
+def gelu_tanh(y, INTERPRETED: tl.constexpr):
     """0.5·y·(1 + tanh(√(2/π)·(y + 0.044715·y³))). A GPU's own tanh is right to 2^-11 and costs one instruction; an
     exponential and a division would cost twenty, and an eighth of the whole product's time."""
     u = y * (0.7978845608028654 + 0.035677408136300125 * y * y)
@@ -157,7 +157,7 @@ def _finish(
     target = out + rows[:, None] * out_stride + columns[None, :]
     mask = (rows < end)[:, None] & valid[None, :]
     if ENDING == "gelu":
-        y = _gelu_tanh(y, INTERPRETED) * inverse
+        y = gelu_tanh(y, INTERPRETED) * inverse
     if ENDING == "add":
         if gate is not None:
             y = y * tl.load(gate + of_stream, mask=valid, other=0.0)[None, :]

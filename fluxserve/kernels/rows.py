@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, SMALLEST_AMAX, quantise_rows
+from fluxserve.kernels.linear import gelu_tanh
 
 
 @triton.jit
@@ -29,6 +30,7 @@ def _rows_kernel(
     GATED: tl.constexpr,
     E4M3_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -36,7 +38,7 @@ def _rows_kernel(
     y = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     if GATED:
         factor = tl.load(x + row * x_stride + columns + column, mask=mask, other=0.0).to(tl.float32)
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y)) * factor
+        y = gelu_tanh(y, INTERPRETED) * factor
     if weight is not None:
         y = y * tl.rsqrt(tl.sum(y * y, axis=0) / columns + epsilon)
         y = y * tl.load(weight + column, mask=mask, other=0.0)
@@ -64,6 +66,7 @@ def _launch(
         GATED=gated,
         E4M3_LARGEST=E4M3_MAX,
         BLOCK=triton.next_power_of_2(columns),
+        INTERPRETED=x.device.type == "cpu",
         num_warps=8,
     )
 

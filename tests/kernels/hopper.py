@@ -98,7 +98,11 @@ def main() -> None:
     constants: dict[str, Any] = {"E4M3_LARGEST": 448.0, "BLOCK": 4096}
     found["norm"] = compiled(norm._norm_kernel, pointers | floats, constants, num_warps=8)
     for gated in (True, False):
-        own = constants | {"GATED": gated, "BLOCK": 16384 if gated else 4096} | ({"weight": None} if gated else {})
+        own = (
+            constants
+            | {"INTERPRETED": False, "GATED": gated, "BLOCK": 16384 if gated else 4096}
+            | ({"weight": None} if gated else {})
+        )
         found[f"rows gated={gated}"] = compiled(rows._rows_kernel, pointers | floats, own, num_warps=8)
     own = {"BM": 32, "BN": 64, "BK": 128, "WIDEN": False}
     weights = {"x": "*bf16", "w": "*i8", "w_scale": "*fp32", "bias": "*fp32", "out": "*fp32"}

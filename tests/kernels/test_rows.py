@@ -34,7 +34,8 @@ def test_as_the_reference(call: Call, rows: int, dtype: torch.dtype) -> None:
     expected = torch.empty(rows, WIDTH, device=DEVICE)
     call("plain_", x, expected, None)
     call("", x, data, scale if dtype == E4M3 else None)
-    same(data, expected / scale[:, None] if dtype == E4M3 else expected, dtype)
+    tanh = 2**-10 if call is gated and not INTERPRETED else 0.0  # the GPU's own is right to 2^-11
+    same(data, expected / scale[:, None] if dtype == E4M3 else expected, dtype, 1e-6 + tanh)
 
 
 @pytest.mark.parametrize("call", [plain, rms, gated])
@@ -45,5 +46,5 @@ def test_scales_and_rows_of_zeros(call: Call) -> None:
     expected, expected_scale = poisoned(5, WIDTH, dtype=E4M3), poisoned(5, dtype=torch.float32)
     call("", x, data, scale)
     call("plain_", x, expected, expected_scale)
-    assert torch.allclose(scale, expected_scale, rtol=1e-5)
+    assert torch.allclose(scale, expected_scale, rtol=1e-5 if INTERPRETED else 2**-9)
     assert (data[3].float() == 0).all()
