@@ -83,14 +83,14 @@ def products() -> Iterator[Case]:
                     linears.linear_add(x[i], None, w[i], split, gate, out[i])
 
             def by_library(i: int, ending=ending, x=x, w=weights, out=out, heads=heads, gate=gate, split=split) -> None:
-                y = library.products(x[i], None if ending == "add" else scale, w[i], split)
-                library.end(ending, y, w[i], split, out[i], gate, heads, 20.0)
+                x_scale = None if ending == "add" else scale
+                library.launch(ending, x[i], x_scale, w[i], split, out[i], gate=gate, heads=heads, inverse=20.0)
 
             permuted = [linear_hopper.permuted(w) for w in weights]
 
             def in_cuda(i: int, ending=ending, x=x, w=permuted, out=out, heads=heads, gate=gate, split=split) -> None:
                 x_scale = None if ending == "add" else scale
-                linear_hopper.launch(ending, x[i], x_scale, w[i], split, out[i], gate, heads, 20.0)
+                linear_hopper.launch(ending, x[i], x_scale, w[i], split, out[i], gate=gate, heads=heads, inverse=20.0)
 
             moved = x[0].nbytes + weights[0].weight.nbytes + out[0].nbytes * (1 if wide else 2)
             yield f"{name}, {streams} streams", launch, moved, 2 * ROWS * columns * inner

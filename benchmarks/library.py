@@ -4,8 +4,10 @@ Written to be measured against (`benchmarks.kernels`): it costs a trip of the pr
 cuBLASLt is faster by. Same signatures, same endings; the text's and the image's product are two calls.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -13,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxserve.kernels import linear
-from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.linear import RMS_EPSILON, Heads, Linear
-from fluxserve.kernels.operations import LAUNCHED
+from fluxserve.kernels.operations import LAUNCHED, Operations
 
 _ROWS, _COLUMNS = 64, 128
 
@@ -124,24 +125,28 @@ def end(
     )
 
 
-def _linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inverse: float, out: Tensor) -> None:
-    if x.dtype != E4M3:
-        return linear.linear_gelu(x, x_scale, w, split, inverse, out)
-    return end("gelu", products(x, x_scale, w, split), w, split, out, inverse=inverse)
+Finish = Callable[..., None]
+"""(ending, x, x_scale, w, split, out, gate=, heads=, inverse=)"""
 
 
-def _linear_add(
-    x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor
-) -> None:
-    if x.dtype != E4M3:
-        return linear.linear_add(x, x_scale, w, split, gate, residual)
-    return end("add", products(x, x_scale, w, split), w, split, residual, gate)
+def operations(finish: Finish, arrange: Callable[[Linear], Linear]) -> Operations:
+    """A contender's products in place of ours, for E4M3 alone; everything else as it is launched."""
+
+    def gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inverse: float, out: Tensor) -> None:
+        finish("gelu", x, x_scale, w, split, out, inverse=inverse)
+
+    def add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor) -> None:
+        finish("add", x, x_scale, w, split, residual, gate=gate)
+
+    def heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
+        finish("heads", x, x_scale, w, split, out, heads=heads)
+
+    return replace(LAUNCHED, arrange=arrange, linear_gelu=gelu, linear_add=add, linear_heads=heads)
 
 
-def _linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
-    if x.dtype != E4M3:
-        return linear.linear_heads(x, x_scale, w, split, heads, out)
-    return end("heads", products(x, x_scale, w, split), w, split, out, heads=heads)
+def launch(ending: str, x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor, **more: Any) -> None:
+    """Product and ending, as `kernels.linear` would."""
+    end(ending, products(x, x_scale, w, split), w, split, out, **more)
 
 
-OPERATIONS = replace(LAUNCHED, linear_gelu=_linear_gelu, linear_add=_linear_add, linear_heads=_linear_heads)
+OPERATIONS = operations(launch, LAUNCHED.arrange)

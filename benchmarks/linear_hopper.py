@@ -7,21 +7,20 @@ neither share a tile of weights between two SMs nor leave neighbours of a row in
 import ctypes
 from collections.abc import Callable
 from ctypes import c_char_p, c_float, c_int, c_uint, c_uint32, c_uint64, c_void_p
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fluxserve.kernels import linear
+from benchmarks.library import operations
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.linear import RMS_EPSILON, Heads, Linear
-from fluxserve.kernels.operations import LAUNCHED
 
 ENDINGS = ("none", "gelu", "add", "heads")
 TILE_ROWS, TILE_COLUMNS, TILE_INNER, STAGES = 128, 256, 128, 4
 _SOURCE = Path(__file__).with_suffix(".cu")
+_ENDINGS = _SOURCE.with_name("linear_hopper_endings.cuh")
 _THREADS = 384
 _SHARED = STAGES * (TILE_ROWS + TILE_COLUMNS) * TILE_INNER + 2 * STAGES * 8
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -170,7 +169,8 @@ def compiled(ending: str) -> bytes:
     """The cubin of one ending. Raises RuntimeError with the compiler's words."""
     nvrtc, program = _nvrtc(), c_void_p()
     source = c_char_p(_SOURCE.read_bytes())
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, c_char_p(_SOURCE.name.encode()), 0, None, None)
+    headers, names = ((c_char_p * 1)(text) for text in (_ENDINGS.read_bytes(), _ENDINGS.name.encode()))
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, c_char_p(_SOURCE.name.encode()), 1, headers, names)
     options = [b"--gpu-architecture=sm_90a", b"--std=c++17", f"-DENDING={ENDINGS.index(ending)}".encode()]
     code = nvrtc.nvrtcCompileProgram(program, len(options), (c_char_p * len(options))(*options))
     if code:
@@ -205,41 +205,4 @@ def _check(code: int) -> None:
         raise RuntimeError(f"{_SOURCE.name}: {(name.value or b'').decode()} ({code})")
 
 
-def _arrange(w: Linear) -> Linear:
-    return permuted(w) if w.weight.dtype == E4M3 else w
-
-
-def _linear(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor) -> None:
-    if x.dtype != E4M3:
-        return linear.linear(x, x_scale, w, split, out)
-    return launch("none", x, x_scale, w, split, out)
-
-
-def _linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inverse: float, out: Tensor) -> None:
-    if x.dtype != E4M3:
-        return linear.linear_gelu(x, x_scale, w, split, inverse, out)
-    return launch("gelu", x, x_scale, w, split, out, inverse=inverse)
-
-
-def _linear_add(
-    x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor
-) -> None:
-    if x.dtype != E4M3:
-        return linear.linear_add(x, x_scale, w, split, gate, residual)
-    return launch("add", x, x_scale, w, split, residual, gate)
-
-
-def _linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
-    if x.dtype != E4M3:
-        return linear.linear_heads(x, x_scale, w, split, heads, out)
-    return launch("heads", x, x_scale, w, split, out, heads=heads)
-
-
-OPERATIONS = replace(
-    LAUNCHED,
-    arrange=_arrange,
-    linear=_linear,
-    linear_gelu=_linear_gelu,
-    linear_add=_linear_add,
-    linear_heads=_linear_heads,
-)
+OPERATIONS = operations(launch, permuted)

@@ -146,6 +146,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print each kernel's share")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.precision == "bf16" and args.sets != ["triton"]:
+        parser.error("--precision bf16 is for --sets triton: the others' products are FP8 alone")
     height, width = (int(side) for side in args.size.split("x"))
     tokens = FLUX1_DEV.text.t5_tokens + FLUX1_DEV.image_tokens(height, width)
     under = floor.measure(FLUX1_DEV.transformer, tokens, args.steps)
