@@ -76,7 +76,7 @@ class Pipeline:
         self._bounds: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
 
     def warm_up(self) -> None:
-        """One step of image-to-image at the default size, through every component.
+        """One step of image-to-image at the default size, through every component, twice: engines capture the second.
 
         So that no first request pays for what is loaded, compiled or captured late, and that what can't run fails now.
         """
@@ -89,7 +89,8 @@ class Pipeline:
             guidance=self.spec.defaults.guidance_scale,
             noise_seeds=(0,),
         )
-        self.draw([job])
+        for _ in range(2):
+            self.draw([job])
 
     def close(self) -> None:
         self._bounds.clear()
