@@ -1,0 +1,119 @@
+"""What an image needs besides the loop, part by part: text encoders, VAE both ways, the picture's encoding.
+
+    python -m benchmarks.random_weights /tmp/flux1 --double 1 --single 1        # or any FLUX.1 checkpoint
+    python -m benchmarks.around /tmp/flux1 [--precision fp8] [--size 1024x1024] [--profile] [--json OUT]
+
+The fused engine's components alone, each called again and again; none of them is calibrated, so a checkpoint is
+all that is needed. The last line on stdout is JSON.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.steps import PRECISIONS, profiled
+from benchmarks.surroundings import surroundings
+from benchmarks.timing import milliseconds, summary
+from fluxserve import checkpoint, imaging
+from fluxserve.engines.base import Bound
+from fluxserve.engines.fused import vae
+from fluxserve.engines.fused.clip import FusedClip
+from fluxserve.engines.fused.t5 import FusedT5
+from fluxserve.kernels.operations import LAUNCHED
+
+_DEVICE = torch.device("cuda")
+Made = Callable[[], Bound]
+
+
+def components(folder: checkpoint.Checkpoint, precision: str, size: tuple[int, int]) -> dict[str, Made]:
+    """Name → what opens it and binds it for one image."""
+    spec, p = folder.spec, PRECISIONS[precision]
+    height, width = spec.latent_size(*size)
+    latents, pixels = (1, spec.vae.latent_channels, height, width), (1, 3, *size)
+    t5, clip = (1, spec.text.t5_tokens), (1, spec.text.clip_tokens)
+    return {
+        "t5": lambda: FusedT5(folder, _DEVICE, p, LAUNCHED).bind({"input_ids": t5}),
+        "clip": lambda: FusedClip(folder, _DEVICE, p).bind({"input_ids": clip}),
+        "vae decoder": lambda: vae.decoder(folder, _DEVICE, p, LAUNCHED).bind({"latents": latents}),
+        "vae encoder": lambda: vae.encoder(folder, _DEVICE, p, LAUNCHED).bind({"pixels": pixels}),
+    }
+
+
+def fill(bound: Bound) -> None:
+    """Random numbers, or ids."""
+    generator = torch.Generator(_DEVICE).manual_seed(0)
+    for value in bound.inputs.values():
+        if value.dtype == torch.int64:
+            value.random_(0, 32, generator=generator)
+        else:
+            value.normal_(generator=generator)
+
+
+def measure(make: Made, repeats: int, profile: bool) -> dict[str, Any]:
+    """Milliseconds of a run, and of the host alone to start one; seconds to load; GiB that a run takes on top."""
+    begun = time.perf_counter()
+    bound = make()
+    torch.cuda.synchronize()
+    loaded = time.perf_counter() - begun
+    fill(bound)
+    for _ in range(3):  # as it is, captured, replayed
+        bound.run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    bound.run()
+    host = 1000 * (time.perf_counter() - begun)
+    found = summary(milliseconds(bound.run, repeats))
+    if profile:
+        print(profiled(bound.run))
+    finite = all(bool(torch.isfinite(out).all()) for out in bound.outputs.values())
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return {"ms": found, "host_ms": round(host, 2), "load_s": round(loaded, 1), "more_gib": round(peak, 2)} | {
+        "finite": finite
+    }
+
+
+def encoding(size: tuple[int, int], repeats: int) -> dict[str, Any]:
+    """PNG of a picture with gradients and noise; the host's time."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    noise = np.random.default_rng(0).normal(0, 4, (*size, 3))
+    image = (128 + 100 * np.sin(x / 90)[..., None] * np.cos(y / 70)[..., None] + noise).clip(0, 255).astype(np.uint8)
+    spent = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        imaging.write_image(image, "png", 90)
+        spent.append(1000 * (time.perf_counter() - begun))
+    return {"ms": summary(spent)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp8")
+    parser.add_argument("--size", default="1024x1024", metavar="HxW")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--profile", action="store_true", help="print each kernel's share")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    height, width = (int(side) for side in args.size.split("x"))
+    folder = checkpoint.read(args.checkpoint)
+    found: dict[str, Any] = {}
+    for name, make in components(folder, args.precision, (height, width)).items():
+        found[name] = measure(make, args.repeats, args.profile)
+        print(name, json.dumps(found[name]), flush=True)
+    found["png"] = encoding((height, width), args.repeats)
+    result = {"benchmark": "around", **surroundings(), "precision": args.precision, "size": args.size, "parts": found}
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
