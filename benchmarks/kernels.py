@@ -4,13 +4,14 @@
 
 The two ceilings are measured first: a large copy, and cuBLASLt's FP8 product of the same shape. Each kernel is captured
 in a graph and replayed over several sets of buffers, so that nothing is found in the L2 cache that a real step would
-not find there. --tilings tries other tiles for the products. The last line on stdout is JSON.
+not find there. --tilings tries other tiles for Triton's products. The last line on stdout is JSON.
 """
 
 import argparse
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from benchmarks import library, linear_hopper
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import replayed
 from fluxserve.kernels import linear as linears
@@ -28,6 +28,7 @@ from fluxserve.kernels.group_norm import group_norm
 from fluxserve.kernels.linear import Heads, Linear, Tiling
 from fluxserve.kernels.modulation import modulation
 from fluxserve.kernels.norm import norm
+from fluxserve.kernels.operations import LAUNCHED
 from fluxserve.spec import FLUX1_DEV
 
 TEXT = FLUX1_DEV.text.t5_tokens
@@ -74,28 +75,20 @@ def products() -> Iterator[Case]:
             out = sets(lambda c=columns, w=wide: draw(ROWS, c, dtype=E4M3 if w else torch.bfloat16))
             ending = name.split(",")[0]
 
-            def launch(i: int, ending=ending, x=x, w=weights, out=out, heads=heads, gate=gate, split=split) -> None:
+            def launch(
+                i: int, w: list[Linear], ending=ending, x=x, out=out, heads=heads, gate=gate, split=split
+            ) -> None:
                 if ending == "heads":
-                    linears.linear_heads(x[i], scale, w[i], split, heads, out[i])
+                    LAUNCHED.linear_heads(x[i], scale, w[i], split, heads, out[i])
                 elif ending == "gelu":
-                    linears.linear_gelu(x[i], scale, w[i], split, 20.0, out[i])
+                    LAUNCHED.linear_gelu(x[i], scale, w[i], split, 20.0, out[i])
                 else:
-                    linears.linear_add(x[i], None, w[i], split, gate, out[i])
-
-            def by_library(i: int, ending=ending, x=x, w=weights, out=out, heads=heads, gate=gate, split=split) -> None:
-                x_scale = None if ending == "add" else scale
-                library.launch(ending, x[i], x_scale, w[i], split, out[i], gate=gate, heads=heads, inverse=20.0)
-
-            permuted = [linear_hopper.permuted(w) for w in weights]
-
-            def in_cuda(i: int, ending=ending, x=x, w=permuted, out=out, heads=heads, gate=gate, split=split) -> None:
-                x_scale = None if ending == "add" else scale
-                linear_hopper.launch(ending, x[i], x_scale, w[i], split, out[i], gate=gate, heads=heads, inverse=20.0)
+                    LAUNCHED.linear_add(x[i], None, w[i], split, gate, out[i])
 
             moved = x[0].nbytes + weights[0].weight.nbytes + out[0].nbytes * (1 if wide else 2)
-            yield f"{name}, {streams} streams", launch, moved, 2 * ROWS * columns * inner
-            yield f"{name}, {streams} streams, cuBLASLt + ending", by_library, moved, 2 * ROWS * columns * inner
-            yield f"{name}, {streams} streams, CUDA", in_cuda, moved, 2 * ROWS * columns * inner
+            ours = [LAUNCHED.arrange(w) for w in weights]
+            yield f"{name}, {streams} streams", partial(launch, w=ours), moved, 2 * ROWS * columns * inner
+            yield f"{name}, {streams} streams, Triton", partial(launch, w=weights), moved, 2 * ROWS * columns * inner
 
 
 def _linear(streams: int, columns: int, inner: int) -> Linear:
@@ -174,7 +167,7 @@ def measure(only: str, tilings: bool) -> list[dict[str, object]]:
         if only not in case[0]:
             continue
         found.append(row(case, copy_rate))
-        for tiling in TILINGS if tilings and case[0].endswith("streams") else []:
+        for tiling in TILINGS if tilings and case[0].endswith("Triton") else []:
             with mock.patch.object(linears, "tiling", lambda *_, t=tiling: t):
                 try:
                     found.append(row(case, copy_rate, tiling=str(tiling)))
@@ -187,7 +180,7 @@ def measure(only: str, tilings: bool) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="kernels whose names hold this")
-    parser.add_argument("--tilings", action="store_true", help="try other tiles for the products")
+    parser.add_argument("--tilings", action="store_true", help="try other tiles for Triton's products")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     result = {"benchmark": "kernels", **surroundings(), "kernels": measure(args.only, args.tilings)}

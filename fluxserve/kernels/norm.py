@@ -15,6 +15,7 @@ from torch import Tensor
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, SMALLEST_AMAX, quantise_rows
 
 EPSILON = 1e-6
+_WARPS = 8
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def norm(x: Tensor, shift: Tensor, scale: Tensor, split: int, data: Tensor, row_
         SMALLEST_AMAX,
         E4M3_LARGEST=E4M3_MAX,
         BLOCK=triton.next_power_of_2(columns),
-        num_warps=8,
+        num_warps=_WARPS,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fluxserve.kernels import add, attention, group_norm, linear, modulation, norm, rows
+from fluxserve.kernels import add, attention, group_norm, linear, linear_hopper, modulation, norm, rows
 from fluxserve.kernels.linear import Linear
 
 
@@ -31,17 +31,27 @@ class Operations:
     add: Callable[..., Tensor]
 
 
-def _as_they_are(w: Linear) -> Linear:
+def as_they_are(w: Linear) -> Linear:
     return w
 
 
+def _product(name: str) -> Callable[..., None]:
+    """In CUDA where the weights lie as its kernel wants them, in Triton everywhere else."""
+    in_cuda, in_triton = getattr(linear_hopper, name), getattr(linear, name)
+
+    def launch(x: Tensor, x_scale: Tensor | None, w: Linear, *rest: object) -> None:
+        (in_cuda if isinstance(w, linear_hopper.Arranged) else in_triton)(x, x_scale, w, *rest)
+
+    return launch
+
+
 LAUNCHED = Operations(
-    arrange=_as_they_are,
+    arrange=linear_hopper.arranged,
     norm=norm.norm,
-    linear=linear.linear,
-    linear_gelu=linear.linear_gelu,
-    linear_add=linear.linear_add,
-    linear_heads=linear.linear_heads,
+    linear=_product("linear"),
+    linear_gelu=_product("linear_gelu"),
+    linear_add=_product("linear_add"),
+    linear_heads=_product("linear_heads"),
     attention=attention.attention,
     modulation=modulation.modulation,
     rows=rows.rows,
@@ -52,7 +62,7 @@ LAUNCHED = Operations(
 )
 
 PLAIN = Operations(
-    arrange=_as_they_are,
+    arrange=as_they_are,
     norm=norm.plain_norm,
     linear=linear.plain_linear,
     linear_gelu=linear.plain_linear_gelu,

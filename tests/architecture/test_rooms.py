@@ -27,7 +27,7 @@ IMPORTS = {
     "tensorrt": ("fluxserve/engines/tensorrt_library.py",),
     "tensorrt_rtx": ("fluxserve/engines/tensorrt_library.py",),
     "onnxruntime": ("fluxserve/engines/onnxruntime.py",),
-    "triton": ("fluxserve/kernels/", "benchmarks/kernels.py", "benchmarks/library.py"),
+    "triton": ("fluxserve/kernels/", "benchmarks/kernels.py"),
     "cudnn": ("fluxserve/kernels/",),
     "modelopt": ("export/",),
     "diffusers": ("fluxserve/engines/torch_eager.py", "export/", "training/", "benchmarks/"),

@@ -8,7 +8,7 @@ from fluxserve.kernels.fp8 import E4M3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 
-STEP = {torch.float32: 2**-22, torch.bfloat16: 2**-8, E4M3: 2**-3}
+STEP = {torch.float32: 2**-22, torch.bfloat16: 2**-7, E4M3: 2**-3}
 """Distance of two neighbours, relative to them: rounding may change a number by half of it."""
 
 RESULTS = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, E4M3]

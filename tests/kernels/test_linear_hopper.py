@@ -1,10 +1,10 @@
-"""The CUDA contender of the benchmarks: what it is launched with anywhere, what it computes on a GPU."""
+"""linear_hopper: what it is launched with anywhere, what it computes on a GPU."""
 
 import pytest
 import torch
 
-from benchmarks import linear_hopper as hopper
 from fluxserve.kernels import linear as kernels
+from fluxserve.kernels import linear_hopper as hopper
 from fluxserve.kernels.fp8 import E4M3
 from tests.kernels.judge import DEVICE, INTERPRETED, of_product, poisoned, random, same
 from tests.kernels.test_linear import HEAD, heads_of, operands
@@ -21,19 +21,22 @@ def test_each_thread_has_neighbours() -> None:
 
 def test_weights_are_permuted_and_nothing_else() -> None:
     _, _, w = operands(1, 512, 96, E4M3)
-    made = hopper.permuted(w)
+    made = hopper.arranged(w)
     order = hopper.neighbours()
     assert torch.equal(made.weight[1, 32:64].float(), w.weight[1, 32:64].float()[order])
     assert made.scale is w.scale and made.bias is w.bias
-    with pytest.raises(ValueError, match="columns: got 384; expected a multiple of 256"):
-        hopper.permuted(operands(1, 384, 96, E4M3)[2])
+    for other in (operands(1, 384, 96, E4M3)[2], operands(1, 512, 72, E4M3)[2], operands(1, 512, 96, torch.float32)[2]):
+        assert hopper.arranged(other) is other, "the general kernel's"
 
 
 @pytest.mark.parametrize("ending", hopper.ENDINGS)
 def test_what_it_was_not_built_for_is_refused(ending: str) -> None:
-    x, _, w = operands(4, 768, 128, E4M3)
+    x, _, plain = operands(4, 768, 128, E4M3)
+    w = hopper.arranged(plain)
     bf16 = ending in ("none", "add")
     right, wrong = (torch.empty(4, 768, dtype=t, device=DEVICE) for t in (torch.bfloat16, E4M3)[:: 1 if bf16 else -1])
+    with pytest.raises(ValueError, match="w: got"):
+        hopper.launch(ending, x, None, plain, 0, right)
     with pytest.raises(ValueError, match="out: got"):
         hopper.launch(ending, x, None, w, 0, wrong)
     with pytest.raises(ValueError, match="x: got"):
@@ -50,7 +53,7 @@ def test_parts_of_wider_rows_static_scales_and_again() -> None:
     rows, d = 4608, 3072
     wide = random(rows, 5 * d, seed=1).clamp(-400, 400).to(E4M3)
     _, _, w = operands(1, d, 5 * d, E4M3, streams=1)
-    gate, before, own = random(1, d, seed=2), random(rows, d, seed=3).to(torch.bfloat16), hopper.permuted(w)
+    gate, before, own = random(1, d, seed=2), random(rows, d, seed=3).to(torch.bfloat16), hopper.arranged(w)
     expected, results = before.float(), []
     kernels.plain_linear_add(wide, None, w, 0, gate, expected)
     for _ in range(10):
@@ -63,7 +66,7 @@ def test_parts_of_wider_rows_static_scales_and_again() -> None:
     out, plain = wide[:, d:], torch.empty(rows, 4 * d, device=DEVICE)
     x = random(rows, 3 * d, seed=4).clamp(-400, 400).to(E4M3)[:, :d]
     kernels.plain_linear_gelu(x, None, up, 0, 2.0, plain)
-    hopper.launch("gelu", x, None, hopper.permuted(up), 0, out, inverse=2.0)
+    hopper.launch("gelu", x, None, hopper.arranged(up), 0, out, inverse=2.0)
     same(out, plain.clamp(-448, 448), E4M3, of_product(E4M3) + 2**-10)
 
 
@@ -74,7 +77,7 @@ def test_parts_of_wider_rows_static_scales_and_again() -> None:
 @pytest.mark.parametrize("ending", hopper.ENDINGS)
 def test_as_the_reference(rows: int, columns: int, inner: int, ending: str) -> None:
     x, x_scale, w = operands(rows, columns, inner, E4M3)
-    split, gate, heads, own = rows // 9, random(2, columns, seed=6), heads_of(rows, 2), hopper.permuted(w)
+    split, gate, heads, own = rows // 9, random(2, columns, seed=6), heads_of(rows, 2), hopper.arranged(w)
     assert heads.factors.shape[-1] == HEAD
     bf16 = ending in ("none", "add")
     before = random(rows, columns, seed=7).to(torch.bfloat16)

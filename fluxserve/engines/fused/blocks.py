@@ -96,10 +96,11 @@ class DoubleBlock:
         scales = of_block(found, name, hidden, spec.attention_head_dim) if found else BlockScales()
 
         def linear(modules: Sequence[Sequence[str]], inputs: int, factor: float = 1.0) -> Linear:
-            return stack(read, _of(name, modules), inputs, precision, run, [factor, factor])
+            return stack(read, _of(name, modules), inputs, precision, [factor, factor], arrange=run.arrange)
 
         parts = [[f"attn.{q.format(part)}" for part in "qkv"] for q, *_ in _DOUBLE_STREAMS]
-        qkv = stack(read, _of(name, parts), width, precision, run, order=_order(spec, read.device))
+        order = _order(spec, read.device)
+        qkv = stack(read, _of(name, parts), width, precision, order=order, arrange=run.arrange)
         norms = [f"{name}.attn.{norm}" for _, _, norm, _ in _DOUBLE_STREAMS]
         self._attention = _Attention(spec, qkv, _norms(read, norms, spec), scales)
         self._out = linear([[f"attn.{out}"] for _, out, _, _ in _DOUBLE_STREAMS], width, scales.out)
@@ -136,12 +137,14 @@ class SingleBlock:
         name, width = f"single_transformer_blocks.{index}", spec.hidden_size
         scales = of_block(found, name, ("proj_out",), spec.attention_head_dim) if found else BlockScales()
         parts = [[f"attn.to_{part}" for part in "qkv"]]
-        qkv = stack(read, _of(name, parts), width, precision, run, order=_order(spec, read.device))
+        order = _order(spec, read.device)
+        qkv = stack(read, _of(name, parts), width, precision, order=order, arrange=run.arrange)
         self._attention = _Attention(spec, qkv, _norms(read, [f"{name}.attn.norm_{{}}"], spec), scales)
-        self._up = stack(read, [[f"{name}.proj_mlp"]], width, precision, run)
+        self._up = stack(read, [[f"{name}.proj_mlp"]], width, precision, arrange=run.arrange)
         factors = torch.full(((1 + MLP_RATIO) * width,), scales.hidden, device=read.device)
         factors[:width] = scales.out
-        self._out = stack(read, [[f"{name}.proj_out"]], len(factors), precision, run, [factors])
+        out = [[f"{name}.proj_out"]]
+        self._out = stack(read, out, len(factors), precision, [factors], arrange=run.arrange)
         self._inverse_hidden = 1 / scales.hidden
 
     def __call__(self, run: Operations, b: Buffers, modulation: Tensor) -> None:

@@ -47,15 +47,15 @@ class _Shape:
 
 
 class _Layer:
-    def __init__(self, read: Reader, index: int, width: int, precision: Precision, run: Operations) -> None:
+    def __init__(self, read: Reader, index: int, width: int, precision: Precision) -> None:
         block = f"encoder.block.{index}.layer"
         attention, mlp = f"{block}.0.SelfAttention", f"{block}.1.DenseReluDense"
         self.norm = read.shaped(f"{block}.0.layer_norm.weight", width).float()
-        self.qkv = stack(read, [[f"{attention}.{part}" for part in "qkv"]], width, precision, run)
-        self.out = stack(read, [[f"{attention}.o"]], self.qkv.weight.shape[1] // 3, precision, run)
+        self.qkv = stack(read, [[f"{attention}.{part}" for part in "qkv"]], width, precision)
+        self.out = stack(read, [[f"{attention}.o"]], self.qkv.weight.shape[1] // 3, precision)
         self.mlp_norm = read.shaped(f"{block}.1.layer_norm.weight", width).float()
-        self.up = stack(read, [[f"{mlp}.wi_0", f"{mlp}.wi_1"]], width, precision, run)
-        self.down = stack(read, [[f"{mlp}.wo"]], self.up.weight.shape[1] // 2, precision, run)
+        self.up = stack(read, [[f"{mlp}.wi_0", f"{mlp}.wi_1"]], width, precision)
+        self.down = stack(read, [[f"{mlp}.wo"]], self.up.weight.shape[1] // 2, precision)
 
 
 class FusedT5:
@@ -69,7 +69,7 @@ class FusedT5:
         width = self.embedding.shape[1]
         table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         self.positions = read.shaped(table, self.shape.buckets, self.shape.heads).float()
-        self.layers: list[_Layer] = [_Layer(read, i, width, precision, run) for i in range(self.shape.layers)]
+        self.layers: list[_Layer] = [_Layer(read, i, width, precision) for i in range(self.shape.layers)]
         self.norm = read.shaped("encoder.final_layer_norm.weight", width).float()
         read.refuse_rest()
 

@@ -1,6 +1,6 @@
 """Weights on their way from safetensors to the device: read one by one, put together, quantised, never held twice."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from fluxserve.errors import CheckpointError
 from fluxserve.kernels.fp8 import E4M3, quantise_rows
 from fluxserve.kernels.linear import Linear
-from fluxserve.kernels.operations import Operations
+from fluxserve.kernels.operations import as_they_are
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ def stack(
     names: Sequence[Sequence[str]],
     inputs: int,
     precision: Precision,
-    run: Operations,
     factors: Sequence[Tensor | float] = (),
     order: Tensor | None = None,
+    arrange: Callable[[Linear], Linear] = as_they_are,
 ) -> Linear:
     """Linear layers as one: outputs of several behind each other, in one or two streams. All have a bias, or none.
 
@@ -100,6 +100,7 @@ def stack(
         factors: for each stream what its inputs were divided by when they were quantised with a static scale, one
             number or one per feature; the weights are multiplied by it before they are quantised themselves.
         order: which output comes where; None: as they are.
+        arrange: how a set of operations wants weights to lie.
     """
     weights: Tensor | None = None
     scales, biases = [], []
@@ -117,7 +118,7 @@ def stack(
         weights[index].copy_(weight)
     assert weights is not None, "no streams"
     stacked = [torch.stack(rows) if rows else None for rows in (scales, biases)]
-    return run.arrange(Linear(weights, *stacked))
+    return arrange(Linear(weights, *stacked))
 
 
 def _matrix(read: Reader, module: str, inputs: int) -> Tensor:

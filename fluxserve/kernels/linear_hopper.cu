@@ -112,6 +112,11 @@ __device__ __forceinline__ void barrier_arrive(u64 *b, u32 rank) {
       : "memory");
 }
 
+// All that kernels before this one wrote is there, and nobody reads any more what this one writes.
+__device__ __forceinline__ void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -180,22 +185,32 @@ struct Shared {
   u64 full[STAGES], empty[STAGES];
 };
 
+// Weights are nobody's output: as many of them as there are stages are fetched while the kernel before is still at its end.
 __device__ __forceinline__ void produce(
     Shared &s, const TensorMap *x, const TensorMap *w, const Parameters &p, const Plan &plan) {
   int rank = plan.rank;
-  u32 at = 0;
+  u32 at = 0, early = 0;
   for (int round = 0;; round++) {
     Item item = item_of(plan, p, round);
     if (!item.end) break;
     Tile t = tile_of(p, plan, item.tile);
     int row_b = t.stream * p.N + t.column + rank * (COLUMNS / 2);
+    if (round == 0) {
+      for (; early < STAGES && item.begin + early < item.end; early++) {
+        barrier_expect(&s.full[early], A_BYTES + B_BYTES);
+        load_for_both(s.b[early] + rank * (B_BYTES / 2), w, &s.full[early], (item.begin + early) * INNER, row_b);
+      }
+      await_previous();
+    }
     for (int step = item.begin; step < item.end; step++, at++) {
       int k = step * INNER;
       int stage = at % STAGES;
-      barrier_wait(&s.empty[stage], at / STAGES & 1 ^ 1);
-      barrier_expect(&s.full[stage], A_BYTES + B_BYTES);
+      if (at >= early) {
+        barrier_wait(&s.empty[stage], at / STAGES & 1 ^ 1);
+        barrier_expect(&s.full[stage], A_BYTES + B_BYTES);
+        load_for_both(s.b[stage] + rank * (B_BYTES / 2), w, &s.full[stage], k, row_b);
+      }
       load(s.a[stage], x, &s.full[stage], k, t.row);
-      load_for_both(s.b[stage] + rank * (B_BYTES / 2), w, &s.full[stage], k, row_b);
     }
   }
 }
@@ -238,6 +253,10 @@ __device__ __forceinline__ void consume(Shared &s, const Parameters &p, const Pl
   int lane = threadIdx.x % 32, row_of_thread = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
   u32 at = 0;
   float d[128];
+  await_previous();
+#if SKEW
+  if (group && item_of(plan, p, 0).end - item_of(plan, p, 0).begin > SKEW) barrier_wait(&s.full[SKEW], 0);
+#endif
   for (int round = 0;; round++) {
     Item item = item_of(plan, p, round);
     if (!item.end) break;
@@ -291,6 +310,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
+  let_next_begin();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) produce(s, &x, &w, p, plan);

@@ -67,49 +67,59 @@ __device__ __forceinline__ void neighbours(float (&y)[8], const float (&d)[128],
   for (int i = 0; i < 8; i++) y[i] = d[g * 16 + i / 2 * 4 + half * 2 + i % 2];
 }
 
+// Both heads of a tile together, because they turn by the same angles: cos and sin are read once for both.
 __device__ __forceinline__ void store_heads(float (&d)[128], const Parameters &p, const Tile &t, int row, int lane) {
+  int lane_column = lane % 4 * 8, which[2];
 #pragma unroll
-  for (int head = 0; head < 2; head++) {
-    int which = (t.column + head * HEAD) / (p.N / 3), lane_column = lane % 4 * 8;
+  for (int head = 0; head < 2; head++) which[head] = (t.column + head * HEAD) / (p.N / 3);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      int at_row = row + half * 8;
-      float square = 0, y[4][8];
+  for (int half = 0; half < 2; half++) {
+    float inverse[2];
 #pragma unroll
-      for (int g = 0; g < 4; g++) {
-        neighbours(y[g], d, head * 4 + g, half);
+    for (int head = 0; head < 2; head++) {
+      float square = 0;
 #pragma unroll
-        for (int i = 0; i < 8; i++) square += y[g][i] * y[g][i];
+      for (int i = 0; i < 32; i++) {
+        float y = d[head * 64 + i / 2 * 4 + half * 2 + i % 2];
+        square += y * y;
       }
       square += __shfl_xor_sync(0xffffffff, square, 1);
       square += __shfl_xor_sync(0xffffffff, square, 2);
-      float inverse = which < 2 ? rsqrtf(square / HEAD + p.epsilon) : 1.0f;
-      if (at_row >= t.end) continue;
-      const float *factors = p.factors + (t.stream * 3 + which) * HEAD + lane_column;
+      inverse[head] = which[head] < 2 ? rsqrtf(square / HEAD + p.epsilon) : 1.0f;
+    }
+    int at_row = row + half * 8;
+    if (at_row >= t.end) continue;
 #pragma unroll
-      for (int g = 0; g < 4; g++) {
-        float f[8];
-        load8(f, factors + g * 32);
-#pragma unroll
-        for (int i = 0; i < 8; i++) y[g][i] *= inverse * f[i];
+    for (int g = 0; g < 2; g++) {
+      float c[8], s[8];
+      if (which[0] < 2) {  // which only grows
+        load8(c, p.cos + (long)at_row * (HEAD / 2) + g * 32 + lane_column);
+        load8(s, p.sin + (long)at_row * (HEAD / 2) + g * 32 + lane_column);
       }
-      if (which < 2) {
 #pragma unroll
-        for (int g = 0; g < 2; g++) {
-          float c[8], s[8];
-          load8(c, p.cos + (long)at_row * (HEAD / 2) + g * 32 + lane_column);
-          load8(s, p.sin + (long)at_row * (HEAD / 2) + g * 32 + lane_column);
+      for (int head = 0; head < 2; head++) {
+        const float *factors = p.factors + (t.stream * 3 + which[head]) * HEAD + g * 32 + lane_column;
+        float first[8], second[8], f[8];
+        neighbours(first, d, head * 4 + g, half);
+        neighbours(second, d, head * 4 + g + 2, half);
+        load8(f, factors);
+#pragma unroll
+        for (int i = 0; i < 8; i++) first[i] *= inverse[head] * f[i];
+        load8(f, factors + HEAD / 2);
+#pragma unroll
+        for (int i = 0; i < 8; i++) second[i] *= inverse[head] * f[i];
+        if (which[head] < 2) {
 #pragma unroll
           for (int i = 0; i < 8; i++) {
-            float first = y[g][i], second = y[g + 2][i];
-            y[g][i] = first * c[i] - second * s[i];
-            y[g + 2][i] = second * c[i] + first * s[i];
+            float real = first[i], imaginary = second[i];
+            first[i] = real * c[i] - imaginary * s[i];
+            second[i] = imaginary * c[i] + real * s[i];
           }
         }
+        long at = (long)at_row * p.out_stride + t.column + head * HEAD + g * 32 + lane_column;
+        store8_e4m3(p.out, at, first);
+        store8_e4m3(p.out, at + HEAD / 2, second);
       }
-      long at = (long)at_row * p.out_stride + t.column + head * HEAD + lane_column;
-#pragma unroll
-      for (int g = 0; g < 4; g++) store8_e4m3(p.out, at + g * 32, y[g]);
     }
   }
 }

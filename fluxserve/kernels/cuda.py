@@ -1,0 +1,150 @@
+"""Kernels in CUDA C++: compiled by NVRTC, which comes with PyTorch, kept on disk, launched through the driver.
+
+A kernel is compiled once for its source, options and compiler: half a second, then a file in the cache below the user's
+home. A cache that can't be written costs that half second at every start, and a line in the log.
+
+Launches may overlap (programmatic dependent launch): a kernel's first instructions run while the one before it is still
+at its end. Every kernel here waits (griddepcontrol.wait) before it reads what others wrote or writes anything.
+"""
+
+import ctypes
+import hashlib
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from ctypes import c_char_p, c_int, c_uint, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from fluxserve.errors import LibraryMissing
+
+log = logging.getLogger(__name__)
+
+CACHE = Path.home() / ".cache" / "fluxserve" / "kernels"
+_ARCHITECTURE = "sm_90a"
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # of CUlaunchAttributeID
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute; its value is a union of 64 bytes."""
+
+    _fields_ = [("id", c_int), ("pad", c_int), ("value", c_int), ("rest", ctypes.c_char * 60)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        *((f"{kind}{axis}", c_uint) for kind in ("grid", "block") for axis in "xyz"),
+        ("shared", c_uint),
+        ("stream", c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", c_uint),
+    ]
+
+
+_OVERLAPPED = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function on the device; threads and bytes of dynamic shared memory of a block."""
+
+    function: c_void_p
+    threads: int
+    shared: int
+
+    def launch(self, blocks: int, *arguments: int) -> None:
+        """On the current stream. Arguments are addresses of what the kernel takes. Raises RuntimeError."""
+        stream = torch.cuda.current_stream().cuda_stream
+        config = _Config(blocks, 1, 1, self.threads, 1, 1, self.shared, stream, ctypes.pointer(_OVERLAPPED), 1)
+        pointers = (c_void_p * len(arguments))(*arguments)
+        check(driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
+
+
+def load(source: Path, name: str, defines: Sequence[str], threads: int, shared: int) -> Kernel:
+    """Compile or find, and load on the current device. Raises RuntimeError with the compiler's or driver's words."""
+    torch.cuda.current_stream()  # PyTorch's context is this thread's
+    module, function = c_void_p(), c_void_p()
+    cubin = compiled(source, defines)
+    check(driver().cuModuleLoadData(ctypes.byref(module), c_char_p(cubin)))
+    check(driver().cuModuleGetFunction(ctypes.byref(function), module, c_char_p(name.encode())))
+    check(driver().cuFuncSetAttribute(function, c_int(_MAX_DYNAMIC_SHARED), c_int(shared)))
+    return Kernel(function, threads, shared)
+
+
+def compiled(source: Path, defines: Sequence[str]) -> bytes:
+    """The cubin of a source with these macros ("NAME=value"); headers are all .cuh files beside it."""
+    headers = {file.name: file.read_bytes() for file in sorted(source.parent.glob("*.cuh"))}
+    options = [f"--gpu-architecture={_ARCHITECTURE}", "--std=c++17", *(f"-D{define}" for define in defines)]
+    parts = [source.read_bytes(), *headers.values(), *(o.encode() for o in options), repr(_version()).encode()]
+    digest = hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
+    kept = CACHE / f"{source.stem}-{digest}.cubin"
+    if kept.is_file():
+        return kept.read_bytes()
+    cubin = _compile(source, headers, options)
+    try:
+        _keep(kept, cubin)
+    except OSError as error:
+        log.warning("%s is compiled at every start: %s", source.name, error)
+    return cubin
+
+
+def _keep(file: Path, content: bytes) -> None:
+    """Whole or not at all, whoever else is writing it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as partial:
+        partial.write(content)
+    Path(partial.name).replace(file)
+
+
+def _compile(source: Path, headers: dict[str, bytes], options: Sequence[str]) -> bytes:
+    nvrtc, program, count = _nvrtc(), c_void_p(), len(headers)
+    contents, names = ((c_char_p * count)(*texts) for texts in (headers.values(), (n.encode() for n in headers)))
+    text = c_char_p(source.read_bytes())
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, c_char_p(source.name.encode()), count, contents, names)
+    given = (c_char_p * len(options))(*(option.encode() for option in options))
+    if nvrtc.nvrtcCompileProgram(program, len(options), given):
+        raise RuntimeError(_text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode())
+    return _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+
+
+def _text(size_of: Callable[..., int], get: Callable[..., int], program: c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    size_of(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    get(program, buffer)
+    return buffer.raw
+
+
+@cache
+def driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    """PyTorch has loaded its own already, wherever it lies."""
+    major = (torch.version.cuda or "13").split(".")[0]
+    try:
+        return ctypes.CDLL(f"libnvrtc.so.{major}")
+    except OSError as error:
+        raise LibraryMissing("nvrtc", comes_with="a CUDA build of PyTorch") from error
+
+
+def _version() -> tuple[int, int]:
+    major, minor = c_int(), c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def check(code: int) -> None:
+    """Raises RuntimeError with the driver's name for what went wrong."""
+    if code:
+        name = c_char_p()
+        driver().cuGetErrorName(c_int(code), ctypes.byref(name))
+        raise RuntimeError(f"CUDA driver: {(name.value or b'').decode()} ({code})")

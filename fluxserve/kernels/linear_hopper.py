@@ -1,0 +1,182 @@
+"""`kernels.linear` in CUDA C++ for E4M3 (linear_hopper.cu): what FLUX's blocks run on a Hopper GPU.
+
+Triton can neither share a tile of weights between two SMs nor leave neighbours of a row in one thread; this can. It
+takes weights whose rows were put into another order (`arranged`); everything else of `kernels.linear`'s contract holds.
+"""
+
+import ctypes
+from ctypes import c_float, c_int, c_uint, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fluxserve.kernels import cuda
+from fluxserve.kernels.fp8 import E4M3
+from fluxserve.kernels.linear import RMS_EPSILON, Heads, Linear
+
+ENDINGS = ("none", "gelu", "add", "heads")
+TILE_ROWS, TILE_COLUMNS, TILE_INNER, STAGES = 128, 256, 128, 4
+_SOURCE = Path(__file__).with_suffix(".cu")
+_THREADS = 384
+_SHARED = STAGES * (TILE_ROWS + TILE_COLUMNS) * TILE_INNER + 2 * STAGES * 8
+_ALIGNMENT = 16  # bytes, of a row that TMA reads
+_UINT8, _SWIZZLE_128B, _PROMOTION_256B = 0, 3, 3  # of CUtensorMap
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+_HEAD = 128
+
+
+class _Parameters(ctypes.Structure):
+    """As linear_hopper.cu has it."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("x_scale", "w_scale", "bias", "out", "gate", "factors", "cos", "sin")),
+        *((name, c_void_p) for name in ("workspace", "arrived")),
+        *((name, c_float) for name in ("inverse", "epsilon")),
+        *((name, c_int) for name in ("M", "N", "K", "split", "second", "out_stride")),
+    ]
+
+
+def neighbours() -> Tensor:
+    """Which of 32 outputs stands where in the weights, so that each thread's share of a product are eight neighbours.
+
+    wgmma leaves columns 8j + 2q and 8j + 2q + 1, for j = 0…3, in the thread with q = lane % 4; they become 8q … 8q + 7.
+    """
+    q, j, b = (torch.arange(n) for n in (4, 4, 2))
+    order = torch.empty(32, dtype=torch.long)
+    order[(8 * j[None, :, None] + 2 * q[:, None, None] + b).flatten()] = (
+        8 * q[:, None, None] + 2 * j[None, :, None] + b
+    ).flatten()
+    return order
+
+
+@dataclass(frozen=True)
+class Arranged(Linear):
+    """A Linear whose weights lie as the kernel wants them; scales and bias stay in the order of the outputs."""
+
+
+def arranged(w: Linear) -> Linear:
+    """For this kernel, if it takes it: E4M3, outputs in whole tiles, rows that TMA can read. Else as it was."""
+    streams, columns, inner = w.weight.shape
+    if w.weight.dtype != E4M3 or columns % TILE_COLUMNS or inner % _ALIGNMENT:
+        return w
+    raw = w.weight.view(torch.uint8).view(streams, columns // 32, 32, inner)
+    weight = raw[:, :, neighbours().to(raw.device)].reshape(streams, columns, inner).view(w.weight.dtype)
+    zeros = torch.zeros(streams, columns, dtype=torch.float32, device=weight.device)
+    return Arranged(weight, zeros + 1 if w.scale is None else w.scale, zeros if w.bias is None else w.bias)
+
+
+def launch(
+    ending: str,
+    x: Tensor,
+    x_scale: Tensor | None,
+    w: Linear,
+    split: int,
+    out: Tensor,
+    gate: Tensor | None = None,
+    heads: Heads | None = None,
+    inverse: float = 1.0,
+) -> None:
+    """As `kernels.linear` would. Raises ValueError for what this kernel was not built for."""
+    _refuse(ending, x, w, out, gate, heads)
+    (rows, inner), (streams, columns, _) = x.shape, w.weight.shape
+    parameters = _Parameters(
+        *(None if t is None else t.data_ptr() for t in (x_scale, w.scale, w.bias, out, gate)),
+        *((heads.factors.data_ptr(), heads.cos.data_ptr(), heads.sin.data_ptr()) if heads else (None,) * 3),
+        *(t.data_ptr() for t in _meeting_place()),
+        inverse,
+        RMS_EPSILON,
+        rows,
+        columns,
+        inner,
+        split,
+        streams - 1,
+        out.stride(0),
+    )
+    maps = [_map(t.data_ptr(), *t.shape, t.stride(0)) for t in (x, w.weight.view(streams * columns, inner))]
+    _kernel(ending).launch(_programs(), *(m.address for m in maps), ctypes.addressof(parameters))
+
+
+def _refuse(ending: str, x: Tensor, w: Linear, out: Tensor, gate: Tensor | None, heads: Heads | None) -> None:
+    if not isinstance(w, Arranged):
+        raise ValueError(f"w: got {tuple(w.weight.shape)} as it is; expected it `arranged`")
+    wanted = E4M3 if ending in ("gelu", "heads") else torch.bfloat16
+    if out.dtype != wanted or out.stride(1) != 1 or out.stride(0) % 16 or out.data_ptr() % 16:
+        raise ValueError(f"out: got {out.dtype}, strides {out.stride()}; expected {wanted}, rows at multiples of 16")
+    if x.dtype != E4M3 or x.stride(1) != 1:
+        raise ValueError(f"x: got {x.dtype}, strides {x.stride()}; expected E4M3, row by row")
+    if ending == "add" and gate is None:
+        raise ValueError("gate: got none; expected one for each output")
+    if heads and heads.factors.shape[-1] != _HEAD:
+        raise ValueError(f"head_dim: got {heads.factors.shape[-1]}; expected {_HEAD}")
+
+
+@cache
+def _meeting_place() -> tuple[Tensor, Tensor]:
+    """Where parts of tiles meet: at most one tile's sums of each program, and a count for each warpgroup.
+
+    One for all launches, which therefore must follow each other on one stream.
+    """
+    programs = _programs()
+    sums = torch.empty(programs * TILE_ROWS * TILE_COLUMNS, dtype=torch.float32, device="cuda")
+    return sums, torch.zeros(2 * programs, dtype=torch.int32, device="cuda")
+
+
+@cache
+def _programs() -> int:
+    """One for each SM, in pairs."""
+    return torch.cuda.get_device_properties().multi_processor_count // 2 * 2
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A CUtensorMap, which wants an address at a multiple of 64, and the memory that it lies in."""
+
+    address: int
+    memory: object
+
+
+@lru_cache(2048)
+def _map(address: int, rows: int, inner: int, stride: int) -> _Map:
+    """Over a byte matrix, in tiles of 128 rows and 128 bytes. A launch takes a copy."""
+    memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+    aligned = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+    code = cuda.driver().cuTensorMapEncodeTiled(
+        c_void_p(aligned),
+        c_uint(_UINT8),
+        c_uint32(2),
+        c_void_p(address),
+        (c_uint64 * 2)(inner, rows),
+        (c_uint64 * 1)(stride),
+        (c_uint32 * 2)(TILE_INNER, TILE_ROWS),
+        (c_uint32 * 2)(1, 1),
+        c_uint(0),
+        c_uint(_SWIZZLE_128B),
+        c_uint(_PROMOTION_256B),
+        c_uint(0),
+    )
+    cuda.check(code)
+    return _Map(aligned, memory)
+
+
+@cache
+def _kernel(ending: str) -> cuda.Kernel:
+    return cuda.load(_SOURCE, "linear", [f"ENDING={ENDINGS.index(ending)}"], _THREADS, _SHARED)
+
+
+def linear(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor) -> None:
+    launch("none", x, x_scale, w, split, out)
+
+
+def linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inverse: float, out: Tensor) -> None:
+    launch("gelu", x, x_scale, w, split, out, inverse=inverse)
+
+
+def linear_add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor) -> None:
+    launch("add", x, x_scale, w, split, residual, gate=gate)
+
+
+def linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
+    launch("heads", x, x_scale, w, split, out, heads=heads)
