@@ -25,7 +25,8 @@ from fluxserve.kernels import linear as linears
 from fluxserve.kernels.attention import attention
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.group_norm import group_norm
-from fluxserve.kernels.linear import Heads, Linear, Tiling
+from fluxserve.kernels.layers import Heads, Linear
+from fluxserve.kernels.linear import Tiling
 from fluxserve.kernels.modulation import modulation
 from fluxserve.kernels.norm import norm
 from fluxserve.kernels.operations import LAUNCHED

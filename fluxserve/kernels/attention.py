@@ -59,20 +59,18 @@ class _Plan:
             names = ("descale_q", "descale_k", "descale_v", "scale_o", "descale_s", "scale_s")
             given = dict(zip(names, self._scalars, strict=True))
             out, _, *maxima = graph.sdpa_fp8(q=q, k=k, v=v, is_inference=True, attn_scale=dim**-0.5, **given)
-            for maximum in maxima:
-                maximum.set_output(True).set_dim([1] * 4).set_stride([1] * 4).set_data_type(kinds.FLOAT)
+            for maximum in maxima:  # no output: nobody reads them, and each would be cleared before every launch
+                maximum.set_dim([1] * 4).set_stride([1] * 4).set_data_type(kinds.FLOAT)
         else:
-            out, *maxima = graph.sdpa(q=q, k=k, v=v, is_inference=True, attn_scale=dim**-0.5)
-            maxima = []
+            out, _ = graph.sdpa(q=q, k=k, v=v, is_inference=True, attn_scale=dim**-0.5)
         out.set_output(True).set_dim(sizes).set_stride([rows * out_stride, dim, out_stride, 1]).set_data_type(kind)
         graph.validate()
         graph.build_operation_graph()
         graph.create_execution_plans([self._cudnn.heur_mode.A, self._cudnn.heur_mode.FALLBACK])
         graph.check_support()
         graph.build_plans()
-        self._graph, self._tensors, self._maxima = graph, (q, k, v, out), maxima
+        self._graph, self._tensors = graph, (q, k, v, out)
         self._workspace = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device="cuda")
-        self._spare = torch.empty(len(maxima), dtype=torch.float32, device="cuda")
         self._softmax = torch.tensor([1 / E4M3_MAX, E4M3_MAX], dtype=torch.float32, device="cuda")
 
     def run(self, qkv: Tensor, scales: Scales, out: Tensor) -> None:
@@ -82,7 +80,6 @@ class _Plan:
         if self._quantised:
             scalars = (scales[0:], scales[1:], scales[2:], scales[3:], self._softmax[0:], self._softmax[1:])
             given |= dict(zip(self._scalars, scalars, strict=True))
-            given |= {maximum: self._spare[i:] for i, maximum in enumerate(self._maxima)}
         self._cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream().cuda_stream)
         self._graph.execute({t: value.data_ptr() for t, value in given.items()}, self._workspace, handle=self._handle)
 

@@ -122,6 +122,12 @@ def _text(size_of: Callable[..., int], get: Callable[..., int], program: c_void_
 
 
 @cache
+def processors() -> int:
+    """SMs of the current device."""
+    return int(torch.cuda.get_device_properties().multi_processor_count)
+
+
+@cache
 def driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 

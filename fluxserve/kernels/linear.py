@@ -6,6 +6,7 @@
     linear_gelu       out = gelu_tanh(y) / s                        the MLP's first half; s static, out E4M3
     linear_add        residual += gate · y                          the projections back into the residual stream
     linear_heads      out = RoPE(RMSNorm(q)), …(k), v, each / its s heads of q, k and v, ready for attention; s static
+    linear_heads_gelu the first columns as heads, the others as gelu both, of the same x: a single block's two products
 
 x is E4M3 with a scale per row (taken by `norm`), E4M3 with static scales that the weights have in them already, or the
 compute dtype. Weights of two streams lie behind each other: rows before `split` take the first (text), the others the
@@ -26,44 +27,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fluxserve.kernels.fp8 import cast
+from fluxserve.kernels.layers import Heads, Linear, divided
 
 RMS_EPSILON = 1e-6
 _GROUP = 8
 _PART = 128
 """Columns of a tile that are finished at once: more would not leave registers for what an ending loads."""
 _CPU_PROGRAMS = 3
-
-
-@dataclass(frozen=True)
-class Linear:
-    """weight: [streams, N, K], E4M3 or the compute dtype; scale, bias: float32 [streams, N] (scale None: all 1)."""
-
-    weight: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What becomes of q, k and v.
-
-    factors: float32 [streams, 3, head_dim], what each number is multiplied with: RMSNorm's weights of q and of k, 1 for
-    v, each over its static scale. cos, sin: float32 [rows, head_dim / 2]. The two numbers that RoPE turns stand half a
-    head apart, here and in the weights: see `in_halves`.
-    """
-
-    factors: Tensor
-    cos: Tensor
-    sin: Tensor
-
-
-def in_halves(head_dim: int) -> Tensor:
-    """Where each number of a head comes from: first of every pair, then second of every pair.
-
-    FLUX rotates neighbours. Attention does not mind the order of numbers in a head as long as q and k have the same,
-    and a kernel writes two runs of half a head faster than it weaves them together.
-    """
-    return torch.arange(head_dim).view(-1, 2).T.flatten()
 
 
 @triton.jit
@@ -337,6 +307,15 @@ def linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads
     _launch("heads", x, x_scale, w, split, out, heads=heads)
 
 
+def linear_heads_gelu(
+    x: Tensor, x_scale: Tensor | None, w: Linear, heads: Heads, out: Tensor, inverse: float, hidden: Tensor
+) -> None:
+    """out as linear_heads of the first outputs, hidden as linear_gelu of the others; one stream."""
+    first, rest = divided(w, out.shape[1])
+    linear_heads(x, x_scale, first, 0, heads, out)
+    linear_gelu(x, x_scale, rest, 0, inverse, hidden)
+
+
 # --- the same, plainly --------------------------------------------------------------------------------------------
 
 
@@ -380,3 +359,11 @@ def plain_linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int,
     c, s = heads.cos[:, None, None], heads.sin[:, None, None]
     y[:, :2] = torch.cat([first * c - second * s, second * c + first * s], dim=-1)
     out.copy_(cast(y, out.dtype).flatten(1))
+
+
+def plain_linear_heads_gelu(
+    x: Tensor, x_scale: Tensor | None, w: Linear, heads: Heads, out: Tensor, inverse: float, hidden: Tensor
+) -> None:
+    first, rest = divided(w, out.shape[1])
+    plain_linear_heads(x, x_scale, first, 0, heads, out)
+    plain_linear_gelu(x, x_scale, rest, 0, inverse, hidden)

@@ -6,10 +6,13 @@
 // one's operands arrive. Tiles that would leave most clusters idle in a last round are cut along K: parts of one tile's
 // sums meet in `workspace`, where the cluster of the last part adds them in their order, always the same.
 //
-// Columns of W are permuted within each 32 (see linear_hopper.py), so that the numbers which wgmma leaves in one thread
-// are eight neighbours of a row: endings load and store 8 or 16 bytes at once and need no shared memory.
+// Columns of W are permuted within each 64 (see linear_hopper.py), so that the numbers which wgmma leaves in one thread
+// are sixteen neighbours of a row: endings load and store 16 bytes at once and need no shared memory for it. What they
+// need of the columns a warp has put into shared memory by then; what they read of memory is asked for while the last
+// products are still under way.
 //
-// ENDING: 0 out = y; 1 gelu_tanh(y) · inverse; 2 out += gate · y; 3 RMSNorm, RoPE and factors of q, k, v.
+// ENDING: 0 out = y; 1 gelu_tanh(y) · inverse; 2 out += gate · y; 3 RMSNorm, RoPE and factors of q, k, v; 4 the first
+// `heads` columns as 3, those behind them as 1, into `hidden`.
 
 #define ROWS 128
 #define COLUMNS 256
@@ -18,11 +21,10 @@
 #define A_BYTES (ROWS * INNER)
 #define B_BYTES (COLUMNS * INNER)
 #define HEAD 128
+#define HEADS (ENDING == 3 || ENDING == 4)
 #define LEAST_STEPS 8  // of K that are worth a cluster of their own
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
+#include "common.cuh"
 
 struct alignas(64) TensorMap {
   char opaque[128];
@@ -32,10 +34,11 @@ struct Parameters {
   const float *x_scale, *w_scale, *bias;
   void *out;
   const float *gate, *factors, *cos, *sin;
+  void *hidden;
   float4 *workspace;
   int *arrived;
   float inverse, epsilon;
-  int M, N, K, split, second, out_stride;
+  int M, N, K, split, second, out_stride, hidden_stride, heads;
 };
 
 // What a launch consists of: `whole` tiles are dealt out in rounds, the rest is cut into `parts` along K.
@@ -102,6 +105,10 @@ __device__ __forceinline__ void barrier_wait(u64 *b, u32 parity) {
       : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(u64 *b) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(b)) : "memory");
+}
+
 // Nothing was written that the other side reads, so this releases nothing: a release for the cluster would be a fence for
 // the whole GPU.
 __device__ __forceinline__ void barrier_arrive(u64 *b, u32 rank) {
@@ -111,11 +118,6 @@ __device__ __forceinline__ void barrier_arrive(u64 *b, u32 rank) {
       "r"(rank)
       : "memory");
 }
-
-// All that kernels before this one wrote is there, and nobody reads any more what this one writes.
-__device__ __forceinline__ void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -182,8 +184,12 @@ template <int LEFT> __device__ __forceinline__ void multiply_wait(float (&d)[128
 struct Shared {
   alignas(1024) char a[STAGES][A_BYTES];
   alignas(1024) char b[STAGES][B_BYTES];
-  u64 full[STAGES], empty[STAGES];
+  Columns columns[2];
+  u64 full[STAGES], empty[STAGES], columns_full[2], columns_empty[2];
 };
+
+// The last part of a tile finishes it.
+__device__ __forceinline__ bool finishes(const Item &item, const Plan &plan) { return item.part == plan.parts - 1; }
 
 // Weights are nobody's output: as many of them as there are stages are fetched while the kernel before is still at its end.
 __device__ __forceinline__ void produce(
@@ -215,6 +221,21 @@ __device__ __forceinline__ void produce(
   }
 }
 
+// One warp: what the endings of this program's tiles need of their columns, a tile ahead.
+__device__ __forceinline__ void prepare(Shared &s, const Parameters &p, const Plan &plan) {
+  u32 at = 0;
+  await_previous();
+  for (int round = 0;; round++) {
+    Item item = item_of(plan, p, round);
+    if (!item.end) break;
+    if (!finishes(item, plan)) continue;
+    barrier_wait(&s.columns_empty[at % 2], at / 2 & 1 ^ 1);
+    keep_columns(s.columns[at % 2], p, tile_of(p, plan, item.tile), threadIdx.x % 32);
+    barrier_arrive(&s.columns_full[at % 2]);
+    at++;
+  }
+}
+
 __device__ __forceinline__ void release(Shared &s, int stage) {
   if (threadIdx.x % 128 < 2) barrier_arrive(&s.empty[stage], threadIdx.x % 128);  // a thread for each of the cluster
 }
@@ -242,21 +263,24 @@ __device__ __forceinline__ void take_over(float (&d)[128], const Parameters &p, 
   for (int part = 0; part < parts - 1; part++) {
     const float4 *from = p.workspace + (slot * (parts - 1) + part) * 32 * 128 + thread;
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
-      float4 more = __ldcg(from + i * 128);
-      d[4 * i] += more.x, d[4 * i + 1] += more.y, d[4 * i + 2] += more.z, d[4 * i + 3] += more.w;
+    for (int first = 0; first < 32; first += 16) {  // so many under way at once as there are registers for
+      float4 more[16];
+#pragma unroll
+      for (int i = 0; i < 16; i++) more[i] = __ldcg(from + (first + i) * 128);
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        float *sums = d + 4 * (first + i);
+        sums[0] += more[i].x, sums[1] += more[i].y, sums[2] += more[i].z, sums[3] += more[i].w;
+      }
     }
   }
 }
 
 __device__ __forceinline__ void consume(Shared &s, const Parameters &p, const Plan &plan, int group) {
   int lane = threadIdx.x % 32, row_of_thread = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
-  u32 at = 0;
+  u32 at = 0, finished = 0;
   float d[128];
   await_previous();
-#if SKEW
-  if (group && item_of(plan, p, 0).end - item_of(plan, p, 0).begin > SKEW) barrier_wait(&s.full[SKEW], 0);
-#endif
   for (int round = 0;; round++) {
     Item item = item_of(plan, p, round);
     if (!item.end) break;
@@ -274,26 +298,27 @@ __device__ __forceinline__ void consume(Shared &s, const Parameters &p, const Pl
         release(s, (at - 1) % STAGES);
       }
     }
+    int row = t.row + row_of_thread;
+    bool whole = item.tile < plan.whole;
+    Ahead ahead;
+    if (whole) ask(ahead, p, t, row, lane);
     multiply_wait<0>(d);
     release(s, (at - 1) % STAGES);
-    if (item.tile >= plan.whole) {
+    if (!whole) {
       int slot = ((item.tile - plan.whole) * 2 + plan.rank) * 2 + group;
       if (item.part < plan.parts - 1) {
         hand_over(d, p, slot, item.part, plan.parts, group);
         continue;
       }
       take_over(d, p, slot, plan.parts, group);
+      ask(ahead, p, t, row, lane);
     }
-    int row = t.row + row_of_thread;
-    float x[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-      x[half] = p.x_scale && row + half * 8 < t.end ? p.x_scale[row + half * 8] : 1.0f;
-    scale(d, p, t, x, lane);
-    if (ENDING == 3)
-      store_heads(d, p, t, row, lane);
-    else
-      store(d, p, t, row, lane);
+    int kept = finished % 2;
+    barrier_wait(&s.columns_full[kept], finished / 2 & 1);
+    finish(d, ahead, s.columns[kept], p, t, row, lane);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&s.columns_empty[kept]);
+    finished++;
   }
 }
 
@@ -307,6 +332,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
       barrier_init(&s.full[i], 1);
       barrier_init(&s.empty[i], 4);  // two warpgroups of each of two programs
     }
+    for (int i = 0; i < 2; i++) {
+      barrier_init(&s.columns_full[i], 32);
+      barrier_init(&s.columns_empty[i], 8);  // warps that multiply
+    }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
@@ -314,6 +343,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) produce(s, &x, &w, p, plan);
+    if (threadIdx.x / 32 == 1) prepare(s, p, plan);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     // The same for all of a warp, and said so: what follows from it then lives in uniform registers.

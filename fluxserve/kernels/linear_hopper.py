@@ -15,13 +15,15 @@ from torch import Tensor
 
 from fluxserve.kernels import cuda
 from fluxserve.kernels.fp8 import E4M3
-from fluxserve.kernels.linear import RMS_EPSILON, Heads, Linear
+from fluxserve.kernels.layers import Heads, Linear
+from fluxserve.kernels.linear import RMS_EPSILON
 
-ENDINGS = ("none", "gelu", "add", "heads")
+ENDINGS = ("none", "gelu", "add", "heads", "heads_gelu")
 TILE_ROWS, TILE_COLUMNS, TILE_INNER, STAGES = 128, 256, 128, 4
 _SOURCE = Path(__file__).with_suffix(".cu")
 _THREADS = 384
-_SHARED = STAGES * (TILE_ROWS + TILE_COLUMNS) * TILE_INNER + 2 * STAGES * 8
+_BARRIERS = 2 * STAGES + 4
+_SHARED = STAGES * (TILE_ROWS + TILE_COLUMNS) * TILE_INNER + 2 * 3 * TILE_COLUMNS * 4 + _BARRIERS * 8
 _ALIGNMENT = 16  # bytes, of a row that TMA reads
 _UINT8, _SWIZZLE_128B, _PROMOTION_256B = 0, 3, 3  # of CUtensorMap
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
@@ -33,23 +35,19 @@ class _Parameters(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("x_scale", "w_scale", "bias", "out", "gate", "factors", "cos", "sin")),
-        *((name, c_void_p) for name in ("workspace", "arrived")),
+        *((name, c_void_p) for name in ("hidden", "workspace", "arrived")),
         *((name, c_float) for name in ("inverse", "epsilon")),
-        *((name, c_int) for name in ("M", "N", "K", "split", "second", "out_stride")),
+        *((name, c_int) for name in ("M", "N", "K", "split", "second", "out_stride", "hidden_stride", "heads")),
     ]
 
 
 def neighbours() -> Tensor:
-    """Which of 32 outputs stands where in the weights, so that each thread's share of a product are eight neighbours.
+    """Which of 64 outputs stands where in the weights, so that each thread's share of a product are sixteen neighbours.
 
-    wgmma leaves columns 8j + 2q and 8j + 2q + 1, for j = 0…3, in the thread with q = lane % 4; they become 8q … 8q + 7.
+    wgmma leaves columns 8j + 2q and 8j + 2q + 1, for j = 0…7, in the thread with q = lane % 4; they become
+    16q … 16q + 15.
     """
-    q, j, b = (torch.arange(n) for n in (4, 4, 2))
-    order = torch.empty(32, dtype=torch.long)
-    order[(8 * j[None, :, None] + 2 * q[:, None, None] + b).flatten()] = (
-        8 * q[:, None, None] + 2 * j[None, :, None] + b
-    ).flatten()
-    return order
+    return torch.arange(64).view(4, 8, 2).transpose(0, 1).flatten()
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def arranged(w: Linear) -> Linear:
     streams, columns, inner = w.weight.shape
     if w.weight.dtype != E4M3 or columns % TILE_COLUMNS or inner % _ALIGNMENT:
         return w
-    raw = w.weight.view(torch.uint8).view(streams, columns // 32, 32, inner)
+    raw = w.weight.view(torch.uint8).view(streams, columns // 64, 64, inner)
     weight = raw[:, :, neighbours().to(raw.device)].reshape(streams, columns, inner).view(w.weight.dtype)
     zeros = torch.zeros(streams, columns, dtype=torch.float32, device=weight.device)
     return Arranged(weight, zeros + 1 if w.scale is None else w.scale, zeros if w.bias is None else w.bias)
@@ -78,13 +76,19 @@ def launch(
     gate: Tensor | None = None,
     heads: Heads | None = None,
     inverse: float = 1.0,
+    hidden: Tensor | None = None,
 ) -> None:
-    """As `kernels.linear` would. Raises ValueError for what this kernel was not built for."""
-    _refuse(ending, x, w, out, gate, heads)
+    """As `kernels.linear` would; `hidden` is what "heads_gelu" writes behind the heads.
+
+    Raises:
+        ValueError: what this kernel was not built for.
+    """
+    _refuse(ending, x, w, out, gate, heads, hidden)
     (rows, inner), (streams, columns, _) = x.shape, w.weight.shape
     parameters = _Parameters(
         *(None if t is None else t.data_ptr() for t in (x_scale, w.scale, w.bias, out, gate)),
         *((heads.factors.data_ptr(), heads.cos.data_ptr(), heads.sin.data_ptr()) if heads else (None,) * 3),
+        None if hidden is None else hidden.data_ptr(),
         *(t.data_ptr() for t in _meeting_place()),
         inverse,
         RMS_EPSILON,
@@ -94,23 +98,42 @@ def launch(
         split,
         streams - 1,
         out.stride(0),
+        0 if hidden is None else hidden.stride(0),
+        out.shape[1],
     )
     maps = [_map(t.data_ptr(), *t.shape, t.stride(0)) for t in (x, w.weight.view(streams * columns, inner))]
     _kernel(ending).launch(_programs(), *(m.address for m in maps), ctypes.addressof(parameters))
 
 
-def _refuse(ending: str, x: Tensor, w: Linear, out: Tensor, gate: Tensor | None, heads: Heads | None) -> None:
+def _refuse(
+    ending: str,
+    x: Tensor,
+    w: Linear,
+    out: Tensor,
+    gate: Tensor | None,
+    heads: Heads | None,
+    hidden: Tensor | None,
+) -> None:
     if not isinstance(w, Arranged):
         raise ValueError(f"w: got {tuple(w.weight.shape)} as it is; expected it `arranged`")
-    wanted = E4M3 if ending in ("gelu", "heads") else torch.bfloat16
-    if out.dtype != wanted or out.stride(1) != 1 or out.stride(0) % 16 or out.data_ptr() % 16:
-        raise ValueError(f"out: got {out.dtype}, strides {out.stride()}; expected {wanted}, rows at multiples of 16")
+    wanted = torch.bfloat16 if ending in ("none", "add") else E4M3
+    for name, written in {"out": out, "hidden": hidden}.items():
+        if written is not None and (written.dtype != wanted or not _in_sixteens(written)):
+            got = f"{written.dtype}, strides {written.stride()}"
+            raise ValueError(f"{name}: got {got}; expected {wanted}, rows at multiples of 16")
+    columns = out.shape[1] + (hidden.shape[1] if hidden is not None else 0)
+    if columns != w.weight.shape[1] or out.shape[1] % TILE_COLUMNS:
+        raise ValueError(f"out: got {columns} columns; expected {w.weight.shape[1]}, a multiple of {TILE_COLUMNS}")
     if x.dtype != E4M3 or x.stride(1) != 1:
         raise ValueError(f"x: got {x.dtype}, strides {x.stride()}; expected E4M3, row by row")
     if ending == "add" and gate is None:
         raise ValueError("gate: got none; expected one for each output")
     if heads and heads.factors.shape[-1] != _HEAD:
         raise ValueError(f"head_dim: got {heads.factors.shape[-1]}; expected {_HEAD}")
+
+
+def _in_sixteens(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 @cache
@@ -127,7 +150,7 @@ def _meeting_place() -> tuple[Tensor, Tensor]:
 @cache
 def _programs() -> int:
     """One for each SM, in pairs."""
-    return torch.cuda.get_device_properties().multi_processor_count // 2 * 2
+    return cuda.processors() // 2 * 2
 
 
 @dataclass(frozen=True)
@@ -180,3 +203,9 @@ def linear_add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: T
 
 def linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
     launch("heads", x, x_scale, w, split, out, heads=heads)
+
+
+def linear_heads_gelu(
+    x: Tensor, x_scale: Tensor | None, w: Linear, heads: Heads, out: Tensor, inverse: float, hidden: Tensor
+) -> None:
+    launch("heads_gelu", x, x_scale, w, 0, out, heads=heads, inverse=inverse, hidden=hidden)

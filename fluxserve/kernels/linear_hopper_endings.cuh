@@ -1,154 +1,189 @@
 // What follows a product in linear_hopper.cu, which includes this: from a thread's sums to what is stored.
+//
+// A thread has two rows, 8 apart, and of each 64 columns sixteen neighbours: number g · 32 + i / 2 · 4 + half · 2 + i % 2
+// of its 128 is column g · 64 + lane % 4 · 16 + i of row `half`.
 
-__device__ __forceinline__ void load8(float (&to)[8], const float *from) {
-  float4 a = ((const float4 *)from)[0], b = ((const float4 *)from)[1];
-  to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
-}
+#define SUM(g, half, i) d[(g) * 32 + (i) / 2 * 4 + (half) * 2 + (i) % 2]
 
-__device__ __forceinline__ u32 pack_e4m3(float a, float b, float c, float d) {
-  u16 low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
-  return (u32)high << 16 | low;
-}
+// Of a tile's columns. factor: of the heads' numbers. The gate is in scale and bias already.
+struct Columns {
+  float scale[COLUMNS], bias[COLUMNS], factor[COLUMNS];
+};
 
-__device__ __forceinline__ void store8_e4m3(void *out, long at, const float (&y)[8]) {
-  uint2 packed = make_uint2(pack_e4m3(y[0], y[1], y[2], y[3]), pack_e4m3(y[4], y[5], y[6], y[7]));
-  *(uint2 *)((char *)out + at) = packed;
-}
+// What an ending reads of memory for each row: its scale; the residual stream or the angles of RoPE.
+struct Ahead {
+  float x[2];
+#if ENDING == 2
+  uint4 residual[2][4][2];
+#elif HEADS
+  float4 cos[2][4], sin[2][4];
+#endif
+};
 
-__device__ __forceinline__ u32 pack_bf16(float a, float b) {
-  u32 packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(b), "f"(a));
-  return packed;
-}
+__device__ __forceinline__ bool has_heads(const Parameters &p, const Tile &t) { return ENDING == 3 || HEADS && t.column < p.heads; }
 
-__device__ __forceinline__ void store8_bf16(void *out, long at, const float (&y)[8]) {
-  uint4 packed = make_uint4(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]), pack_bf16(y[6], y[7]));
-  *(uint4 *)((u16 *)out + at) = packed;
-}
+// Which of q, k and v: 0, 1, 2.
+__device__ __forceinline__ int part_of(const Parameters &p, int column) { return column / (p.heads / 3); }
 
-__device__ __forceinline__ void add8_bf16(float (&y)[8], const void *from, long at) {
-  uint4 packed = *(const uint4 *)((const u16 *)from + at);
-  const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+__device__ __forceinline__ void keep_columns(Columns &c, const Parameters &p, const Tile &t, int lane) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    y[2 * i] += __uint_as_float(words[i] << 16);
-    y[2 * i + 1] += __uint_as_float(words[i] & 0xffff0000u);
+  for (int i = lane * 4; i < COLUMNS; i += 128) {
+    int column = t.column + i;
+    float4 scale = *(const float4 *)(p.w_scale + t.stream * p.N + column);
+    float4 bias = *(const float4 *)(p.bias + t.stream * p.N + column);
+    if (ENDING == 2) {
+      float4 gate = *(const float4 *)(p.gate + t.stream * p.N + column);
+      scale.x *= gate.x, scale.y *= gate.y, scale.z *= gate.z, scale.w *= gate.w;
+      bias.x *= gate.x, bias.y *= gate.y, bias.z *= gate.z, bias.w *= gate.w;
+    }
+    *(float4 *)(c.scale + i) = scale;
+    *(float4 *)(c.bias + i) = bias;
+    if (HEADS && has_heads(p, t))
+      *(float4 *)(c.factor + i) = *(const float4 *)(p.factors + (t.stream * 3 + part_of(p, column)) * HEAD + i % HEAD);
   }
 }
 
-__device__ __forceinline__ float gelu_tanh(float y) {
-  float u = y * (0.7978845608028654f + 0.035677408136300125f * y * y), t;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(u));
-  return 0.5f * y + 0.5f * y * t;
-}
-
-// Products of a thread → what they stand for, in place. Eight neighbours of row r, then of row r + 8, of each 32 columns.
-__device__ __forceinline__ void scale(float (&d)[128], const Parameters &p, const Tile &t, const float (&x)[2], int lane) {
-#pragma unroll
-  for (int g = 0; g < 8; g++) {
-    int of_stream = t.stream * p.N + t.column + g * 32 + lane % 4 * 8;
-    float w[8], b[8];
-    load8(w, p.w_scale + of_stream);
-    load8(b, p.bias + of_stream);
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        float &y = d[g * 16 + i / 2 * 4 + half * 2 + i % 2];
-        y = y * x[half] * w[i] + b[i];
-      }
-  }
-}
-
-__device__ __forceinline__ void neighbours(float (&y)[8], const float (&d)[128], int g, int half) {
-#pragma unroll
-  for (int i = 0; i < 8; i++) y[i] = d[g * 16 + i / 2 * 4 + half * 2 + i % 2];
-}
-
-// Both heads of a tile together, because they turn by the same angles: cos and sin are read once for both.
-__device__ __forceinline__ void store_heads(float (&d)[128], const Parameters &p, const Tile &t, int row, int lane) {
-  int lane_column = lane % 4 * 8, which[2];
-#pragma unroll
-  for (int head = 0; head < 2; head++) which[head] = (t.column + head * HEAD) / (p.N / 3);
+__device__ __forceinline__ void ask(Ahead &a, const Parameters &p, const Tile &t, int row, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    float inverse[2];
-#pragma unroll
-    for (int head = 0; head < 2; head++) {
-      float square = 0;
-#pragma unroll
-      for (int i = 0; i < 32; i++) {
-        float y = d[head * 64 + i / 2 * 4 + half * 2 + i % 2];
-        square += y * y;
-      }
-      square += __shfl_xor_sync(0xffffffff, square, 1);
-      square += __shfl_xor_sync(0xffffffff, square, 2);
-      inverse[head] = which[head] < 2 ? rsqrtf(square / HEAD + p.epsilon) : 1.0f;
-    }
     int at_row = row + half * 8;
-    if (at_row >= t.end) continue;
+    bool there = at_row < t.end;
+    a.x[half] = p.x_scale && there ? p.x_scale[at_row] : 1.0f;
+#if ENDING == 2
+    const u16 *from = (const u16 *)p.out + (long)at_row * p.out_stride + t.column + lane % 4 * 16;
 #pragma unroll
-    for (int g = 0; g < 2; g++) {
-      float c[8], s[8];
-      if (which[0] < 2) {  // which only grows
-        load8(c, p.cos + (long)at_row * (HEAD / 2) + g * 32 + lane_column);
-        load8(s, p.sin + (long)at_row * (HEAD / 2) + g * 32 + lane_column);
-      }
+    for (int i = 0; i < 8; i++)
+      a.residual[half][i / 2][i % 2] = there ? *(const uint4 *)(from + i / 2 * 64 + i % 2 * 8) : make_uint4(0, 0, 0, 0);
+#elif HEADS
+    bool turned = there && has_heads(p, t) && part_of(p, t.column) < 2;
+    long at = (long)at_row * (HEAD / 2) + lane % 4 * 16;
 #pragma unroll
-      for (int head = 0; head < 2; head++) {
-        const float *factors = p.factors + (t.stream * 3 + which[head]) * HEAD + g * 32 + lane_column;
-        float first[8], second[8], f[8];
-        neighbours(first, d, head * 4 + g, half);
-        neighbours(second, d, head * 4 + g + 2, half);
-        load8(f, factors);
-#pragma unroll
-        for (int i = 0; i < 8; i++) first[i] *= inverse[head] * f[i];
-        load8(f, factors + HEAD / 2);
-#pragma unroll
-        for (int i = 0; i < 8; i++) second[i] *= inverse[head] * f[i];
-        if (which[head] < 2) {
-#pragma unroll
-          for (int i = 0; i < 8; i++) {
-            float real = first[i], imaginary = second[i];
-            first[i] = real * c[i] - imaginary * s[i];
-            second[i] = imaginary * c[i] + real * s[i];
-          }
-        }
-        long at = (long)at_row * p.out_stride + t.column + head * HEAD + g * 32 + lane_column;
-        store8_e4m3(p.out, at, first);
-        store8_e4m3(p.out, at + HEAD / 2, second);
-      }
+    for (int i = 0; i < 4; i++) {
+      a.cos[half][i] = turned ? *(const float4 *)(p.cos + at + i * 4) : make_float4(0, 0, 0, 0);
+      a.sin[half][i] = turned ? *(const float4 *)(p.sin + at + i * 4) : make_float4(0, 0, 0, 0);
     }
+#endif
   }
 }
 
-__device__ __forceinline__ void store(float (&d)[128], const Parameters &p, const Tile &t, int row, int lane) {
+// Products of a thread → what they stand for, in place.
+__device__ __forceinline__ void scale(float (&d)[128], const Ahead &a, const Columns &c, int lane) {
 #pragma unroll
-  for (int g = 0; g < 8; g++) {
-    int column = t.column + g * 32 + lane % 4 * 8;
-    float gate[8];
-    if (ENDING == 2) load8(gate, p.gate + t.stream * p.N + column);
+  for (int g = 0; g < 4; g++)
+#pragma unroll
+    for (int i = 0; i < 16; i += 4) {
+      int column = g * 64 + lane % 4 * 16 + i;
+      float4 w = *(const float4 *)(c.scale + column), b = *(const float4 *)(c.bias + column);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        SUM(g, half, i) = SUM(g, half, i) * a.x[half] * w.x + b.x;
+        SUM(g, half, i + 1) = SUM(g, half, i + 1) * a.x[half] * w.y + b.y;
+        SUM(g, half, i + 2) = SUM(g, half, i + 2) * a.x[half] * w.z + b.z;
+        SUM(g, half, i + 3) = SUM(g, half, i + 3) * a.x[half] * w.w + b.w;
+      }
+    }
+}
+
+__device__ __forceinline__ void neighbours(float (&y)[16], const float (&d)[128], int g, int half) {
+#pragma unroll
+  for (int i = 0; i < 16; i++) y[i] = SUM(g, half, i);
+}
+
+__device__ __forceinline__ void store_e4m3(void *out, long at, const float (&y)[16]) {
+  *(uint4 *)((char *)out + at) = make_uint4(pack_e4m3(y[0], y[1], y[2], y[3]), pack_e4m3(y[4], y[5], y[6], y[7]),
+      pack_e4m3(y[8], y[9], y[10], y[11]), pack_e4m3(y[12], y[13], y[14], y[15]));
+}
+
+__device__ __forceinline__ void store_bf16(void *out, long at, const float (&y)[16]) {
+#pragma unroll
+  for (int i = 0; i < 16; i += 8)
+    *(uint4 *)((u16 *)out + at + i) = make_uint4(pack_bf16(y[i], y[i + 1]), pack_bf16(y[i + 2], y[i + 3]),
+        pack_bf16(y[i + 4], y[i + 5]), pack_bf16(y[i + 6], y[i + 7]));
+}
+
+// gelu_tanh(y) · inverse; the GPU's own tanh is right to 2^-11.
+__device__ __forceinline__ float gelu_tanh(float y, float half_inverse) {
+  float u = y * (0.7978845608028654f + 0.035677408136300125f * y * y), h = y * half_inverse, t;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(u));
+  return h + h * t;
+}
+
+// Two heads to a tile. A head's pairs stand 64 columns apart, and in the same thread.
+__device__ __forceinline__ void store_heads(
+    const float (&d)[128], const Ahead &a, const Columns &c, const Parameters &p, const Tile &t, int row, int lane) {
+#if HEADS
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int head = 0; head < 2; head++) {
+      int column = head * HEAD + lane % 4 * 16, part = part_of(p, t.column + head * HEAD), at_row = row + half * 8;
+      float first[16], second[16], square = 0;
+      neighbours(first, d, 2 * head, half);
+      neighbours(second, d, 2 * head + 1, half);
+#pragma unroll
+      for (int i = 0; i < 16; i++) square += first[i] * first[i] + second[i] * second[i];
+      square += __shfl_xor_sync(0xffffffff, square, 1);
+      square += __shfl_xor_sync(0xffffffff, square, 2);
+      float inverse = part < 2 ? rsqrtf(square / HEAD + p.epsilon) : 1.0f;
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        float real = first[i] * inverse * c.factor[column + i], other = second[i] * inverse * c.factor[column + HEAD / 2 + i];
+        float cos = (&a.cos[half][i / 4].x)[i % 4], sin = (&a.sin[half][i / 4].x)[i % 4];
+        first[i] = part < 2 ? real * cos - other * sin : real;
+        second[i] = part < 2 ? other * cos + real * sin : other;
+      }
+      if (at_row >= t.end) continue;
+      long at = (long)at_row * p.out_stride + t.column + column;
+      store_e4m3(p.out, at, first);
+      store_e4m3(p.out, at + HEAD / 2, second);
+    }
+#endif
+}
+
+__device__ __forceinline__ void store_gelu(
+    const float (&d)[128], const Parameters &p, void *out, int stride, int tile_column, const Tile &t, int row, int lane) {
+  float half_inverse = 0.5f * p.inverse;
+#pragma unroll
+  for (int g = 0; g < 4; g++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       int at_row = row + half * 8;
-      if (at_row >= t.end) continue;
-      long at = (long)at_row * p.out_stride + column;
-      float y[8];
+      float y[16];
       neighbours(y, d, g, half);
-      if (ENDING == 1) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) y[i] = gelu_tanh(y[i]) * p.inverse;
-        store8_e4m3(p.out, at, y);
-      } else {
-        if (ENDING == 2) {
-#pragma unroll
-          for (int i = 0; i < 8; i++) y[i] *= gate[i];
-          add8_bf16(y, p.out, at);
-        }
-        store8_bf16(p.out, at, y);
-      }
+      for (int i = 0; i < 16; i++) y[i] = gelu_tanh(y[i], half_inverse);
+      if (at_row < t.end) store_e4m3(out, (long)at_row * stride + tile_column + g * 64 + lane % 4 * 16, y);
     }
-  }
+}
+
+__device__ __forceinline__ void store_rows(const float (&d)[128], const Ahead &a, const Parameters &p, const Tile &t, int row, int lane) {
+#pragma unroll
+  for (int g = 0; g < 4; g++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int at_row = row + half * 8;
+      float y[16];
+      neighbours(y, d, g, half);
+#if ENDING == 2
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        u32 pair = (&a.residual[half][g][i / 4].x)[i % 4];
+        y[2 * i] += first_bf16(pair), y[2 * i + 1] += second_bf16(pair);
+      }
+#endif
+      if (at_row < t.end) store_bf16(p.out, (long)at_row * p.out_stride + t.column + g * 64 + lane % 4 * 16, y);
+    }
+}
+
+__device__ __forceinline__ void finish(
+    float (&d)[128], const Ahead &a, const Columns &c, const Parameters &p, const Tile &t, int row, int lane) {
+  scale(d, a, c, lane);
+  if (has_heads(p, t))
+    store_heads(d, a, c, p, t, row, lane);
+  else if (ENDING == 1)
+    store_gelu(d, p, p.out, p.out_stride, t.column, t, row, lane);
+  else if (ENDING == 4)
+    store_gelu(d, p, p.hidden, p.hidden_stride, t.column - p.heads, t, row, lane);
+  else
+    store_rows(d, a, p, t, row, lane);
 }

@@ -7,78 +7,74 @@ Rows before `split` take the first stream's shift and scale (text), the others t
 Reads 2·D and writes D + 4 bytes a row: at 4,608 × 3,072 42 MB.
 """
 
+import ctypes
+from ctypes import c_float, c_int, c_void_p
+from functools import cache
+from pathlib import Path
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, SMALLEST_AMAX, quantise_rows
+from fluxserve.kernels import cuda
+from fluxserve.kernels.fp8 import E4M3, SMALLEST_AMAX, quantise_rows
 
 EPSILON = 1e-6
-_WARPS = 8
+_SOURCE = Path(__file__).with_suffix(".cu")
+_NARROW = 12 * 256
+_GROUP = 8
+"""Columns that a lane reads at once."""
 
 
-@triton.jit
-def _norm_kernel(
-    x,
-    shift,
-    scale,
-    data,
-    row_scale,
-    columns,
-    split,
-    x_stride,
-    data_stride,
-    stream_stride,
-    epsilon,
-    smallest,
-    E4M3_LARGEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    mask = column < columns
-    stream = (row >= split).to(tl.int32) * stream_stride
-    h = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
-    centred = tl.where(mask, h - tl.sum(h, axis=0) / columns, 0.0)
-    variance = tl.sum(centred * centred, axis=0) / columns
-    factor = 1.0 + tl.load(scale + stream + column, mask=mask, other=0.0)
-    h = centred * tl.rsqrt(variance + epsilon) * factor + tl.load(shift + stream + column, mask=mask, other=0.0)
-    if row_scale is not None:
-        s = tl.maximum(tl.max(tl.abs(h), axis=0), smallest) / E4M3_LARGEST
-        tl.store(row_scale + row, s)
-        h = h / s
-    tl.store(data + row * data_stride + column, h.to(data.dtype.element_ty), mask=mask)
+class _Parameters(ctypes.Structure):
+    """As norm.cu has it."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "shift", "scale", "data", "row_scale")),
+        *((name, c_float) for name in ("epsilon", "smallest")),
+        *((name, c_int) for name in ("rows", "split", "streams", "x_stride", "data_stride", "stream_stride")),
+    ]
 
 
 def norm(x: Tensor, shift: Tensor, scale: Tensor, split: int, data: Tensor, row_scale: Tensor | None) -> None:
     """Launch the kernel.
 
     Args:
-        x: residual stream [rows, D], any float dtype.
+        x: residual stream, BF16 [rows, D], D a multiple of 8; rows may have any stride of such.
         shift, scale: float32 [streams, D].
         split: rows of the first of two streams; 0 with one.
-        data: written, [rows, D], E4M3 or another float dtype.
+        data: written, [rows, D], E4M3 or BF16.
         row_scale: written, float32 [rows]; given exactly if data is E4M3.
+
+    Raises:
+        ValueError: what this kernel was not built for.
     """
     rows, columns = x.shape
-    _norm_kernel[(rows,)](
-        x,
-        shift,
-        scale,
-        data,
-        row_scale,
-        columns,
-        split,
-        x.stride(0),
-        data.stride(0),
-        shift.stride(0) * (shift.shape[0] - 1),
+    streams = shift.shape[0]
+    if x.dtype != torch.bfloat16 or data.dtype != (torch.bfloat16 if row_scale is None else E4M3):
+        raise ValueError(f"norm: got {x.dtype} into {data.dtype}; expected BF16 into E4M3 with scales, or into BF16")
+    if columns % _GROUP or x.stride(0) % _GROUP or data.stride(0) % _GROUP or x.stride(1) != 1:
+        raise ValueError(f"norm: got {columns} columns, strides {x.stride()}, {data.stride()}; expected multiples of 8")
+    parameters = _Parameters(
+        *(None if t is None else t.data_ptr() for t in (x, shift, scale, data, row_scale)),
         EPSILON,
         SMALLEST_AMAX,
-        E4M3_LARGEST=E4M3_MAX,
-        BLOCK=triton.next_power_of_2(columns),
-        num_warps=_WARPS,
+        rows,
+        split,
+        streams,
+        x.stride(0),
+        data.stride(0),
+        shift.stride(0),
     )
+    kernel = _kernel(columns, streams, row_scale is not None)
+    kernel.launch(min(rows, cuda.processors()), ctypes.addressof(parameters))
+
+
+@cache
+def _kernel(columns: int, streams: int, quantised: bool) -> cuda.Kernel:
+    shared = streams * 2 * columns * torch.float32.itemsize
+    warps = 16 if columns <= _NARROW else 8  # a row fills a warp's registers
+    defines = [f"D={columns}", f"QUANTISED={int(quantised)}", f"WARPS={warps}"]
+    return cuda.load(_SOURCE, "layer_norm", defines, 32 * warps, shared)
 
 
 def plain_norm(x: Tensor, shift: Tensor, scale: Tensor, split: int, data: Tensor, row_scale: Tensor | None) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fluxserve.kernels import add, attention, group_norm, linear, linear_hopper, modulation, norm, rows
-from fluxserve.kernels.linear import Linear
+from fluxserve.kernels.layers import Linear
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Operations:
     linear_gelu: Callable[..., None]
     linear_add: Callable[..., None]
     linear_heads: Callable[..., None]
+    linear_heads_gelu: Callable[..., None]
     attention: Callable[..., None]
     modulation: Callable[..., None]
     rows: Callable[..., None]
@@ -52,6 +53,7 @@ LAUNCHED = Operations(
     linear_gelu=_product("linear_gelu"),
     linear_add=_product("linear_add"),
     linear_heads=_product("linear_heads"),
+    linear_heads_gelu=_product("linear_heads_gelu"),
     attention=attention.attention,
     modulation=modulation.modulation,
     rows=rows.rows,
@@ -68,6 +70,7 @@ PLAIN = Operations(
     linear_gelu=linear.plain_linear_gelu,
     linear_add=linear.plain_linear_add,
     linear_heads=linear.plain_linear_heads,
+    linear_heads_gelu=linear.plain_linear_heads_gelu,
     attention=attention.plain_attention,
     modulation=modulation.plain_modulation,
     rows=rows.plain_rows,

@@ -5,7 +5,7 @@ import torch
 
 from fluxserve.kernels import linear as kernels
 from fluxserve.kernels.fp8 import E4M3, quantise_rows
-from fluxserve.kernels.linear import Heads, Linear
+from fluxserve.kernels.layers import Heads, Linear
 from tests.kernels.judge import DEVICE, INTERPRETED, RESULTS, of_product, poisoned, random, relative, same
 
 HEAD = 128
@@ -83,6 +83,18 @@ def test_heads(rows: int, count: int, dtype: torch.dtype, streams: int, out: tor
     kernels.linear_heads(x, x_scale, w, split, heads, got)
     kernels.plain_linear_heads(x, x_scale, w, split, heads, expected)
     same(got, expected, out, of_product(dtype))
+
+
+def test_heads_and_gelu_of_the_same_rows() -> None:
+    """As its two halves, each launched alone."""
+    x, x_scale, w = operands(17, 3 * HEAD + 64, 128, E4M3, streams=1)
+    heads = heads_of(17, 1)
+    got = poisoned(17, 3 * HEAD, dtype=torch.float32), poisoned(17, 64, dtype=torch.float32)
+    expected = torch.empty(17, 3 * HEAD, device=DEVICE), torch.empty(17, 64, device=DEVICE)
+    kernels.linear_heads_gelu(x, x_scale, w, heads, got[0], 20.0, got[1])
+    kernels.plain_linear_heads_gelu(x, x_scale, w, heads, expected[0], 20.0, expected[1])
+    for ours, theirs in zip(got, expected, strict=True):
+        same(ours, theirs, torch.float32, of_product(E4M3) + 2**-10)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies with NumPy, whose sums depend on the height")

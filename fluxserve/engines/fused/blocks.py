@@ -1,4 +1,4 @@
-"""FLUX.1's double and single blocks: what is read of a checkpoint, and the seven or five launches that each of them is.
+"""FLUX.1's double and single blocks: what is read of a checkpoint, and the seven or four launches that each of them is.
 
 diffusers' FluxTransformerBlock and FluxSingleTransformerBlock, with these differences in arithmetic: products keep
 float32 until bias, activation, gate and residual are done, and round once; the residual stream is in the compute dtype
@@ -14,7 +14,7 @@ from torch import Tensor
 from fluxserve.artifact import Scales
 from fluxserve.engines.fused.scales import BlockScales, of_block
 from fluxserve.engines.fused.weights import Precision, Reader, stack
-from fluxserve.kernels.linear import Heads, Linear, in_halves
+from fluxserve.kernels.layers import Heads, Linear, in_halves
 from fluxserve.kernels.operations import Operations
 from fluxserve.spec import TransformerSpec
 
@@ -51,10 +51,10 @@ class Buffers:
 
 
 class _Attention:
-    """What both kinds of block do from the normed rows to attention's output."""
+    """What both kinds of block do with q, k and v."""
 
-    def __init__(self, spec: TransformerSpec, qkv: Linear, norms: Tensor, scales: BlockScales) -> None:
-        self._heads, self._qkv = spec.num_attention_heads, qkv
+    def __init__(self, spec: TransformerSpec, norms: Tensor, scales: BlockScales) -> None:
+        self._heads = spec.num_attention_heads
         streams, _, dim = norms.shape
         ones = torch.ones(streams, 1, dim, device=norms.device)
         inverse = torch.tensor([1 / scales.q, 1 / scales.k, 1 / scales.v], device=norms.device)
@@ -63,9 +63,11 @@ class _Attention:
         descale = [scales.q, scales.k, scales.v, 1 / scales.out]
         self._descale = torch.tensor(descale, dtype=torch.float32, device=norms.device)
 
-    def __call__(self, run: Operations, b: Buffers, split: int) -> None:
-        heads = Heads(self._factors, b.cos, b.sin)
-        run.linear_heads(b.normed, b.row_scale, self._qkv, split, heads, b.qkv)
+    def heads(self, b: Buffers) -> Heads:
+        """What becomes of q, k and v."""
+        return Heads(self._factors, b.cos, b.sin)
+
+    def __call__(self, run: Operations, b: Buffers) -> None:
         run.attention(b.qkv, self._heads, self._descale, b.attended)
 
 
@@ -100,9 +102,9 @@ class DoubleBlock:
 
         parts = [[f"attn.{q.format(part)}" for part in "qkv"] for q, *_ in _DOUBLE_STREAMS]
         order = _order(spec, read.device)
-        qkv = stack(read, _of(name, parts), width, precision, order=order, arrange=run.arrange)
+        self._qkv = stack(read, _of(name, parts), width, precision, order=order, arrange=run.arrange)
         norms = [f"{name}.attn.{norm}" for _, _, norm, _ in _DOUBLE_STREAMS]
-        self._attention = _Attention(spec, qkv, _norms(read, norms, spec), scales)
+        self._attention = _Attention(spec, _norms(read, norms, spec), scales)
         self._out = linear([[f"attn.{out}"] for _, out, _, _ in _DOUBLE_STREAMS], width, scales.out)
         self._up = linear([[f"{mlp}.net.0.proj"] for *_, mlp in _DOUBLE_STREAMS], width)
         self._down = linear([[f"{mlp}.net.2"] for *_, mlp in _DOUBLE_STREAMS], MLP_RATIO * width, scales.hidden)
@@ -112,7 +114,8 @@ class DoubleBlock:
         """modulation: float32 [6, 2, D]."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
         run.norm(b.residual, shift, scale, b.split, b.normed, b.row_scale)
-        self._attention(run, b, b.split)
+        run.linear_heads(b.normed, b.row_scale, self._qkv, b.split, self._attention.heads(b), b.qkv)
+        self._attention(run, b)
         run.linear_add(b.attended, None, self._out, b.split, gate, b.residual)
         run.norm(b.residual, mlp_shift, mlp_scale, b.split, b.normed, b.row_scale)
         run.linear_gelu(b.normed, b.row_scale, self._up, b.split, self._inverse_hidden, b.hidden)
@@ -136,11 +139,11 @@ class SingleBlock:
     ) -> None:
         name, width = f"single_transformer_blocks.{index}", spec.hidden_size
         scales = of_block(found, name, ("proj_out",), spec.attention_head_dim) if found else BlockScales()
-        parts = [[f"attn.to_{part}" for part in "qkv"]]
-        order = _order(spec, read.device)
-        qkv = stack(read, _of(name, parts), width, precision, order=order, arrange=run.arrange)
-        self._attention = _Attention(spec, qkv, _norms(read, [f"{name}.attn.norm_{{}}"], spec), scales)
-        self._up = stack(read, [[f"{name}.proj_mlp"]], width, precision, arrange=run.arrange)
+        parts = [["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]]
+        rest = torch.arange(3 * width, (3 + MLP_RATIO) * width, device=read.device)
+        order = torch.cat([_order(spec, read.device), rest])
+        self._in = stack(read, _of(name, parts), width, precision, order=order, arrange=run.arrange)
+        self._attention = _Attention(spec, _norms(read, [f"{name}.attn.norm_{{}}"], spec), scales)
         factors = torch.full(((1 + MLP_RATIO) * width,), scales.hidden, device=read.device)
         factors[:width] = scales.out
         out = [[f"{name}.proj_out"]]
@@ -151,8 +154,9 @@ class SingleBlock:
         """modulation: float32 [3, 1, D]."""
         shift, scale, gate = modulation
         run.norm(b.residual, shift, scale, 0, b.normed, b.row_scale)
-        run.linear_gelu(b.normed, b.row_scale, self._up, 0, self._inverse_hidden, b.hidden)
-        self._attention(run, b, 0)
+        heads, inverse = self._attention.heads(b), self._inverse_hidden
+        run.linear_heads_gelu(b.normed, b.row_scale, self._in, heads, b.qkv, inverse, b.hidden)
+        self._attention(run, b)
         run.linear_add(b.wide, None, self._out, 0, gate, b.residual)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fluxserve.errors import CheckpointError
 from fluxserve.kernels.fp8 import E4M3, quantise_rows
-from fluxserve.kernels.linear import Linear
+from fluxserve.kernels.layers import Linear
 from fluxserve.kernels.operations import as_they_are
 
 

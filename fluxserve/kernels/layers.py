@@ -1,0 +1,49 @@
+"""What products take besides their rows: weights, and what becomes of attention's heads."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """weight: [streams, N, K], E4M3 or the compute dtype; scale, bias: float32 [streams, N] (scale None: all 1)."""
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What becomes of q, k and v.
+
+    factors: float32 [streams, 3, head_dim], what each number is multiplied with: RMSNorm's weights of q and of k, 1 for
+    v, each over its static scale. cos, sin: float32 [rows, head_dim / 2]. The two numbers that RoPE turns stand half a
+    head apart, here and in the weights: see `in_halves`.
+    """
+
+    factors: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+def in_halves(head_dim: int) -> Tensor:
+    """Where each number of a head comes from: first of every pair, then second of every pair.
+
+    FLUX rotates neighbours. Attention does not mind the order of numbers in a head as long as q and k have the same,
+    and a kernel writes two runs of half a head faster than it weaves them together.
+    """
+    return torch.arange(head_dim).view(-1, 2).T.flatten()
+
+
+def divided(w: Linear, at: int) -> tuple[Linear, Linear]:
+    """Of one stream: its outputs before `at`, and those from there on."""
+    assert w.weight.shape[0] == 1, "one stream"
+
+    def part(outputs: slice) -> Linear:
+        scale, bias = (None if t is None else t[:, outputs] for t in (w.scale, w.bias))
+        return Linear(w.weight[:, outputs], scale, bias)
+
+    return part(slice(0, at)), part(slice(at, None))
