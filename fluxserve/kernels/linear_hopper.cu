@@ -6,13 +6,13 @@
 // one's operands arrive. Tiles that would leave most clusters idle in a last round are cut along K: parts of one tile's
 // sums meet in `workspace`, where the cluster of the last part adds them in their order, always the same.
 //
-// Columns of W are permuted within each 64 (see linear_hopper.py), so that the numbers which wgmma leaves in one thread
-// are sixteen neighbours of a row: endings load and store 16 bytes at once and need no shared memory for it. What they
+// Columns of W are permuted within each 4 · RUN (see linear_hopper.py), so that the numbers which wgmma leaves in one
+// thread are neighbours of a row: endings load and store 8 or 16 bytes at once, with no shared memory. What they
 // need of the columns a warp has put into shared memory by then; what they read of memory is asked for while the last
 // products are still under way.
 //
 // ENDING: 0 out = y; 1 gelu_tanh(y) · inverse; 2 out += gate · y; 3 RMSNorm, RoPE and factors of q, k, v; 4 the first
-// `heads` columns as 3, those behind them as 1, into `hidden`.
+// `heads` columns as 3, those behind them as 1, into `hidden`. RUN: neighbours in one thread. NAME: the kernel's.
 
 #define ROWS 128
 #define COLUMNS 256
@@ -323,7 +323,7 @@ __device__ __forceinline__ void consume(Shared &s, const Parameters &p, const Pl
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
-    linear(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const __grid_constant__ Parameters p) {
+    NAME(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const __grid_constant__ Parameters p) {
   extern __shared__ __align__(1024) char memory[];
   Shared &s = *(Shared *)memory;
   Plan plan = plan_of(p);

@@ -19,6 +19,8 @@ from fluxserve.kernels.layers import Heads, Linear
 from fluxserve.kernels.linear import RMS_EPSILON
 
 ENDINGS = ("none", "gelu", "add", "heads", "heads_gelu")
+RUN = 8
+"""Neighbours of a row that one thread has."""
 TILE_ROWS, TILE_COLUMNS, TILE_INNER, STAGES = 128, 256, 128, 4
 _SOURCE = Path(__file__).with_suffix(".cu")
 _THREADS = 384
@@ -42,12 +44,12 @@ class _Parameters(ctypes.Structure):
 
 
 def neighbours() -> Tensor:
-    """Which of 64 outputs stands where in the weights, so that each thread's share of a product are sixteen neighbours.
+    """Which of 4 · RUN outputs stands where in the weights, so that a thread's share of a product are RUN neighbours.
 
-    wgmma leaves columns 8j + 2q and 8j + 2q + 1, for j = 0…7, in the thread with q = lane % 4; they become
-    16q … 16q + 15.
+    wgmma leaves columns 8j + 2q and 8j + 2q + 1, for each j, in the thread with q = lane % 4; they become those from
+    RUN · q on.
     """
-    return torch.arange(64).view(4, 8, 2).transpose(0, 1).flatten()
+    return torch.arange(4 * RUN).view(4, RUN // 2, 2).transpose(0, 1).flatten()
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def arranged(w: Linear) -> Linear:
     streams, columns, inner = w.weight.shape
     if w.weight.dtype != E4M3 or columns % TILE_COLUMNS or inner % _ALIGNMENT:
         return w
-    raw = w.weight.view(torch.uint8).view(streams, columns // 64, 64, inner)
+    raw = w.weight.view(torch.uint8).view(streams, -1, 4 * RUN, inner)
     weight = raw[:, :, neighbours().to(raw.device)].reshape(streams, columns, inner).view(w.weight.dtype)
     zeros = torch.zeros(streams, columns, dtype=torch.float32, device=weight.device)
     return Arranged(weight, zeros + 1 if w.scale is None else w.scale, zeros if w.bias is None else w.bias)
@@ -186,7 +188,9 @@ def _map(address: int, rows: int, inner: int, stride: int) -> _Map:
 
 @cache
 def _kernel(ending: str) -> cuda.Kernel:
-    return cuda.load(_SOURCE, "linear", [f"ENDING={ENDINGS.index(ending)}"], _THREADS, _SHARED)
+    name = f"linear_{ending}"
+    defines = [f"ENDING={ENDINGS.index(ending)}", f"RUN={RUN}", f"NAME={name}"]
+    return cuda.load(_SOURCE, name, defines, _THREADS, _SHARED)
 
 
 def linear(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor) -> None:

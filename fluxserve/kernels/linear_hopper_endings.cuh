@@ -1,9 +1,10 @@
 // What follows a product in linear_hopper.cu, which includes this: from a thread's sums to what is stored.
 //
-// A thread has two rows, 8 apart, and of each 64 columns sixteen neighbours: number g · 32 + i / 2 · 4 + half · 2 + i % 2
-// of its 128 is column g · 64 + lane % 4 · 16 + i of row `half`.
+// A thread has two rows, 8 apart, and of every 4 · RUN columns RUN neighbours: number g · 2 · RUN + i / 2 · 4 + half · 2 +
+// i % 2 of its 128 is column g · 4 · RUN + lane % 4 · RUN + i of row `half`.
 
-#define SUM(g, half, i) d[(g) * 32 + (i) / 2 * 4 + (half) * 2 + (i) % 2]
+#define GROUPS (COLUMNS / 4 / RUN)
+#define SUM(g, half, i) d[(g) * 2 * RUN + (i) / 2 * 4 + (half) * 2 + (i) % 2]
 
 // Of a tile's columns. factor: of the heads' numbers. The gate is in scale and bias already.
 struct Columns {
@@ -14,9 +15,9 @@ struct Columns {
 struct Ahead {
   float x[2];
 #if ENDING == 2
-  uint4 residual[2][4][2];
+  uint4 residual[2][GROUPS][RUN / 8];
 #elif HEADS
-  float4 cos[2][4], sin[2][4];
+  float4 cos[2][HEAD / 2 / 16], sin[2][HEAD / 2 / 16];
 #endif
 };
 
@@ -43,25 +44,34 @@ __device__ __forceinline__ void keep_columns(Columns &c, const Parameters &p, co
   }
 }
 
+// Of one of a thread's two rows: there are not registers for both before its sums begin to leave.
+__device__ __forceinline__ void ask_angles(Ahead &a, const Parameters &p, const Tile &t, int row, int lane, int half) {
+#if HEADS
+  bool turned = row + half * 8 < t.end && has_heads(p, t) && part_of(p, t.column) < 2;
+  long at = (long)(row + half * 8) * (HEAD / 2) + lane % 4 * RUN;
+#pragma unroll
+  for (int i = 0; i < 16; i += 4) {
+    int column = i / RUN * 4 * RUN + i % RUN;
+    a.cos[half][i / 4] = turned ? *(const float4 *)(p.cos + at + column) : make_float4(0, 0, 0, 0);
+    a.sin[half][i / 4] = turned ? *(const float4 *)(p.sin + at + column) : make_float4(0, 0, 0, 0);
+  }
+#endif
+}
+
 __device__ __forceinline__ void ask(Ahead &a, const Parameters &p, const Tile &t, int row, int lane) {
+  ask_angles(a, p, t, row, lane, 0);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     int at_row = row + half * 8;
     bool there = at_row < t.end;
     a.x[half] = p.x_scale && there ? p.x_scale[at_row] : 1.0f;
 #if ENDING == 2
-    const u16 *from = (const u16 *)p.out + (long)at_row * p.out_stride + t.column + lane % 4 * 16;
+    const u16 *from = (const u16 *)p.out + (long)at_row * p.out_stride + t.column + lane % 4 * RUN;
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-      a.residual[half][i / 2][i % 2] = there ? *(const uint4 *)(from + i / 2 * 64 + i % 2 * 8) : make_uint4(0, 0, 0, 0);
-#elif HEADS
-    bool turned = there && has_heads(p, t) && part_of(p, t.column) < 2;
-    long at = (long)at_row * (HEAD / 2) + lane % 4 * 16;
+    for (int g = 0; g < GROUPS; g++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      a.cos[half][i] = turned ? *(const float4 *)(p.cos + at + i * 4) : make_float4(0, 0, 0, 0);
-      a.sin[half][i] = turned ? *(const float4 *)(p.sin + at + i * 4) : make_float4(0, 0, 0, 0);
-    }
+      for (int i = 0; i < RUN; i += 8)
+        a.residual[half][g][i / 8] = there ? *(const uint4 *)(from + g * 4 * RUN + i) : make_uint4(0, 0, 0, 0);
 #endif
   }
 }
@@ -69,10 +79,10 @@ __device__ __forceinline__ void ask(Ahead &a, const Parameters &p, const Tile &t
 // Products of a thread → what they stand for, in place.
 __device__ __forceinline__ void scale(float (&d)[128], const Ahead &a, const Columns &c, int lane) {
 #pragma unroll
-  for (int g = 0; g < 4; g++)
+  for (int g = 0; g < GROUPS; g++)
 #pragma unroll
-    for (int i = 0; i < 16; i += 4) {
-      int column = g * 64 + lane % 4 * 16 + i;
+    for (int i = 0; i < RUN; i += 4) {
+      int column = g * 4 * RUN + lane % 4 * RUN + i;
       float4 w = *(const float4 *)(c.scale + column), b = *(const float4 *)(c.bias + column);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
@@ -84,19 +94,25 @@ __device__ __forceinline__ void scale(float (&d)[128], const Ahead &a, const Col
     }
 }
 
-__device__ __forceinline__ void neighbours(float (&y)[16], const float (&d)[128], int g, int half) {
+__device__ __forceinline__ void neighbours(float (&y)[RUN], const float (&d)[128], int g, int half) {
 #pragma unroll
-  for (int i = 0; i < 16; i++) y[i] = SUM(g, half, i);
+  for (int i = 0; i < RUN; i++) y[i] = SUM(g, half, i);
 }
 
-__device__ __forceinline__ void store_e4m3(void *out, long at, const float (&y)[16]) {
-  *(uint4 *)((char *)out + at) = make_uint4(pack_e4m3(y[0], y[1], y[2], y[3]), pack_e4m3(y[4], y[5], y[6], y[7]),
-      pack_e4m3(y[8], y[9], y[10], y[11]), pack_e4m3(y[12], y[13], y[14], y[15]));
+__device__ __forceinline__ void store_e4m3(void *out, long at, const float (&y)[RUN]) {
+  u32 packed[RUN / 4];
+#pragma unroll
+  for (int i = 0; i < RUN / 4; i++) packed[i] = pack_e4m3(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+#if RUN == 16
+  *(uint4 *)((char *)out + at) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+#else
+  *(uint2 *)((char *)out + at) = make_uint2(packed[0], packed[1]);
+#endif
 }
 
-__device__ __forceinline__ void store_bf16(void *out, long at, const float (&y)[16]) {
+__device__ __forceinline__ void store_bf16(void *out, long at, const float (&y)[RUN]) {
 #pragma unroll
-  for (int i = 0; i < 16; i += 8)
+  for (int i = 0; i < RUN; i += 8)
     *(uint4 *)((u16 *)out + at + i) = make_uint4(pack_bf16(y[i], y[i + 1]), pack_bf16(y[i + 2], y[i + 3]),
         pack_bf16(y[i + 4], y[i + 5]), pack_bf16(y[i + 6], y[i + 7]));
 }
@@ -110,32 +126,44 @@ __device__ __forceinline__ float gelu_tanh(float y, float half_inverse) {
 
 // Two heads to a tile. A head's pairs stand 64 columns apart, and in the same thread.
 __device__ __forceinline__ void store_heads(
-    const float (&d)[128], const Ahead &a, const Columns &c, const Parameters &p, const Tile &t, int row, int lane) {
+    const float (&d)[128], Ahead &a, const Columns &c, const Parameters &p, const Tile &t, int row, int lane) {
 #if HEADS
+  const int groups = GROUPS / 4;  // of half a head
 #pragma unroll
   for (int half = 0; half < 2; half++)
 #pragma unroll
     for (int head = 0; head < 2; head++) {
-      int column = head * HEAD + lane % 4 * 16, part = part_of(p, t.column + head * HEAD), at_row = row + half * 8;
-      float first[16], second[16], square = 0;
-      neighbours(first, d, 2 * head, half);
-      neighbours(second, d, 2 * head + 1, half);
+      int part = part_of(p, t.column + head * HEAD), at_row = row + half * 8;
+      float square = 0;
+      if (half == 0 && head == 1) ask_angles(a, p, t, row, lane, 1);
 #pragma unroll
-      for (int i = 0; i < 16; i++) square += first[i] * first[i] + second[i] * second[i];
+      for (int i = 0; i < 32; i++) {
+        float y = SUM(2 * head * groups + i / RUN, half, i % RUN);
+        square += y * y;
+      }
       square += __shfl_xor_sync(0xffffffff, square, 1);
       square += __shfl_xor_sync(0xffffffff, square, 2);
       float inverse = part < 2 ? rsqrtf(square / HEAD + p.epsilon) : 1.0f;
 #pragma unroll
-      for (int i = 0; i < 16; i++) {
-        float real = first[i] * inverse * c.factor[column + i], other = second[i] * inverse * c.factor[column + HEAD / 2 + i];
-        float cos = (&a.cos[half][i / 4].x)[i % 4], sin = (&a.sin[half][i / 4].x)[i % 4];
-        first[i] = part < 2 ? real * cos - other * sin : real;
-        second[i] = part < 2 ? other * cos + real * sin : other;
+      for (int g = 0; g < groups; g++) {
+        int column = head * HEAD + g * 4 * RUN + lane % 4 * RUN;
+        float first[RUN], second[RUN];
+        neighbours(first, d, 2 * head * groups + g, half);
+        neighbours(second, d, (2 * head + 1) * groups + g, half);
+#pragma unroll
+        for (int i = 0; i < RUN; i++) {
+          float real = first[i] * inverse * c.factor[column + i], other = second[i] * inverse * c.factor[column + HEAD / 2 + i];
+          int at = g * RUN + i;
+          float cos = (&a.cos[half][at / 4].x)[at % 4], sin = (&a.sin[half][at / 4].x)[at % 4];
+          first[i] = part < 2 ? real * cos - other * sin : real;
+          second[i] = part < 2 ? other * cos + real * sin : other;
+        }
+        if (at_row < t.end) {
+          long at = (long)at_row * p.out_stride + t.column + column;
+          store_e4m3(p.out, at, first);
+          store_e4m3(p.out, at + HEAD / 2, second);
+        }
       }
-      if (at_row >= t.end) continue;
-      long at = (long)at_row * p.out_stride + t.column + column;
-      store_e4m3(p.out, at, first);
-      store_e4m3(p.out, at + HEAD / 2, second);
     }
 #endif
 }
@@ -144,39 +172,39 @@ __device__ __forceinline__ void store_gelu(
     const float (&d)[128], const Parameters &p, void *out, int stride, int tile_column, const Tile &t, int row, int lane) {
   float half_inverse = 0.5f * p.inverse;
 #pragma unroll
-  for (int g = 0; g < 4; g++)
+  for (int g = 0; g < GROUPS; g++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       int at_row = row + half * 8;
-      float y[16];
+      float y[RUN];
       neighbours(y, d, g, half);
 #pragma unroll
-      for (int i = 0; i < 16; i++) y[i] = gelu_tanh(y[i], half_inverse);
-      if (at_row < t.end) store_e4m3(out, (long)at_row * stride + tile_column + g * 64 + lane % 4 * 16, y);
+      for (int i = 0; i < RUN; i++) y[i] = gelu_tanh(y[i], half_inverse);
+      if (at_row < t.end) store_e4m3(out, (long)at_row * stride + tile_column + g * 4 * RUN + lane % 4 * RUN, y);
     }
 }
 
 __device__ __forceinline__ void store_rows(const float (&d)[128], const Ahead &a, const Parameters &p, const Tile &t, int row, int lane) {
 #pragma unroll
-  for (int g = 0; g < 4; g++)
+  for (int g = 0; g < GROUPS; g++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       int at_row = row + half * 8;
-      float y[16];
+      float y[RUN];
       neighbours(y, d, g, half);
 #if ENDING == 2
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
+      for (int i = 0; i < RUN / 2; i++) {
         u32 pair = (&a.residual[half][g][i / 4].x)[i % 4];
         y[2 * i] += first_bf16(pair), y[2 * i + 1] += second_bf16(pair);
       }
 #endif
-      if (at_row < t.end) store_bf16(p.out, (long)at_row * p.out_stride + t.column + g * 64 + lane % 4 * 16, y);
+      if (at_row < t.end) store_bf16(p.out, (long)at_row * p.out_stride + t.column + g * 4 * RUN + lane % 4 * RUN, y);
     }
 }
 
 __device__ __forceinline__ void finish(
-    float (&d)[128], const Ahead &a, const Columns &c, const Parameters &p, const Tile &t, int row, int lane) {
+    float (&d)[128], Ahead &a, const Columns &c, const Parameters &p, const Tile &t, int row, int lane) {
   scale(d, a, c, lane);
   if (has_heads(p, t))
     store_heads(d, a, c, p, t, row, lane);

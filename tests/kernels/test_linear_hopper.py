@@ -13,17 +13,17 @@ from tests.kernels.test_linear import HEAD, heads_of, operands
 def test_each_thread_has_neighbours() -> None:
     """By wgmma's table of accumulators: number i of lane l is of column i / 4 · 8 + l % 4 · 2 + i % 2."""
     order = hopper.neighbours()
-    assert sorted(order.tolist()) == list(range(64))
+    assert sorted(order.tolist()) == list(range(4 * hopper.RUN))
     for q in range(4):
-        held = [int(order[j * 8 + q * 2 + b]) for j in range(8) for b in range(2)]
-        assert held == list(range(16 * q, 16 * q + 16))
+        held = [int(order[j * 8 + q * 2 + b]) for j in range(hopper.RUN // 2) for b in range(2)]
+        assert held == list(range(hopper.RUN * q, hopper.RUN * q + hopper.RUN))
 
 
 def test_weights_are_permuted_and_nothing_else() -> None:
     _, _, w = operands(1, 512, 96, E4M3)
     made = hopper.arranged(w)
     order = hopper.neighbours()
-    assert torch.equal(made.weight[1, 64:128].float(), w.weight[1, 64:128].float()[order])
+    assert torch.equal(made.weight[1, 64:96].float(), w.weight[1, 64:96].float()[order])
     assert made.scale is w.scale and made.bias is w.bias
     for other in (operands(1, 384, 96, E4M3)[2], operands(1, 512, 72, E4M3)[2], operands(1, 512, 96, torch.float32)[2]):
         assert hopper.arranged(other) is other, "the general kernel's"
