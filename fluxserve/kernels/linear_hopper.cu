@@ -21,8 +21,13 @@
 #define A_BYTES (ROWS * INNER)
 #define B_BYTES (COLUMNS * INNER)
 #define HEAD 128
+#ifndef GROUP
+#define GROUP 8
+#endif
 #define HEADS (ENDING == 3 || ENDING == 4)
+#ifndef LEAST_STEPS
 #define LEAST_STEPS 8  // of K that are worth a cluster of their own
+#endif
 
 #include "common.cuh"
 
@@ -54,12 +59,15 @@ struct Tile {
   int row, end, column, stream;
 };
 
+// In bands of GROUP columns, so that the tiles which are under way together are about as many rows as columns, and share
+// most of what they read in L2.
 __device__ __forceinline__ Tile tile_of(const Parameters &p, const Plan &plan, int index) {
-  int pair = index % plan.pairs, in_second = pair >= plan.pairs_first;
+  int columns = p.N / COLUMNS, group = index / (GROUP * plan.pairs), within = index % (GROUP * plan.pairs);
+  int width = min(GROUP, columns - group * GROUP), pair = within / width, in_second = pair >= plan.pairs_first;
   Tile t;
   t.row = (in_second ? p.split + (pair - plan.pairs_first) * 2 * ROWS : pair * 2 * ROWS) + plan.rank * ROWS;
   t.end = in_second ? p.M : p.split;
-  t.column = index / plan.pairs * COLUMNS;
+  t.column = (group * GROUP + within % width) * COLUMNS;
   t.stream = in_second ? p.second : 0;
   return t;
 }
