@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fluxserve.kernels import add, attention, group_norm, linear, modulation, norm, rows
+from fluxserve.kernels import add, attention, group_norm, linear, modulation, norm, rows, wide_attention
 from fluxserve.kernels.linear import Linear
 
 
@@ -29,6 +29,7 @@ class Operations:
     gated_rows: Callable[..., None]
     group_norm: Callable[..., Tensor]
     add: Callable[..., Tensor]
+    wide_attention: Callable[..., None]
 
 
 def _as_they_are(w: Linear) -> Linear:
@@ -49,6 +50,7 @@ LAUNCHED = Operations(
     gated_rows=rows.gated_rows,
     group_norm=group_norm.group_norm,
     add=add.add,
+    wide_attention=wide_attention.wide_attention,
 )
 
 PLAIN = Operations(
@@ -65,5 +67,6 @@ PLAIN = Operations(
     gated_rows=rows.plain_gated_rows,
     group_norm=group_norm.plain_group_norm,
     add=add.plain_add,
+    wide_attention=wide_attention.plain_wide_attention,
 )
 """Every operation by its definition: what kernels are judged by, and how an engine's own arithmetic is on a CPU."""

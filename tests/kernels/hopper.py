@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fluxserve.kernels import add, group_norm, linear, modulation, norm, rows
+from fluxserve.kernels import add, group_norm, linear, modulation, norm, rows, softmax
 
 TARGET = GPUTarget("cuda", 90, 32)
 FLOAT = {"e4m3": "fp8e4nv", "bf16": "bf16", "fp32": "fp32"}
@@ -114,6 +114,8 @@ def main() -> None:
     found["group_norm apply"] = compiled(group_norm._apply_kernel, pictures, apply, num_warps=8)
     own = {"CHANNELS": 128, "TILE": 2048}
     found["add"] = compiled(add._add_kernel, {"x": "*bf16", "y": "*bf16", "bias": "*fp32"}, own, num_warps=8)
+    scores = {"scores": "*fp32", "weights": "*bf16", "factor": "fp32"}
+    found["softmax"] = compiled(softmax._softmax_kernel, scores, {"BLOCK": 2048}, num_warps=8)
     print(json.dumps(found))
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, pad, scaled_dot_product_attention
+from torch.nn.functional import conv2d, interpolate, linear, pad
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Shapes, Signature
-from fluxserve.engines.fused.weights import Precision, Reader, dense
+from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
 from fluxserve.kernels.operations import Operations
 
 FOLDER = "vae"
@@ -79,18 +79,24 @@ class _Resnet:
 
 
 class _Attention:
-    """Every pixel to every other, one head as wide as the picture is deep."""
+    """Every pixel to every other, one head as wide as the picture is deep. q, k and v are one product."""
 
     def __init__(self, c: _Context, name: str) -> None:
         self._norm = _Norm(c, f"{name}.group_norm")
-        self._q, self._k, self._v = (dense(c.read, f"{name}.to_{part}", c.precision) for part in "qkv")
-        self._out = dense(c.read, f"{name}.to_out.0", c.precision)
+        parts = [dense(c.read, f"{name}.to_{part}", c.precision) for part in "qkv"]
+        self._qkv = Dense(torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
+        out = f"{name}.to_out.0"
+        self._out, self._bias = c.read(f"{out}.weight").to(c.precision.compute), c.read(f"{out}.bias").float()
+        self._run = c.run
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x is overwritten."""
         _, channels, height, width = x.shape
-        pixels = self._norm(x, silu=False).permute(0, 2, 3, 1).reshape(1, 1, height * width, channels)
-        y = self._out(scaled_dot_product_attention(self._q(pixels), self._k(pixels), self._v(pixels)))
-        return x + y.view(1, height, width, channels).permute(0, 3, 1, 2)
+        pixels = self._norm(x, silu=False).permute(0, 2, 3, 1).view(height * width, channels)
+        mixed = torch.empty_like(pixels)
+        self._run.wide_attention(*self._qkv(pixels).chunk(3, dim=1), mixed)
+        y = linear(mixed, self._out).view(1, height, width, channels).permute(0, 3, 1, 2)
+        return self._run.add(x, y, self._bias)
 
 
 class _Middle:
