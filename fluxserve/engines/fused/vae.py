@@ -1,8 +1,9 @@
 """The VAE, pixel by pixel: cuDNN's convolutions over channels-last pictures, our GroupNorm and SiLU between them.
 
 diffusers' AutoencoderKL as FLUX.1 has it: no quant convolutions, one attention with a single head in the middle. In the
-compute dtype, whatever the transformer is in. Not captured: its launches take a tenth of what they start, and a graph
-would keep the pictures of every size in memory for good.
+compute dtype, whatever the transformer is in. A picture may lack an `offset`, the bias of the convolution that it comes
+from: every layer knows since it was made which one, and adds it where it reads the picture anyway. Not captured: its
+launches take a fraction of what they start, and a graph would keep the pictures of every size in memory for good.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, linear, pad
+from torch.nn.functional import conv2d, interpolate, linear
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
@@ -35,47 +36,64 @@ class _Context:
 
 
 class _Conv:
+    """Without its bias, for which cuDNN would take a pass of its own: whoever reads the result adds it in passing."""
+
     def __init__(self, c: _Context, name: str) -> None:
         weight = c.read(f"{name}.weight").to(c.precision.compute)
         self._weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias = c.read(f"{name}.bias").float()
-        self._bias = self.bias.to(c.precision.compute)
         self._margin = weight.shape[-1] // 2
 
     def __call__(self, x: Tensor) -> Tensor:
-        return conv2d(x, self._weight, self._bias, padding=self._margin)
-
-    def unbiased(self, x: Tensor) -> Tensor:
-        """For a kernel that adds the bias in passing."""
         return conv2d(x, self._weight, padding=self._margin)
 
+    def biased(self, x: Tensor) -> Tensor:
+        """The whole of it, where nobody reads the result but the caller."""
+        return conv2d(x, self._weight, self.bias.to(x.dtype), padding=self._margin)
+
     def halved(self, x: Tensor) -> Tensor:
-        """Every second pixel, with a margin right and below alone."""
-        return conv2d(pad(x, (0, 1, 0, 1)), self._weight, self._bias, stride=2)
+        """Every second pixel, with a margin right and below alone; x has an even height and width.
+
+        A margin of two on all sides gives the same, and a row and a column before it: less to copy than a padded x.
+        """
+        y = conv2d(x, self._weight, padding=2, stride=2)
+        return y[:, :, 1:, 1:].contiguous(memory_format=torch.channels_last)
+
+    def of_constant(self, offset: Tensor) -> Tensor:
+        """What a convolution of single pixels makes of an addend [C] that is the same everywhere; without its bias."""
+        return self._weight[:, :, 0, 0].float() @ offset
 
 
 class _Norm:
-    def __init__(self, c: _Context, name: str) -> None:
-        self._weight, self._bias = (c.read(f"{name}.{part}").float() for part in ("weight", "bias"))
-        self._run, self._groups = c.run, c.groups
+    """`offset` [C] belongs to every x that comes, and was not added yet."""
 
-    def __call__(self, x: Tensor, silu: bool = True, offset: Tensor | None = None) -> Tensor:
-        return self._run.group_norm(x, self._groups, self._weight, self._bias, _EPSILON, silu, offset)
+    def __init__(self, c: _Context, name: str, offset: Tensor | None = None) -> None:
+        self._weight, self._bias = (c.read(f"{name}.{part}").float() for part in ("weight", "bias"))
+        self._run, self._groups, self._offset = c.run, c.groups, offset
+
+    def __call__(self, x: Tensor, silu: bool = True) -> Tensor:
+        return self._run.group_norm(x, self._groups, self._weight, self._bias, _EPSILON, silu, self._offset)
 
 
 class _Resnet:
-    def __init__(self, c: _Context, name: str) -> None:
-        self._norm1, self._norm2 = _Norm(c, f"{name}.norm1"), _Norm(c, f"{name}.norm2")
+    """`offset` [C], if any, belongs to every x that comes, and was not added yet; what goes out is whole."""
+
+    def __init__(self, c: _Context, name: str, offset: Tensor | None = None) -> None:
         self._conv1, self._conv2 = _Conv(c, f"{name}.conv1"), _Conv(c, f"{name}.conv2")
+        self._norm1 = _Norm(c, f"{name}.norm1", offset)
+        self._norm2 = _Norm(c, f"{name}.norm2", self._conv1.bias)
         shortcut = f"{name}.conv_shortcut"
         self._shortcut = _Conv(c, shortcut) if f"{shortcut}.weight" in c.read else None
-        self._run = c.run
+        self._run, self._bias = c.run, self._conv2.bias
+        if self._shortcut:
+            self._bias = self._bias + self._shortcut.bias
+        if offset is not None:
+            self._bias = self._bias + (self._shortcut.of_constant(offset) if self._shortcut else offset)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x is overwritten, unless it has another depth than what comes out."""
-        y = self._norm2(self._conv1.unbiased(self._norm1(x)), offset=self._conv1.bias)
-        y = self._conv2.unbiased(y)
-        return self._run.add(self._shortcut(x) if self._shortcut else x, y, self._conv2.bias)
+        y = self._conv2(self._norm2(self._conv1(self._norm1(x))))
+        return self._run.add(self._shortcut(x) if self._shortcut else x, y, self._bias)
 
 
 class _Attention:
@@ -100,19 +118,22 @@ class _Attention:
 
 
 class _Middle:
-    def __init__(self, c: _Context) -> None:
-        self._first, self._last = (_Resnet(c, f"mid_block.resnets.{i}") for i in range(2))
+    """`offset`: see _Resnet."""
+
+    def __init__(self, c: _Context, offset: Tensor | None = None) -> None:
+        self._first = _Resnet(c, "mid_block.resnets.0", offset)
         self._attention = _Attention(c, "mid_block.attentions.0")
+        self._last = _Resnet(c, "mid_block.resnets.1")
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._last(self._attention(self._first(x)))
 
 
 class _Level:
-    """Resnets at one resolution, and the way to the next, if there is one."""
+    """Resnets at one resolution, and the way to the next, if there is one. `offset`: see _Resnet."""
 
-    def __init__(self, c: _Context, name: str, resnets: int, sampler: str) -> None:
-        self._resnets = [_Resnet(c, f"{name}.resnets.{i}") for i in range(resnets)]
+    def __init__(self, c: _Context, name: str, resnets: int, sampler: str, offset: Tensor | None) -> None:
+        self._resnets = [_Resnet(c, f"{name}.resnets.{i}", None if i else offset) for i in range(resnets)]
         conv = f"{name}.{sampler}.0.conv"
         self.sampler = _Conv(c, conv) if f"{conv}.weight" in c.read else None
 
@@ -122,11 +143,21 @@ class _Level:
         return x
 
 
+def _levels(c: _Context, name: str, count: int, resnets: int, sampler: str, offset: Tensor | None) -> list[_Level]:
+    """Each adds the bias of the sampler before it; the first `offset`."""
+    levels: list[_Level] = []
+    for i in range(count):
+        levels.append(_Level(c, f"{name}.{i}", resnets, sampler, offset))
+        offset = levels[-1].sampler.bias if levels[-1].sampler else None
+    return levels
+
+
 class _Decoder:
     def __init__(self, c: _Context, config: Mapping[str, Any]) -> None:
         levels, resnets = len(config["block_out_channels"]), config["layers_per_block"] + 1
-        self._in, self._middle = _Conv(c, "conv_in"), _Middle(c)
-        self._levels = [_Level(c, f"up_blocks.{i}", resnets, "upsamplers") for i in range(levels)]
+        self._in = _Conv(c, "conv_in")
+        self._middle = _Middle(c, self._in.bias)
+        self._levels = _levels(c, "up_blocks", levels, resnets, "upsamplers", None)
         self._norm, self._out = _Norm(c, "conv_norm_out"), _Conv(c, "conv_out")
         c.read.refuse_rest()
 
@@ -136,14 +167,15 @@ class _Decoder:
             x = level(x)
             if level.sampler:
                 x = level.sampler(interpolate(x, scale_factor=2.0, mode="nearest"))
-        return (self._out(self._norm(x)),)
+        return (self._out.biased(self._norm(x)),)
 
 
 class _Encoder:
     def __init__(self, c: _Context, config: Mapping[str, Any]) -> None:
         levels, resnets = len(config["block_out_channels"]), config["layers_per_block"]
-        self._in, self._middle = _Conv(c, "conv_in"), _Middle(c)
-        self._levels = [_Level(c, f"down_blocks.{i}", resnets, "downsamplers") for i in range(levels)]
+        self._in = _Conv(c, "conv_in")
+        self._levels = _levels(c, "down_blocks", levels, resnets, "downsamplers", self._in.bias)
+        self._middle = _Middle(c)
         self._norm, self._out = _Norm(c, "conv_norm_out"), _Conv(c, "conv_out")
         c.read.refuse_rest()
 
@@ -153,7 +185,7 @@ class _Encoder:
             x = level(x)
             if level.sampler:
                 x = level.sampler.halved(x)
-        mean, log_variance = self._out(self._norm(self._middle(x))).chunk(2, dim=1)
+        mean, log_variance = self._out.biased(self._norm(self._middle(x))).chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(*_LOG_VARIANCE))
 
 
