@@ -29,6 +29,7 @@ class Operations:
     gated_rows: Callable[..., None]
     group_norm: Callable[..., Tensor]
     add: Callable[..., Tensor]
+    add_upsampled: Callable[..., Tensor]
     wide_attention: Callable[..., None]
 
 
@@ -50,6 +51,7 @@ LAUNCHED = Operations(
     gated_rows=rows.gated_rows,
     group_norm=group_norm.group_norm,
     add=add.add,
+    add_upsampled=add.add_upsampled,
     wide_attention=wide_attention.wide_attention,
 )
 
@@ -67,6 +69,7 @@ PLAIN = Operations(
     gated_rows=rows.plain_gated_rows,
     group_norm=group_norm.plain_group_norm,
     add=add.plain_add,
+    add_upsampled=add.plain_add_upsampled,
     wide_attention=wide_attention.plain_wide_attention,
 )
 """Every operation by its definition: what kernels are judged by, and how an engine's own arithmetic is on a CPU."""

@@ -112,8 +112,10 @@ def main() -> None:
     found["group_norm statistics"] = compiled(group_norm._statistics_kernel, pictures, shared, num_warps=8)
     apply = shared | {"SILU": True}
     found["group_norm apply"] = compiled(group_norm._apply_kernel, pictures, apply, num_warps=8)
-    own = {"CHANNELS": 128, "TILE": 2048}
-    found["add"] = compiled(add._add_kernel, {"x": "*bf16", "y": "*bf16", "bias": "*fp32"}, own, num_warps=8)
+    own = {"CHANNELS": 128, "PADDED": 128, "ROWS": 32}
+    branches = {"x": "*bf16", "y": "*bf16", "bias": "*fp32", "out": "*bf16"}
+    found["add"] = compiled(add._add_kernel, branches, own, num_warps=8)
+    found["add upsampled"] = compiled(add._upsampled_kernel, branches, own, num_warps=8)
     scores = {"scores": "*fp32", "weights": "*bf16", "factor": "fp32"}
     found["softmax"] = compiled(softmax._softmax_kernel, scores, {"BLOCK": 2048}, num_warps=8)
     print(json.dumps(found))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, linear
+from torch.nn.functional import conv2d, linear
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
@@ -92,8 +92,15 @@ class _Resnet:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x is overwritten, unless it has another depth than what comes out."""
+        return self._run.add(*self._branches(x), self._bias)
+
+    def upsampled(self, x: Tensor) -> Tensor:
+        """The same at twice the height and width; the small picture is never written."""
+        return self._run.add_upsampled(*self._branches(x), self._bias)
+
+    def _branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = self._conv2(self._norm2(self._conv1(self._norm1(x))))
-        return self._run.add(self._shortcut(x) if self._shortcut else x, y, self._bias)
+        return self._shortcut(x) if self._shortcut else x, y
 
 
 class _Attention:
@@ -137,10 +144,18 @@ class _Level:
         conv = f"{name}.{sampler}.0.conv"
         self.sampler = _Conv(c, conv) if f"{conv}.weight" in c.read else None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def up(self, x: Tensor) -> Tensor:
+        """What comes out is twice as high and wide, if there is a sampler."""
+        *before, last = self._resnets
+        for resnet in before:
+            x = resnet(x)
+        return self.sampler(last.upsampled(x)) if self.sampler else last(x)
+
+    def down(self, x: Tensor) -> Tensor:
+        """What comes out is half as high and wide, if there is a sampler."""
         for resnet in self._resnets:
             x = resnet(x)
-        return x
+        return self.sampler.halved(x) if self.sampler else x
 
 
 def _levels(c: _Context, name: str, count: int, resnets: int, sampler: str, offset: Tensor | None) -> list[_Level]:
@@ -164,9 +179,7 @@ class _Decoder:
     def __call__(self, latents: Tensor) -> tuple[Tensor, ...]:
         x = self._middle(self._in(latents))
         for level in self._levels:
-            x = level(x)
-            if level.sampler:
-                x = level.sampler(interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = level.up(x)
         return (self._out.biased(self._norm(x)),)
 
 
@@ -182,9 +195,7 @@ class _Encoder:
     def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
         x = self._in(pixels)
         for level in self._levels:
-            x = level(x)
-            if level.sampler:
-                x = level.sampler.halved(x)
+            x = level.down(x)
         mean, log_variance = self._out.biased(self._norm(self._middle(x))).chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(*_LOG_VARIANCE))
 
