@@ -3,12 +3,17 @@
 Biases are large: who reads a convolution's result adds them, and one that is forgotten or added twice must show.
 """
 
+import weakref
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.fused import vae
@@ -26,8 +31,19 @@ pytestmark = pytest.mark.xdist_group("fused")
 
 @pytest.fixture(scope="module")
 def theirs() -> AutoencoderKL:
-    """Another draw than what every other test shares."""
-    module = random_flux.make(seed=1).vae
+    """FLUX.1's proportions: every level half as deep as the one below it, but the last."""
+    torch.manual_seed(1)
+    module = AutoencoderKL(
+        block_out_channels=(16, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        layers_per_block=2,
+        norm_num_groups=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    module.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in module.named_parameters():
         if name.endswith(".bias"):
@@ -39,7 +55,7 @@ def theirs() -> AutoencoderKL:
 def folder(theirs: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     path = tmp_path_factory.mktemp("vae")
     theirs.save_pretrained(path / "vae")
-    return Checkpoint(path, random_flux.make(seed=1).spec)
+    return Checkpoint(path, random_flux.make().spec)
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -48,6 +64,34 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes that are held by whatever is made inside, and the most that were held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._holders: Counter[int] = Counter()
+        self.bytes = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for value in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(value, Tensor):
+                self._hold(value)
+        return made
+
+    def _hold(self, value: Tensor) -> None:
+        storage = value.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+        self.bytes += 0 if self._holders[address] else size
+        self._holders[address] += 1
+        self.most = max(self.most, self.bytes)
+        weakref.finalize(value, self._release, address, size)
+
+    def _release(self, address: int, size: int) -> None:
+        self._holders[address] -= 1
+        self.bytes -= 0 if self._holders[address] else size
 
 
 @pytest.fixture(params=[PLAIN, LAUNCHED], ids=["plain", "launched"])
@@ -83,3 +127,18 @@ def test_encoder(theirs: AutoencoderKL, folder: Checkpoint, run: Operations, siz
     expected = theirs.encode(pixels).latent_dist
     assert relative(bound.outputs["mean"], expected.mean) < RELATIVE
     assert relative(bound.outputs["std"], expected.std) < RELATIVE
+
+
+@pytest.mark.parametrize("way", ["decoder", "encoder"])
+def test_peak_is_what_a_picture_takes_at_most(folder: Checkpoint, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for cuDNN's workspaces; and not twice as much."""
+    monkeypatch.setattr(vae, "_BESIDES", 0)
+    side = 64
+    limits = replace(folder.spec.limits, max_pixels=side * side)
+    limited = Checkpoint(folder.path, replace(folder.spec, limits=limits))
+    sizes = {"decoder": {"latents": (1, 16, side // 8, side // 8)}, "encoder": {"pixels": (1, 3, side, side)}}
+    bound = getattr(vae, way)(limited, DEVICE, EXACT, LAUNCHED).bind(sizes[way])
+    with Live() as live:
+        bound.run()
+    assert vae.peak(limited, torch.float32) >= live.most
+    assert way == "encoder" or vae.peak(limited, torch.float32) < 2 * live.most

@@ -23,6 +23,10 @@ from fluxserve.kernels.operations import Operations
 FOLDER = "vae"
 _EPSILON = 1e-6
 _LOG_VARIANCE = (-30.0, 20.0)
+_PICTURES = 3
+"""So many as large as the largest are there at once, at most: a layer's input, what is made of it, what comes out."""
+_BESIDES = 512 * 2**20
+"""Bytes, whatever the picture's size: cuDNN's workspaces, the attention's scores, what the pool can't use."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +251,15 @@ def encoder(checkpoint: Checkpoint, device: torch.device, precision: Precision, 
     """Pixels → mean and standard deviation of latents. Raises CheckpointError."""
     network = _Encoder(_context(checkpoint, device, precision, run, "encoder."), checkpoint.config(FOLDER))
     return FusedVae(signatures.vae_encoder(checkpoint.spec), network, precision.compute, device)
+
+
+def peak(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes that one picture takes on its way through either network, at most, if it is as large as any may be."""
+    channels: list[int] = checkpoint.config(FOLDER)["block_out_channels"]
+    pixels = checkpoint.spec.limits.max_pixels
+    deeper = (*channels[1:], channels[-1])  # what comes to a level is as deep as the one below it
+    largest = max(max(pair) * pixels >> 2 * level for level, pair in enumerate(zip(channels, deeper, strict=True)))
+    return _PICTURES * largest * dtype.itemsize + _BESIDES
 
 
 def _context(
