@@ -28,7 +28,7 @@ class Operations:
     rms_rows: Callable[..., None]
     gated_rows: Callable[..., None]
     group_norm: Callable[..., Tensor]
-    add: Callable[..., Tensor]
+    add: Callable[..., Tensor | None]
     add_upsampled: Callable[..., Tensor]
     wide_attention: Callable[..., None]
 

@@ -31,11 +31,11 @@ def _softmax_kernel(scores, weights, columns, factor, BLOCK: tl.constexpr):
         total = total * tl.exp2((largest - higher) * factor) + tl.exp2((s - higher) * factor)
         largest = higher
     top = tl.max(largest, axis=0)
-    whole = tl.sum(total * tl.exp2((largest - top) * factor), axis=0)
+    inverse = 1.0 / tl.sum(total * tl.exp2((largest - top) * factor), axis=0)
     for first in range(0, columns, BLOCK):
         mask = first + place < columns
         s = tl.load(scores + begin + first + place, mask=mask, other=_LOWEST)
-        y = tl.exp2((s - top) * factor) / whole
+        y = tl.exp2((s - top) * factor) * inverse
         tl.store(weights + begin + first + place, y.to(weights.dtype.element_ty), mask=mask)
 
 

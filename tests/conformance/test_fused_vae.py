@@ -109,7 +109,7 @@ def exact_products() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.mark.parametrize("size", [(2, 2), (6, 10)])
+@pytest.mark.parametrize("size", [(2, 2), (4, 6)])
 def test_decoder(theirs: AutoencoderKL, folder: Checkpoint, run: Operations, size: tuple[int, int]) -> None:
     latents = drawn(2, 16, *size)
     bound = vae.decoder(folder, DEVICE, EXACT, run).bind({"latents": tuple(latents.shape)})
@@ -118,7 +118,7 @@ def test_decoder(theirs: AutoencoderKL, folder: Checkpoint, run: Operations, siz
     assert relative(bound.outputs["pixels"], theirs.decode(latents).sample) < RELATIVE
 
 
-@pytest.mark.parametrize("size", [(16, 16), (48, 80)])
+@pytest.mark.parametrize("size", [(16, 16), (32, 48)])
 def test_encoder(theirs: AutoencoderKL, folder: Checkpoint, run: Operations, size: tuple[int, int]) -> None:
     pixels = drawn(2, 3, *size)
     bound = vae.encoder(folder, DEVICE, EXACT, run).bind({"pixels": tuple(pixels.shape)})

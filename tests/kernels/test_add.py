@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fluxserve.kernels import add as kernels
+from fluxserve.kernels.group_norm import group_norm, plain_group_norm
 from tests.kernels.judge import DEVICE, INTERPRETED, random, same
 
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
@@ -21,10 +22,18 @@ def branches(channels: int, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tens
 
 def test_add_as_the_reference(size: tuple[int, int], channels: int) -> None:
     x, y, bias = branches(channels, size)
-    expected = kernels.plain_add(x.float(), y, bias)
-    got = kernels.add(x, y, bias)
-    assert got is x
-    same(got, expected, DTYPE)
+    expected = x.float()
+    kernels.plain_add(expected, y, bias, 8)
+    kernels.add(x, y, bias, 8)
+    same(x, expected, DTYPE)
+
+
+def test_statistics_are_those_of_what_was_written(size: tuple[int, int], channels: int) -> None:
+    x, y, bias = branches(channels, size)
+    weight, shift = random(channels, seed=4), random(channels, seed=5)
+    taken = kernels.add(x, y, bias, 8)
+    got = group_norm(x, 8, weight, shift, 1e-6, False, None, taken)
+    same(got, plain_group_norm(x.float(), 8, weight, shift, 1e-6, False), DTYPE)
 
 
 def test_upsampled_as_the_reference(size: tuple[int, int], channels: int, monkeypatch: pytest.MonkeyPatch) -> None:

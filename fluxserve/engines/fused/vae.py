@@ -39,6 +39,14 @@ class _Context:
     groups: int
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """pixels: [1, C, H, W], channels-last. statistics: what the next GroupNorm wants of them, if it was taken."""
+
+    pixels: Tensor
+    statistics: Tensor | None = None
+
+
 class _Conv:
     """Without its bias, for which cuDNN would take a pass of its own: whoever reads the result adds it in passing."""
 
@@ -75,8 +83,9 @@ class _Norm:
         self._weight, self._bias = (c.read(f"{name}.{part}").float() for part in ("weight", "bias"))
         self._run, self._groups, self._offset = c.run, c.groups, offset
 
-    def __call__(self, x: Tensor, silu: bool = True) -> Tensor:
-        return self._run.group_norm(x, self._groups, self._weight, self._bias, _EPSILON, silu, self._offset)
+    def __call__(self, x: _Picture, silu: bool = True) -> Tensor:
+        factor, shift, offset = self._weight, self._bias, self._offset
+        return self._run.group_norm(x.pixels, self._groups, factor, shift, _EPSILON, silu, offset, x.statistics)
 
 
 class _Resnet:
@@ -88,23 +97,24 @@ class _Resnet:
         self._norm2 = _Norm(c, f"{name}.norm2", self._conv1.bias)
         shortcut = f"{name}.conv_shortcut"
         self._shortcut = _Conv(c, shortcut) if f"{shortcut}.weight" in c.read else None
-        self._run, self._bias = c.run, self._conv2.bias
+        self._run, self._groups, self._bias = c.run, c.groups, self._conv2.bias
         if self._shortcut:
             self._bias = self._bias + self._shortcut.bias
         if offset is not None:
             self._bias = self._bias + (self._shortcut.of_constant(offset) if self._shortcut else offset)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: _Picture) -> _Picture:
         """x is overwritten, unless it has another depth than what comes out."""
-        return self._run.add(*self._branches(x), self._bias)
+        own, other = self._branches(x)
+        return _Picture(own, self._run.add(own, other, self._bias, self._groups))
 
-    def upsampled(self, x: Tensor) -> Tensor:
+    def upsampled(self, x: _Picture) -> Tensor:
         """The same at twice the height and width; the small picture is never written."""
         return self._run.add_upsampled(*self._branches(x), self._bias)
 
-    def _branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self._conv2(self._norm2(self._conv1(self._norm1(x))))
-        return self._shortcut(x) if self._shortcut else x, y
+    def _branches(self, x: _Picture) -> tuple[Tensor, Tensor]:
+        y = self._conv2(self._norm2(_Picture(self._conv1(self._norm1(x)))))
+        return self._shortcut(x.pixels) if self._shortcut else x.pixels, y
 
 
 class _Attention:
@@ -116,16 +126,16 @@ class _Attention:
         self._qkv = Dense(torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
         out = f"{name}.to_out.0"
         self._out, self._bias = c.read(f"{out}.weight").to(c.precision.compute), c.read(f"{out}.bias").float()
-        self._run = c.run
+        self._run, self._groups = c.run, c.groups
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: _Picture) -> _Picture:
         """x is overwritten."""
-        _, channels, height, width = x.shape
+        _, channels, height, width = x.pixels.shape
         pixels = self._norm(x, silu=False).permute(0, 2, 3, 1).view(height * width, channels)
         mixed = torch.empty_like(pixels)
         self._run.wide_attention(*self._qkv(pixels).chunk(3, dim=1), mixed)
         y = linear(mixed, self._out).view(1, height, width, channels).permute(0, 3, 1, 2)
-        return self._run.add(x, y, self._bias)
+        return _Picture(x.pixels, self._run.add(x.pixels, y, self._bias, self._groups))
 
 
 class _Middle:
@@ -136,7 +146,7 @@ class _Middle:
         self._attention = _Attention(c, "mid_block.attentions.0")
         self._last = _Resnet(c, "mid_block.resnets.1")
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: _Picture) -> _Picture:
         return self._last(self._attention(self._first(x)))
 
 
@@ -148,18 +158,18 @@ class _Level:
         conv = f"{name}.{sampler}.0.conv"
         self.sampler = _Conv(c, conv) if f"{conv}.weight" in c.read else None
 
-    def up(self, x: Tensor) -> Tensor:
+    def up(self, x: _Picture) -> _Picture:
         """What comes out is twice as high and wide, if there is a sampler."""
         *before, last = self._resnets
         for resnet in before:
             x = resnet(x)
-        return self.sampler(last.upsampled(x)) if self.sampler else last(x)
+        return _Picture(self.sampler(last.upsampled(x))) if self.sampler else last(x)
 
-    def down(self, x: Tensor) -> Tensor:
+    def down(self, x: _Picture) -> _Picture:
         """What comes out is half as high and wide, if there is a sampler."""
         for resnet in self._resnets:
             x = resnet(x)
-        return self.sampler.halved(x) if self.sampler else x
+        return _Picture(self.sampler.halved(x.pixels)) if self.sampler else x
 
 
 def _levels(c: _Context, name: str, count: int, resnets: int, sampler: str, offset: Tensor | None) -> list[_Level]:
@@ -181,7 +191,7 @@ class _Decoder:
         c.read.refuse_rest()
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, ...]:
-        x = self._middle(self._in(latents))
+        x = self._middle(_Picture(self._in(latents)))
         for level in self._levels:
             x = level.up(x)
         return (self._out.biased(self._norm(x)),)
@@ -197,7 +207,7 @@ class _Encoder:
         c.read.refuse_rest()
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        x = self._in(pixels)
+        x = _Picture(self._in(pixels))
         for level in self._levels:
             x = level.down(x)
         mean, log_variance = self._out.biased(self._norm(self._middle(x))).chunk(2, dim=1)
