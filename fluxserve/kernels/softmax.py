@@ -49,8 +49,7 @@ def softmax(scores: Tensor, scale: float, weights: Tensor) -> None:
     """
     rows, columns = scores.shape
     assert scores.is_contiguous() and weights.is_contiguous(), "rows behind each other"
-    block = min(triton.next_power_of_2(columns), _BLOCK)
-    _softmax_kernel[(rows,)](scores, weights, columns, scale * math.log2(math.e), BLOCK=block, num_warps=8)
+    _softmax_kernel[(rows,)](scores, weights, columns, scale * math.log2(math.e), BLOCK=_BLOCK, num_warps=8)
 
 
 def plain_softmax(scores: Tensor, scale: float, weights: Tensor) -> None:

@@ -41,8 +41,8 @@ def wide_attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
-    """q · kᵀ in float32; only CUDA's product has another dtype than its operands."""
-    if q.is_cuda:
+    """q · kᵀ in float32; only CUDA has a product of another dtype than its operands."""
+    if q.is_cuda and q.dtype != torch.float32:
         return torch.mm(q, k.t(), out_dtype=torch.float32)
     return torch.mm(q.float(), k.float().t())
 

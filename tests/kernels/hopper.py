@@ -124,7 +124,7 @@ def main() -> None:
         own = {"CHANNELS": channels, "PADDED": channels, "ROWS": add._TILE // channels}
         found[f"add_upsampled {channels}"] = compiled(add._upsampled_kernel, pictures, own, num_warps=8)
     scores = {"scores": "*fp32", "weights": "*bf16", "factor": "fp32"}
-    found["softmax"] = compiled(softmax._softmax_kernel, scores, {"BLOCK": 2048}, num_warps=8)
+    found["softmax"] = compiled(softmax._softmax_kernel, scores, {"BLOCK": softmax._BLOCK}, num_warps=8)
     print(json.dumps(found))
 
 
