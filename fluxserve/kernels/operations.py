@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fluxserve.kernels import add, attention, group_norm, linear, linear_hopper, modulation, norm, rows
+from fluxserve.kernels import add, attention, group_norm, linear, linear_hopper, modulation, norm, rows, wide_attention
 from fluxserve.kernels.layers import Linear
 
 
@@ -29,7 +29,9 @@ class Operations:
     rms_rows: Callable[..., None]
     gated_rows: Callable[..., None]
     group_norm: Callable[..., Tensor]
-    add: Callable[..., Tensor]
+    add: Callable[..., Tensor | None]
+    add_upsampled: Callable[..., Tensor]
+    wide_attention: Callable[..., None]
 
 
 def as_they_are(w: Linear) -> Linear:
@@ -61,6 +63,8 @@ LAUNCHED = Operations(
     gated_rows=rows.gated_rows,
     group_norm=group_norm.group_norm,
     add=add.add,
+    add_upsampled=add.add_upsampled,
+    wide_attention=wide_attention.wide_attention,
 )
 
 PLAIN = Operations(
@@ -78,5 +82,7 @@ PLAIN = Operations(
     gated_rows=rows.plain_gated_rows,
     group_norm=group_norm.plain_group_norm,
     add=add.plain_add,
+    add_upsampled=add.plain_add_upsampled,
+    wide_attention=wide_attention.plain_wide_attention,
 )
 """Every operation by its definition: what kernels are judged by, and how an engine's own arithmetic is on a CPU."""

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fluxserve.kernels import add, group_norm, linear, modulation, rows
+from fluxserve.kernels import add, group_norm, linear, modulation, rows, softmax, statistics
 
 TARGET = GPUTarget("cuda", 90, 32)
 FLOAT = {"e4m3": "fp8e4nv", "bf16": "bf16", "fp32": "fp32"}
@@ -83,6 +83,12 @@ def linear_kernel(ending: str, dtype: str, out: str, size: tuple[int, int], bare
     return compiled(linear._linear_kernel, types, constants, num_warps=t.warps, num_stages=t.stages)
 
 
+def _split(launched: dict[str, int]) -> dict[str, Any]:
+    """Constants of a launch, apart from its options."""
+    options = {"num_warps": launched["num_warps"]}
+    return {"constants": {name: value for name, value in launched.items() if name not in options}, **options}
+
+
 def main() -> None:
     found = {}
     for dtype, out in (("e4m3", "bf16"), ("bf16", "bf16")):
@@ -94,7 +100,7 @@ def main() -> None:
             found[f"linear add {dtype} {size[0]} to float32"] = linear_kernel("add", dtype, "fp32", size, bare=True)
             found[f"linear none {dtype} {size[0]} to float32"] = linear_kernel("none", dtype, "fp32", size)
     pointers = {"x": "*bf16", "data": "*fp8e4nv", "epsilon": "fp32", "smallest": "fp32"}
-    floats = dict.fromkeys(("shift", "scale", "row_scale", "weight", "bias", "parts", "offset"), "*fp32")
+    floats = dict.fromkeys(("shift", "scale", "row_scale", "weight", "bias", "taken", "statistics", "offset"), "*fp32")
     constants: dict[str, Any] = {"E4M3_LARGEST": 448.0, "BLOCK": 4096}
     for gated in (True, False):
         own = (
@@ -106,13 +112,18 @@ def main() -> None:
     own = {"BM": 32, "BN": 64, "BK": 128, "WIDEN": False}
     weights = {"x": "*bf16", "w": "*i8", "w_scale": "*fp32", "bias": "*fp32", "out": "*fp32"}
     found["modulation"] = compiled(modulation._modulation_kernel, weights, own, num_warps=4, num_stages=4)
-    shared = {"PARTS": 256, "CHANNELS": 128, "GROUPS": 32, "PADDED": 4, "ROWS": 64}
-    pictures = {"x": "*bf16", "out": "*bf16", "epsilon": "fp32", **floats}
-    found["group_norm statistics"] = compiled(group_norm._statistics_kernel, pictures, shared, num_warps=8)
-    apply = shared | {"SILU": True}
-    found["group_norm apply"] = compiled(group_norm._apply_kernel, pictures, apply, num_warps=8)
-    own = {"CHANNELS": 128, "TILE": 2048}
-    found["add"] = compiled(add._add_kernel, {"x": "*bf16", "y": "*bf16", "bias": "*fp32"}, own, num_warps=8)
+    pictures = {"x": "*bf16", "y": "*bf16", "out": "*bf16", "epsilon": "fp32", **floats}
+    for channels in (128, 512):
+        shared = statistics.constants_of(channels, 32, statistics._TILE)
+        found[f"statistics {channels}"] = compiled(statistics._statistics_kernel, pictures, **_split(shared))
+        shared = statistics.constants_of(channels, 32, group_norm._TILE) | {"SILU": True}
+        found[f"group_norm {channels}"] = compiled(group_norm._apply_kernel, pictures, **_split(shared))
+        shared = statistics.constants_of(channels, 32, add._TILE)
+        found[f"add {channels}"] = compiled(add._add_kernel, pictures, **_split(shared))
+        own = {"CHANNELS": channels, "PADDED": channels, "ROWS": add._TILE // channels}
+        found[f"add_upsampled {channels}"] = compiled(add._upsampled_kernel, pictures, own, num_warps=8)
+    scores = {"scores": "*fp32", "weights": "*bf16", "factor": "fp32"}
+    found["softmax"] = compiled(softmax._softmax_kernel, scores, {"BLOCK": softmax._BLOCK}, num_warps=8)
     print(json.dumps(found))
 
 

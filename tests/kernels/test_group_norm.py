@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fluxserve.kernels import statistics
 from fluxserve.kernels.group_norm import group_norm, plain_group_norm
 from tests.kernels.judge import INTERPRETED, RESULTS, random, relative, same
 
@@ -32,6 +33,19 @@ def test_a_large_mean_costs_no_digits() -> None:
     exact = torch.nn.functional.group_norm(x.double(), 8).float()
     got = group_norm(x, 8, one, zero, 1e-6, False)
     assert relative(got, exact) < 2e-3
+
+
+@pytest.mark.parametrize("mean", [0, 1000])
+def test_parts_of_many_tiles(mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pixels a tile, 32 tiles a part; each part's first tile, from which its sums begin, is far from the rest."""
+    monkeypatch.setattr(statistics, "_TILE", 128)
+    x = random(1, 64, 9, 31) / 12 + mean
+    x.view(1, 64, -1)[:, :, :: statistics.FEWEST] += 100
+    x = x.contiguous(memory_format=torch.channels_last)
+    one, zero = torch.ones(64, device=x.device), torch.zeros(64, device=x.device)
+    got = group_norm(x, 8, one, zero, 1e-6, False)
+    exact = torch.nn.functional.group_norm(x.double(), 8).float()
+    assert relative(got, exact) < (1e-4 if mean else 2e-6)
 
 
 def test_an_offset_is_added_first() -> None:

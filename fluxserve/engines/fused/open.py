@@ -11,7 +11,7 @@ from fluxserve.engines.base import Components
 from fluxserve.errors import DeviceUnsuited, LibraryMissing, OutOfMemory, SettingsError
 
 try:
-    from fluxserve.engines.fused import vae
+    from fluxserve.engines.fused import headroom, vae
     from fluxserve.engines.fused.clip import FusedClip
     from fluxserve.engines.fused.t5 import FusedT5
     from fluxserve.engines.fused.transformer import FusedTransformer
@@ -83,13 +83,15 @@ def _load(
     spec = checkpoint.spec
     read = Reader(checkpoint.component("transformer"), device)
     most = (spec.limits.max_pixels // spec.size_multiple**2, spec.text.t5_tokens, _ROWS)
-    return Components(
+    components = Components(
         transformer=FusedTransformer(spec, read, device, precision, scales, run, most),
         t5=FusedT5(checkpoint, device, precision, run),
         clip=FusedClip(checkpoint, device, precision),
         vae_decoder=vae.decoder(checkpoint, device, precision, run),
         vae_encoder=vae.encoder(checkpoint, device, precision, run),
     )
+    headroom.require(f"{spec.limits.max_pixels:,} pixels in the VAE", vae.peak(checkpoint, precision.compute), device)
+    return components
 
 
 def usable(device: str) -> torch.device:

@@ -1,8 +1,9 @@
 """The VAE, pixel by pixel: cuDNN's convolutions over channels-last pictures, our GroupNorm and SiLU between them.
 
 diffusers' AutoencoderKL as FLUX.1 has it: no quant convolutions, one attention with a single head in the middle. In the
-compute dtype, whatever the transformer is in. Not captured: its launches take a tenth of what they start, and a graph
-would keep the pictures of every size in memory for good.
+compute dtype, whatever the transformer is in. A picture may lack an `offset`, the bias of the convolution that it comes
+from: every layer knows since it was made which one, and adds it where it reads the picture anyway. Not captured: its
+launches take a fraction of what they start, and a graph would keep the pictures of every size in memory for good.
 """
 
 from collections.abc import Mapping
@@ -11,17 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, pad, scaled_dot_product_attention
+from torch.nn.functional import conv2d, linear
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Shapes, Signature
-from fluxserve.engines.fused.weights import Precision, Reader, dense
+from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
 from fluxserve.kernels.operations import Operations
 
 FOLDER = "vae"
 _EPSILON = 1e-6
 _LOG_VARIANCE = (-30.0, 20.0)
+_PICTURES = 3
+"""So many as large as the largest are there at once, at most: a layer's input, what is made of it, what comes out."""
+_BESIDES = 512 * 2**20
+"""Bytes, whatever the picture's size: cuDNN's workspaces, the attention's scores, what the pool can't use."""
 
 
 @dataclass(frozen=True)
@@ -34,120 +39,178 @@ class _Context:
     groups: int
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """pixels: [1, C, H, W], channels-last. statistics: what the next GroupNorm wants of them, if it was taken."""
+
+    pixels: Tensor
+    statistics: Tensor | None = None
+
+
 class _Conv:
+    """Without its bias, for which cuDNN would take a pass of its own: whoever reads the result adds it in passing."""
+
     def __init__(self, c: _Context, name: str) -> None:
         weight = c.read(f"{name}.weight").to(c.precision.compute)
         self._weight = weight.contiguous(memory_format=torch.channels_last)
         self.bias = c.read(f"{name}.bias").float()
-        self._bias = self.bias.to(c.precision.compute)
         self._margin = weight.shape[-1] // 2
 
     def __call__(self, x: Tensor) -> Tensor:
-        return conv2d(x, self._weight, self._bias, padding=self._margin)
-
-    def unbiased(self, x: Tensor) -> Tensor:
-        """For a kernel that adds the bias in passing."""
         return conv2d(x, self._weight, padding=self._margin)
 
+    def biased(self, x: Tensor) -> Tensor:
+        """The whole of it, where nobody reads the result but the caller."""
+        return conv2d(x, self._weight, self.bias.to(x.dtype), padding=self._margin)
+
     def halved(self, x: Tensor) -> Tensor:
-        """Every second pixel, with a margin right and below alone."""
-        return conv2d(pad(x, (0, 1, 0, 1)), self._weight, self._bias, stride=2)
+        """Every second pixel, with a margin right and below alone; x has an even height and width.
+
+        A margin of two on all sides gives the same, and a row and a column before it: less to copy than a padded x.
+        """
+        y = conv2d(x, self._weight, padding=2, stride=2)
+        return y[:, :, 1:, 1:].contiguous(memory_format=torch.channels_last)
+
+    def of_constant(self, offset: Tensor) -> Tensor:
+        """What a convolution of single pixels makes of an addend [C] that is the same everywhere; without its bias."""
+        return self._weight[:, :, 0, 0].float() @ offset
 
 
 class _Norm:
-    def __init__(self, c: _Context, name: str) -> None:
-        self._weight, self._bias = (c.read(f"{name}.{part}").float() for part in ("weight", "bias"))
-        self._run, self._groups = c.run, c.groups
+    """`offset` [C] belongs to every x that comes, and was not added yet."""
 
-    def __call__(self, x: Tensor, silu: bool = True, offset: Tensor | None = None) -> Tensor:
-        return self._run.group_norm(x, self._groups, self._weight, self._bias, _EPSILON, silu, offset)
+    def __init__(self, c: _Context, name: str, offset: Tensor | None = None) -> None:
+        self._weight, self._bias = (c.read(f"{name}.{part}").float() for part in ("weight", "bias"))
+        self._run, self._groups, self._offset = c.run, c.groups, offset
+
+    def __call__(self, x: _Picture, silu: bool = True) -> Tensor:
+        factor, shift, offset = self._weight, self._bias, self._offset
+        return self._run.group_norm(x.pixels, self._groups, factor, shift, _EPSILON, silu, offset, x.statistics)
 
 
 class _Resnet:
-    def __init__(self, c: _Context, name: str) -> None:
-        self._norm1, self._norm2 = _Norm(c, f"{name}.norm1"), _Norm(c, f"{name}.norm2")
+    """`offset` [C], if any, belongs to every x that comes, and was not added yet; what goes out is whole."""
+
+    def __init__(self, c: _Context, name: str, offset: Tensor | None = None) -> None:
         self._conv1, self._conv2 = _Conv(c, f"{name}.conv1"), _Conv(c, f"{name}.conv2")
+        self._norm1 = _Norm(c, f"{name}.norm1", offset)
+        self._norm2 = _Norm(c, f"{name}.norm2", self._conv1.bias)
         shortcut = f"{name}.conv_shortcut"
         self._shortcut = _Conv(c, shortcut) if f"{shortcut}.weight" in c.read else None
-        self._run = c.run
+        self._run, self._groups, self._bias = c.run, c.groups, self._conv2.bias
+        if self._shortcut:
+            self._bias = self._bias + self._shortcut.bias
+        if offset is not None:
+            self._bias = self._bias + (self._shortcut.of_constant(offset) if self._shortcut else offset)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: _Picture) -> _Picture:
         """x is overwritten, unless it has another depth than what comes out."""
-        y = self._norm2(self._conv1.unbiased(self._norm1(x)), offset=self._conv1.bias)
-        y = self._conv2.unbiased(y)
-        return self._run.add(self._shortcut(x) if self._shortcut else x, y, self._conv2.bias)
+        own, other = self._branches(x)
+        return _Picture(own, self._run.add(own, other, self._bias, self._groups))
+
+    def upsampled(self, x: _Picture) -> Tensor:
+        """The same at twice the height and width; the small picture is never written."""
+        return self._run.add_upsampled(*self._branches(x), self._bias)
+
+    def _branches(self, x: _Picture) -> tuple[Tensor, Tensor]:
+        y = self._conv2(self._norm2(_Picture(self._conv1(self._norm1(x)))))
+        return self._shortcut(x.pixels) if self._shortcut else x.pixels, y
 
 
 class _Attention:
-    """Every pixel to every other, one head as wide as the picture is deep."""
+    """Every pixel to every other, one head as wide as the picture is deep. q, k and v are one product."""
 
     def __init__(self, c: _Context, name: str) -> None:
         self._norm = _Norm(c, f"{name}.group_norm")
-        self._q, self._k, self._v = (dense(c.read, f"{name}.to_{part}", c.precision) for part in "qkv")
-        self._out = dense(c.read, f"{name}.to_out.0", c.precision)
+        parts = [dense(c.read, f"{name}.to_{part}", c.precision) for part in "qkv"]
+        self._qkv = Dense(torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
+        out = f"{name}.to_out.0"
+        self._out, self._bias = c.read(f"{out}.weight").to(c.precision.compute), c.read(f"{out}.bias").float()
+        self._run, self._groups = c.run, c.groups
 
-    def __call__(self, x: Tensor) -> Tensor:
-        _, channels, height, width = x.shape
-        pixels = self._norm(x, silu=False).permute(0, 2, 3, 1).reshape(1, 1, height * width, channels)
-        y = self._out(scaled_dot_product_attention(self._q(pixels), self._k(pixels), self._v(pixels)))
-        return x + y.view(1, height, width, channels).permute(0, 3, 1, 2)
+    def __call__(self, x: _Picture) -> _Picture:
+        """x is overwritten."""
+        _, channels, height, width = x.pixels.shape
+        pixels = self._norm(x, silu=False).permute(0, 2, 3, 1).view(height * width, channels)
+        mixed = torch.empty_like(pixels)
+        self._run.wide_attention(*self._qkv(pixels).chunk(3, dim=1), mixed)
+        y = linear(mixed, self._out).view(1, height, width, channels).permute(0, 3, 1, 2)
+        return _Picture(x.pixels, self._run.add(x.pixels, y, self._bias, self._groups))
 
 
 class _Middle:
-    def __init__(self, c: _Context) -> None:
-        self._first, self._last = (_Resnet(c, f"mid_block.resnets.{i}") for i in range(2))
-        self._attention = _Attention(c, "mid_block.attentions.0")
+    """`offset`: see _Resnet."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __init__(self, c: _Context, offset: Tensor | None = None) -> None:
+        self._first = _Resnet(c, "mid_block.resnets.0", offset)
+        self._attention = _Attention(c, "mid_block.attentions.0")
+        self._last = _Resnet(c, "mid_block.resnets.1")
+
+    def __call__(self, x: _Picture) -> _Picture:
         return self._last(self._attention(self._first(x)))
 
 
 class _Level:
-    """Resnets at one resolution, and the way to the next, if there is one."""
+    """Resnets at one resolution, and the way to the next, if there is one. `offset`: see _Resnet."""
 
-    def __init__(self, c: _Context, name: str, resnets: int, sampler: str) -> None:
-        self._resnets = [_Resnet(c, f"{name}.resnets.{i}") for i in range(resnets)]
+    def __init__(self, c: _Context, name: str, resnets: int, sampler: str, offset: Tensor | None) -> None:
+        self._resnets = [_Resnet(c, f"{name}.resnets.{i}", None if i else offset) for i in range(resnets)]
         conv = f"{name}.{sampler}.0.conv"
         self.sampler = _Conv(c, conv) if f"{conv}.weight" in c.read else None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def up(self, x: _Picture) -> _Picture:
+        """What comes out is twice as high and wide, if there is a sampler."""
+        *before, last = self._resnets
+        for resnet in before:
+            x = resnet(x)
+        return _Picture(self.sampler(last.upsampled(x))) if self.sampler else last(x)
+
+    def down(self, x: _Picture) -> _Picture:
+        """What comes out is half as high and wide, if there is a sampler."""
         for resnet in self._resnets:
             x = resnet(x)
-        return x
+        return _Picture(self.sampler.halved(x.pixels)) if self.sampler else x
+
+
+def _levels(c: _Context, name: str, count: int, resnets: int, sampler: str, offset: Tensor | None) -> list[_Level]:
+    """Each adds the bias of the sampler before it; the first `offset`."""
+    levels: list[_Level] = []
+    for i in range(count):
+        levels.append(_Level(c, f"{name}.{i}", resnets, sampler, offset))
+        offset = levels[-1].sampler.bias if levels[-1].sampler else None
+    return levels
 
 
 class _Decoder:
     def __init__(self, c: _Context, config: Mapping[str, Any]) -> None:
         levels, resnets = len(config["block_out_channels"]), config["layers_per_block"] + 1
-        self._in, self._middle = _Conv(c, "conv_in"), _Middle(c)
-        self._levels = [_Level(c, f"up_blocks.{i}", resnets, "upsamplers") for i in range(levels)]
+        self._in = _Conv(c, "conv_in")
+        self._middle = _Middle(c, self._in.bias)
+        self._levels = _levels(c, "up_blocks", levels, resnets, "upsamplers", None)
         self._norm, self._out = _Norm(c, "conv_norm_out"), _Conv(c, "conv_out")
         c.read.refuse_rest()
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, ...]:
-        x = self._middle(self._in(latents))
+        x = self._middle(_Picture(self._in(latents)))
         for level in self._levels:
-            x = level(x)
-            if level.sampler:
-                x = level.sampler(interpolate(x, scale_factor=2.0, mode="nearest"))
-        return (self._out(self._norm(x)),)
+            x = level.up(x)
+        return (self._out.biased(self._norm(x)),)
 
 
 class _Encoder:
     def __init__(self, c: _Context, config: Mapping[str, Any]) -> None:
         levels, resnets = len(config["block_out_channels"]), config["layers_per_block"]
-        self._in, self._middle = _Conv(c, "conv_in"), _Middle(c)
-        self._levels = [_Level(c, f"down_blocks.{i}", resnets, "downsamplers") for i in range(levels)]
+        self._in = _Conv(c, "conv_in")
+        self._levels = _levels(c, "down_blocks", levels, resnets, "downsamplers", self._in.bias)
+        self._middle = _Middle(c)
         self._norm, self._out = _Norm(c, "conv_norm_out"), _Conv(c, "conv_out")
         c.read.refuse_rest()
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        x = self._in(pixels)
+        x = _Picture(self._in(pixels))
         for level in self._levels:
-            x = level(x)
-            if level.sampler:
-                x = level.sampler.halved(x)
-        mean, log_variance = self._out(self._norm(self._middle(x))).chunk(2, dim=1)
+            x = level.down(x)
+        mean, log_variance = self._out.biased(self._norm(self._middle(x))).chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(*_LOG_VARIANCE))
 
 
@@ -198,6 +261,15 @@ def encoder(checkpoint: Checkpoint, device: torch.device, precision: Precision, 
     """Pixels → mean and standard deviation of latents. Raises CheckpointError."""
     network = _Encoder(_context(checkpoint, device, precision, run, "encoder."), checkpoint.config(FOLDER))
     return FusedVae(signatures.vae_encoder(checkpoint.spec), network, precision.compute, device)
+
+
+def peak(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes that one picture takes on its way through either network, at most, if it is as large as any may be."""
+    channels: list[int] = checkpoint.config(FOLDER)["block_out_channels"]
+    pixels = checkpoint.spec.limits.max_pixels
+    deeper = (*channels[1:], channels[-1])  # what comes to a level is as deep as the one below it
+    largest = max(max(pair) * pixels >> 2 * level for level, pair in enumerate(zip(channels, deeper, strict=True)))
+    return _PICTURES * largest * dtype.itemsize + _BESIDES
 
 
 def _context(
