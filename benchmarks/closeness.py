@@ -1,10 +1,10 @@
 """How far pictures are from each other, picture by picture: in pixels, in structure, in a network's features.
 
-Three measures, because each is blind to something: PSNR calls a picture that moved by a pixel another one, MS-SSIM
-and features hardly see a shade that is off everywhere.
+Three measures, because they disagree: of a shade that is off everywhere and noise, at one PSNR, MS-SSIM calls the noise
+worse and the judge's features the shade.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -227,6 +227,13 @@ def summary(values: Sequence[float], way: Measure, prompts: Sequence[str], seeds
     worst = by_distance(values, way)[-1]
     numbers = dict(zip(NUMBERS, [*levels.tolist(), values[worst]], strict=True))
     return {k: round(v, 5) for k, v in numbers.items()} | {"prompt": prompts[worst], "seed": seeds[worst]}
+
+
+def strayed(values: Sequence[float], way: Measure, yardstick: Mapping[str, Any]) -> int:
+    """How many pictures are as far off as the closest tenth of the yardstick's: other pictures, and not worse ones."""
+    if way.larger_is_closer:
+        return sum(value <= yardstick["p90"] for value in values)
+    return sum(value >= yardstick["p10"] for value in values)
 
 
 def by_distance(values: Sequence[float], way: Measure) -> list[int]:

@@ -5,7 +5,8 @@
 
 A model is the folder of an artifact, or [ENGINE:]DTYPE of the checkpoint, such as float32 or fused:bfloat16. One is in
 memory at a time: all pictures of the reference, then of the next model. Every two are compared picture by picture;
-the reference's pictures of the same prompts from other seeds are the yardstick. The tiny model's prompts are those of
+the reference's pictures of the same prompts from other seeds are the yardstick: who is as far off as the closest tenth
+of them has strayed. The tiny model's prompts are those of
 benchmarks.quality, --n of each set, and its pictures are judged too; elsewhere they are the lines of a file, again
 with other seeds where it has fewer than --n. --write adds what was found to the manifest of each artifact but the
 reference. The last line on stdout is JSON; the status is 1 if FP8 lost more than a point of accuracy.
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.closeness import Measure, compare, judges_features, measures, read_features, summary
+from benchmarks.closeness import Measure, compare, judges_features, measures, read_features, strayed, summary
 from benchmarks.distance_report import POINTS_ALLOWED, Found, contact_sheet, entry_for, table, verdict
 from benchmarks.quality import BARS, FIRST_SEED, PROMPT_SEED, opened, score
 from benchmarks.surroundings import surroundings
@@ -199,15 +200,17 @@ def models_of(drawn: Sequence[Drawn], sets: Sequence[Asked]) -> list[Found]:
 
 
 def measure_pairs(
-    drawn: Sequence[Drawn], sets: Sequence[Asked], ways: Sequence[Measure], device: str
+    drawn: Sequence[Drawn], sets: Sequence[Asked], ways: Sequence[Measure], device: str, yardstick: Found
 ) -> tuple[list[Found], list[dict[str, list[float]]]]:
-    """Every two models: a summary, and the distances of each picture."""
+    """Every two models: a summary, and the distances of each picture. The reference's pairs come first."""
     found, raw = [], []
     prompts, seeds = _all_prompts(sets), _all_seeds(sets)
     for first, second in combinations(drawn, 2):
         values = compare(first.pictures, second.pictures, ways, device)
         equal = sum(torch.equal(a, b) for a, b in zip(first.pictures, second.pictures, strict=True))
         distances = {way.key: summary(values[way.key], way, prompts, seeds) for way in ways}
+        for way in ways:
+            distances[way.key]["strayed"] = strayed(values[way.key], way, yardstick[way.key])
         found.append({"models": [first.model.name, second.model.name], "equal": equal, "distances": distances})
         raw.append(values)
     return found, raw
@@ -288,15 +291,16 @@ def run(args: argparse.Namespace) -> int:
     prompts, seeds = _all_prompts(sets), _all_seeds(sets)
     sample = slice(None, None, -(-len(prompts) // args.yardstick))
     drawn, others = draw_all(models, sets, sample, how)
-    pairs, raw = measure_pairs(drawn, sets, ways, how.device)
     apart = compare(drawn[0].pictures[sample], others, ways, how.device)
     yardstick = {way.key: summary(apart[way.key], way, prompts[sample], seeds[sample]) for way in ways}
+    pairs, raw = measure_pairs(drawn, sets, ways, how.device, yardstick)
     result: Found = {
         "benchmark": "distance",
         **surroundings(),
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": spec.name,
         **asdict(how),
+        "size": list(how.size),
         "pictures": len(prompts),
         "prompts": len(set(prompts)),
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
@@ -308,7 +312,7 @@ def run(args: argparse.Namespace) -> int:
     print(table(result))
     print(verdict(result["models"]))
     if args.sheet:
-        far = [values[ways[-1].key] for values in raw[: len(models) - 1]]  # the reference's pairs come first
+        far = [values[ways[-1].key] for values in raw[: len(models) - 1]]
         names = [model.name for model in models]
         contact_sheet(names, [each.pictures for each in drawn], prompts, far, ways[-1], args.sheet)
     if args.json:

@@ -22,12 +22,13 @@ def table(result: Found) -> str:
     lines = []
     for key, title in result["measures"].items():
         heads = "".join(f"{head:>9}" for head in NUMBERS)
-        lines.append(f"{title:<{_WIDTH}}{heads}  the worst one's seed and prompt")
+        lines.append(f"{title:<{_WIDTH}}{heads}{'strayed':>9}  the worst one's seed and prompt")
         rows = [(_versus(pair), pair["distances"][key]) for pair in result["pairs"]]
         rows.append((f"same prompt, other seed ({result['yardstick']['pictures']})", result["yardstick"][key]))
         for name, found in rows:
             numbers = "".join(f"{found[head]:>9.{2 if key == 'psnr' else 4}f}" for head in NUMBERS)
-            lines.append(f"  {name:<{_WIDTH - 2}}{numbers}  {found['seed']} {found['prompt'][:_PROMPT]}")
+            picture = f"{found['seed']} {found['prompt'][:_PROMPT]}"
+            lines.append(f"  {name:<{_WIDTH - 2}}{numbers}{found.get('strayed', ''):>9}  {picture}")
     return "\n".join([*lines, *map(_accuracy, result["models"])])
 
 
@@ -108,4 +109,4 @@ def entry_for(index: int, result: Found) -> Found:
 
 
 def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
-    return {name: found[name] for name in NUMBERS}
+    return {name: found[name] for name in (*NUMBERS, "strayed") if name in found}
