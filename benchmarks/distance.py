@@ -3,13 +3,13 @@
     python -m benchmarks.distance bfloat16 artifacts/tiny-onnxruntime-fp8 [--n 200] [--write] [--json OUT] [--sheet OUT]
     python -m benchmarks.distance --checkpoint /models/FLUX.1-dev --reference bfloat16 --prompts FILE dev-fp8 --write
 
-A model is the folder of an artifact, or [ENGINE:]DTYPE of the checkpoint, such as float32 or fused:bfloat16. One is in
-memory at a time: all pictures of the reference, then of the next model. Every two are compared picture by picture;
-the reference's pictures of the same prompts from other seeds are the yardstick: who is as far off as the closest tenth
-of them has strayed. The tiny model's prompts are those of
-benchmarks.quality, --n of each set, and its pictures are judged too; elsewhere they are the lines of a file, again
-with other seeds where it has fewer than --n. --write adds what was found to the manifest of each artifact but the
-reference. The last line on stdout is JSON; the status is 1 if FP8 lost more than a point of accuracy.
+A model is the folder of an artifact, or [ENGINE:]DTYPE of the checkpoint, such as float32 or fused:bfloat16. One is
+in memory at a time. Every two are compared picture by picture, and the reference's pictures of the same prompts from
+other seeds are the yardstick: what is as far off as the closest tenth of those has strayed. The tiny model's prompts
+are those of benchmarks.quality, --n of each set, and its pictures are judged too. Elsewhere they are the lines of a
+file, again with other seeds where it has fewer than --n; an export calibrates with the first 32 of its own,
+export/prompts.txt. --write adds what was found to the manifest of each artifact but the reference. The last line on
+stdout is JSON; the status is 1 if FP8 lost more than a point of accuracy.
 """
 
 import argparse
@@ -53,11 +53,12 @@ _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 @dataclass(frozen=True)
 class Model:
-    """One that draws: settings by name, and the artifact's folder if it is one."""
+    """One that draws: settings by name, where its engine runs, and the artifact's folder if it is one."""
 
     name: str
     precision: str
     given: Mapping[str, str]
+    device: str
     spec: ModelSpec
     artifact: Path | None = None
 
@@ -95,7 +96,7 @@ class Drawn:
 # --- what is drawn ---------------------------------------------------------------------------------------------------
 
 
-def find(what: str, checkpoint: Path) -> Model:
+def find(what: str, checkpoint: Path, device: str) -> Model:
     """The model that is meant, after a look at its folder. Raises FluxserveError."""
     engine, _, dtype = what.rpartition(":")
     is_artifact = dtype not in _PRECISIONS
@@ -105,7 +106,7 @@ def find(what: str, checkpoint: Path) -> Model:
     found = source.find(settings.load({name: {"string_value": value} for name, value in given.items()}))
     precision = str(found.artifact.manifest["precision"]) if found.artifact else _PRECISIONS[dtype]
     artifact = Path(what) if is_artifact else None
-    return Model(f"{found.engine} {precision}", precision, given, found.spec, artifact)
+    return Model(f"{found.engine} {precision}", precision, given, found.device(device), found.spec, artifact)
 
 
 def tiny_sets(count: int) -> list[Asked]:
@@ -127,7 +128,7 @@ def file_set(file: Path, count: int) -> list[Asked]:
 def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int], how: How) -> Drawn:
     """Load a model, draw, and let go of it."""
     parts, begun = [], time.perf_counter()
-    with console.line(model.name) as shown, opened(model.given, how.device, how.batch, how.size) as generate:
+    with console.line(model.name) as shown, opened(model.given, model.device, how.batch, how.size) as generate:
         for first in range(0, len(prompts), how.batch):
             chunk = slice(first, first + how.batch)
             parts.append(generate(prompts[chunk], seeds[chunk], how.steps, how.guidance))
@@ -188,7 +189,8 @@ def models_of(drawn: Sequence[Drawn], sets: Sequence[Asked]) -> list[Found]:
     """What is said of each model: its accuracy, its points, and under FP8 whether it has passed."""
     found: list[Found] = []
     for each in drawn:
-        entry: Found = {"model": each.model.name, "reference": not found, "seconds": each.seconds}
+        name, device = each.model.name, _device_name(each.model.device)
+        entry: Found = {"model": name, "device": device, "reference": not found, "seconds": each.seconds}
         entry["accuracy"] = judged(each, sets)
         first = (found or [entry])[0]["accuracy"]
         entry["points"] = {which: points(entry["accuracy"][which], first[which]) for which in first}
@@ -197,6 +199,10 @@ def models_of(drawn: Sequence[Drawn], sets: Sequence[Asked]) -> list[Found]:
             entry["passed"] = min(gained) >= -POINTS_ALLOWED
         found.append(entry)
     return found
+
+
+def _device_name(device: str) -> str:
+    return device if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 def measure_pairs(
@@ -245,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def chosen_models(args: argparse.Namespace) -> list[Model]:
     """The reference, then the others. Raises FluxserveError."""
-    models = [find(what, args.checkpoint) for what in (args.reference, *args.models)]
+    models = [find(what, args.checkpoint, args.device) for what in (args.reference, *args.models)]
     names = ", ".join(model.name for model in models)
     if len({model.name for model in models}) < len(models):
         raise SettingsError("models", names, "each engine and precision once")

@@ -99,8 +99,7 @@ def entry_for(index: int, result: Found) -> Found:
         if own["model"] in pair["models"]
     ]
     kept = ("when", "commit", "pictures", "prompts", "prompts_sha256", "steps", "guidance", "size", "measures")
-    entry: Found = {name: result[name] for name in kept} | {"against": against}
-    entry["device"] = result["gpu"] if result["device"] != "cpu" else "cpu"
+    entry: Found = {name: result[name] for name in kept} | {"device": own["device"], "against": against}
     entry["yardstick"] = {key: _numbers(result["yardstick"][key]) for key in result["measures"]}
     if own["accuracy"]:
         rates = {which: {k: found[k] for k in ("object", "colour")} for which, found in own["accuracy"].items()}

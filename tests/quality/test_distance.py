@@ -57,3 +57,17 @@ def test_a_reference_may_be_an_artifact(export: Exports, tmp_path: Path, capsys:
     assert (result["pictures"], result["prompts"], result["models"][1]["accuracy"]) == (3, 2, {})
     assert result["pairs"][0]["models"] == ["onnxruntime fp32", "torch_eager fp32"]
     assert result["pairs"][0]["distances"]["psnr"]["worst"] > 50, "both compute in float32"
+
+
+def test_a_model_that_nobody_judges(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FLUX.1's own weights are compared: prompts of the export, without features unless a file brings them."""
+    monkeypatch.setattr(distance, "JUDGED", "another")
+    sheet = tmp_path / "sheet.png"
+    given = ["bfloat16", "--n", "2", "--steps", "2", "--yardstick", "1", "--device", "cpu", "--sheet", str(sheet)]
+    assert distance.main(given) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(result["measures"]) == {"psnr", "ms_ssim"} == set(result["pairs"][0]["distances"])
+    assert result["pairs"][0]["distances"]["psnr"]["prompt"] in distance.PROMPTS.read_text().splitlines()
+    assert sheet.stat().st_size > 0

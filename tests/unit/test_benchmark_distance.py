@@ -216,7 +216,7 @@ def judged_as(monkeypatch: pytest.MonkeyPatch, *, pairs: bool = True, **right: t
 
     monkeypatch.setattr(distance, "score", score)
     drawn = [
-        Drawn(Model(name, precision, {}, TINY), torch.full((4, 1, 1, 3), index, dtype=torch.uint8), 1.0)
+        Drawn(Model(name, precision, {}, "cpu", TINY), torch.full((4, 1, 1, 3), index, dtype=torch.uint8), 1.0)
         for index, (name, (precision, _)) in enumerate(right.items())
     ]
     sets = [Asked(which, ["a fox"] * 2, [1, 2], [(0, 0)] * 2 if pairs else []) for which in ("seen", "held_out")]
@@ -259,6 +259,7 @@ def result() -> dict[str, Any]:
     models = [
         {
             "model": name,
+            "device": "cpu",
             "reference": not index,
             "accuracy": {"seen": {**rates, "wrong": ["a fox"]}},
             "points": {"seen": {"object": -float(index), "colour": 0.0}},
@@ -268,7 +269,7 @@ def result() -> dict[str, Any]:
     ]
     pairs = [{"models": [names[a], names[b]], "equal": a, "distances": distances} for a, b in ((0, 1), (0, 2), (1, 2))]
     return {
-        "when": "2026-01-02T03:04:05+00:00", "commit": "unknown", "gpu": "none", "device": "cpu",
+        "when": "2026-01-02T03:04:05+00:00", "commit": "unknown",
         "pictures": 8, "prompts": 8, "prompts_sha256": "0" * 64, "steps": 20, "guidance": 3.0, "size": [128, 128],
         "measures": {"psnr": "PSNR"}, "models": models, "pairs": pairs, "yardstick": {"pictures": 2, **yardstick},
     }  # fmt: skip
