@@ -1,7 +1,7 @@
 """How far the pictures of FP8, BF16 and float32 are from each other, drawn from the same prompts and the same noise.
 
     python -m benchmarks.distance bfloat16 artifacts/tiny-onnxruntime-fp8 [--n 200] [--write] [--json OUT] [--sheet OUT]
-    python -m benchmarks.distance --checkpoint /models/FLUX.1-dev --reference bfloat16 --prompts FILE dev-fp8 --write
+    python -m benchmarks.distance --checkpoint /models/FLUX.1-dev bfloat16 dev-fp8 --prompts FILE --write
 
 A model is the folder of an artifact, or [ENGINE:]DTYPE of the checkpoint, such as float32 or fused:bfloat16. One is
 in memory at a time. Every two are compared picture by picture, and the reference's pictures of the same prompts from
@@ -239,9 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="default: the model's own")
     parser.add_argument("--batch", type=int, default=1, help="images at once; default: 1, as the server draws")
     parser.add_argument("--yardstick", type=int, default=50, help="pictures from other seeds; default: %(default)s")
-    parser.add_argument(
-        "--features", type=Path, help="AlexNet or VGG16 for LPIPS, safetensors: benchmarks/closeness.py"
-    )
+    parser.add_argument("--features", type=Path, help="AlexNet or VGG16 for LPIPS, safetensors: export/README.md")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--write", action="store_true", help="into the artifacts' manifests")
     parser.add_argument("--sheet", type=Path, help="a PNG of the median and the worst pictures")
