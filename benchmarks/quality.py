@@ -11,8 +11,10 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,10 @@ from torch import Tensor
 from benchmarks.surroundings import surroundings
 from tests.quality.judge import judge, load_judge
 from training.evaluate import ask_for
+
+if TYPE_CHECKING:
+    from fluxserve.pipeline import Pipeline
+    from fluxserve.text import Tokenizers
 
 Generate = Callable[[Sequence[str], Sequence[int], int, float], Tensor]
 """(prompts, seeds, steps, guidance) → uint8 [N, H, W, 3] on the CPU."""
@@ -37,10 +43,22 @@ def fluxserve_generator(
     Args:
         given: settings.Settings by name, as text: checkpoint or artifact, dtype.
     """
+    return _generator(*_load(given, device, batch), size)
+
+
+@contextmanager
+def opened(given: Mapping[str, str], device: str, batch: int, size: tuple[int, int]) -> Iterator[Generate]:
+    """`fluxserve_generator` for as long as the block lasts: then its engines are closed, and the next fit."""
+    pipeline, tokenizers = _load(given, device, batch)
+    try:
+        yield _generator(pipeline, tokenizers, size)
+    finally:
+        pipeline.close()
+
+
+def _load(given: Mapping[str, str], device: str, batch: int) -> "tuple[Pipeline, Tokenizers]":
     from fluxserve import settings, source
-    from fluxserve.job import plan
     from fluxserve.pipeline import Pipeline
-    from fluxserve.request import parse
     from fluxserve.text import Tokenizers
 
     config = settings.load({name: {"string_value": value} for name, value in given.items()})
@@ -48,15 +66,20 @@ def fluxserve_generator(
     device = found.device(device)
     components = found.open_components(device, config.dtype)
     rows = min(batch, components.transformer.signature.most("rows"))
-    pipeline, tokenizers = Pipeline(found.spec, components, device, rows), Tokenizers(found.checkpoint)
+    return Pipeline(found.spec, components, device, rows), Tokenizers(found.checkpoint)
+
+
+def _generator(pipeline: "Pipeline", tokenizers: "Tokenizers", size: tuple[int, int]) -> Generate:
+    from fluxserve.job import plan
+    from fluxserve.request import parse
 
     def generate(prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float) -> Tensor:
         fields = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
         requests = [
-            parse({"prompt": prompt.encode(), "seed": seed, **fields}, found.spec)
+            parse({"prompt": prompt.encode(), "seed": seed, **fields}, pipeline.spec)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        drawings = pipeline.draw([plan(request, found.spec, tokenizers) for request in requests])
+        drawings = pipeline.draw([plan(request, pipeline.spec, tokenizers) for request in requests])
         return torch.cat([torch.from_numpy(drawing.images) for drawing in drawings if drawing is not None])
 
     return generate
@@ -105,6 +128,11 @@ def measure(generate: Generate, which: str, count: int, steps: int, guidance: fl
     begun = time.perf_counter()
     images = generate(prompts, list(range(FIRST_SEED, FIRST_SEED + count)), steps, guidance)
     seconds = time.perf_counter() - begun
+    return {**score(images, prompts, pairs), "seconds": round(seconds, 2)}
+
+
+def score(images: Tensor, prompts: Sequence[str], pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Accuracy of pictures that were drawn from prompts which ask for (object, colour) pairs: uint8 [N, H, W, 3]."""
     verdict = judge(load_judge(), images, pairs)
     wrong = [
         prompt
@@ -113,10 +141,9 @@ def measure(generate: Generate, which: str, count: int, steps: int, guidance: fl
     ]
     return {
         "object": verdict.object_accuracy,
-        "object_interval": interval(verdict.object_accuracy, count),
+        "object_interval": interval(verdict.object_accuracy, len(pairs)),
         "colour": verdict.colour_accuracy,
-        "colour_interval": interval(verdict.colour_accuracy, count),
-        "seconds": round(seconds, 2),
+        "colour_interval": interval(verdict.colour_accuracy, len(pairs)),
         "wrong": wrong,
     }
 

@@ -19,8 +19,17 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def add_verification(folder: Path, entry: Mapping[str, Any]) -> None:
     """Append what `verify` measured to an artifact's manifest."""
+    _append(folder, "verified", entry)
+
+
+def add_quality(folder: Path, entry: Mapping[str, Any]) -> None:
+    """Append what `benchmarks.distance` measured to an artifact's manifest. Raises ArtifactError."""
+    _append(folder, "quality", entry)
+
+
+def _append(folder: Path, key: str, entry: Mapping[str, Any]) -> None:
     manifest = read_manifest(folder)
-    manifest.setdefault("verified", []).append(_finite(entry))
+    manifest.setdefault(key, []).append(_finite(entry))
     check_manifest(manifest, folder / MANIFEST)
     write_manifest(folder, manifest)
 
