@@ -80,6 +80,8 @@ def _details(served: dict[str, Any]) -> list[str]:
     return [
         f"- client, ms: {spread}; ready after {served['ready_s']} s, first request {served['first_ms']} ms",
         f"- stages, ms: {stages}",
+        f"- pictures a second, so many at once: {json.dumps(served['images_per_s'])}; GPU memory in use, all of it:"
+        f" {served['gpu_memory_mib']} MiB",
         f"- a size never seen, ms: {json.dumps(served['unseen_size_ms'])}",
         f"- client − device − encoding, ms: {served['overhead_ms']['median']}; everything but the loop:"
         f" {served['around_the_loop_ms']['median']}",

@@ -18,7 +18,7 @@ from typing import Any
 import tritonclient.grpc as triton
 from fluxserve_client import Client, Result
 
-from benchmarks.surroundings import surroundings
+from benchmarks.surroundings import of_gpu, surroundings
 from benchmarks.timing import summary
 from fluxserve import settings
 from fluxserve.installation import bundled
@@ -27,6 +27,7 @@ from fluxserve.server import Ports, TritonServer
 PROMPT = "a photograph of a fox that reads a newspaper in a café, morning light, shallow depth of field"
 WARM_UP = 3
 _REPOSITORY = Path(__file__).parents[1] / "model_repository"
+_BATCHES = (1, 2, 4)
 _NANOSECONDS = ("queue", "compute_input", "compute_infer", "compute_output")
 
 
@@ -59,8 +60,14 @@ def per_request(before: dict[str, dict[str, float]], after: dict[str, dict[str, 
     return found
 
 
+def rates(client: Client, fields: dict[str, Any]) -> dict[str, float]:
+    """Pictures a second, asked for so many at once, by one request each."""
+    spent = {count: ask(client, 0, fields | {"num_images": count})[0] for count in _BATCHES}
+    return {str(count): round(1000 * count / ms, 3) for count, ms in spent.items()}
+
+
 def measure(options: dict[str, str], fields: dict[str, Any], n: int, unseen: tuple[int, int]) -> dict[str, Any]:
-    """Start a server with these settings, ask for `n` pictures one after the other; then twice for another size."""
+    """Start a server with these settings, ask for `n` pictures one after the other; then others, and another size."""
     with tempfile.TemporaryFile() as log:
         server = TritonServer(_REPOSITORY, Ports.free(), bundled(), log=log, options=options)
         with server:
@@ -75,6 +82,7 @@ def measure(options: dict[str, str], fields: dict[str, Any], n: int, unseen: tup
                 before = statistics_of(server.grpc_url)
                 asked = [ask(client, WARM_UP + i, fields) for i in range(n)]
                 after = statistics_of(server.grpc_url)
+                used, batches = of_gpu("memory.used"), rates(client, fields)
                 other = fields | {"height": unseen[0], "width": unseen[1]}
                 new, again = (ask(client, seed, other)[0] for seed in (0, 1))
     return {
@@ -83,6 +91,8 @@ def measure(options: dict[str, str], fields: dict[str, Any], n: int, unseen: tup
         "first_ms": round(first, 1),
         "unseen_size_ms": {"size": list(unseen), "first": round(new, 1), "next": round(again, 1)},
         **table(asked),
+        "images_per_s": batches,
+        "gpu_memory_mib": used,
         "triton_ms": per_request(before, after),
     }
 
@@ -127,6 +137,9 @@ def main() -> None:
     other = found["unseen_size_ms"]
     print(f"ready after {found['ready_s']} s; first request {found['first_ms']} ms")
     print(f"a size never seen, {other['size']}: {other['first']} ms, and {other['next']} ms the next time")
+    print(
+        f"pictures a second, so many at once: {found['images_per_s']}; GPU memory used: {found['gpu_memory_mib']} MiB"
+    )
     for name in ("client_ms", "overhead_ms", "around_the_loop_ms"):
         print(f"{name:<20}" + "".join(f"{key} {value:<10}" for key, value in found[name].items()))
     print(f"{'stages':<20}" + "".join(f"{key} {value:<10}" for key, value in found["stages_ms"].items()))

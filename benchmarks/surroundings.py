@@ -17,7 +17,7 @@ def surroundings() -> dict[str, str]:
         "torch": torch.__version__,
     }
     if torch.cuda.is_available():
-        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["driver"] = of_gpu("driver_version")
         found["cudnn"] = str(torch.backends.cudnn.version())
     for library in _LIBRARIES:
         try:
@@ -25,6 +25,12 @@ def surroundings() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return {**found, "commit": _output("git", "rev-parse", "--short", "HEAD")}
+
+
+def of_gpu(query: str) -> str:
+    """What nvidia-smi says of the first GPU, such as "memory.used"; "unknown" where there is none."""
+    said = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "--id=0")
+    return said.splitlines()[0]
 
 
 def _output(*command: str) -> str:

@@ -1,13 +1,8 @@
-// What every CUDA kernel here needs: how launches follow each other, how numbers are packed.
+// How numbers are packed, for every CUDA kernel here.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;
-
-// All that kernels before this one wrote is there, and nobody reads any more what this one writes.
-__device__ __forceinline__ void await_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 // E4M3 saturates at ±448.
 __device__ __forceinline__ u32 pack_e4m3(float a, float b, float c, float d) {

@@ -2,9 +2,6 @@
 
 A kernel is compiled once for its source, options and compiler: half a second, then a file in the cache below the user's
 home. A cache that can't be written costs that half second at every start, and a line in the log.
-
-Launches may overlap (programmatic dependent launch): a kernel's first instructions run while the one before it is still
-at its end. Every kernel here waits (griddepcontrol.wait) before it reads what others wrote or writes anything.
 """
 
 import ctypes
@@ -12,7 +9,7 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from ctypes import c_char_p, c_int, c_uint, c_void_p
+from ctypes import c_char_p, c_int, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,28 +23,6 @@ log = logging.getLogger(__name__)
 CACHE = Path.home() / ".cache" / "fluxserve" / "kernels"
 _ARCHITECTURE = "sm_90a"
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # of CUlaunchAttributeID
-
-
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute; its value is a union of 64 bytes."""
-
-    _fields_ = [("id", c_int), ("pad", c_int), ("value", c_int), ("rest", ctypes.c_char * 60)]
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = [
-        *((f"{kind}{axis}", c_uint) for kind in ("grid", "block") for axis in "xyz"),
-        ("shared", c_uint),
-        ("stream", c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("count", c_uint),
-    ]
-
-
-_OVERLAPPED = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -60,10 +35,10 @@ class Kernel:
 
     def launch(self, blocks: int, *arguments: int) -> None:
         """On the current stream. Arguments are addresses of what the kernel takes. Raises RuntimeError."""
-        stream = torch.cuda.current_stream().cuda_stream
-        config = _Config(blocks, 1, 1, self.threads, 1, 1, self.shared, stream, ctypes.pointer(_OVERLAPPED), 1)
+        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
         pointers = (c_void_p * len(arguments))(*arguments)
-        check(driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
+        size = (blocks, 1, 1, self.threads, 1, 1, self.shared)
+        check(driver().cuLaunchKernel(self.function, *size, stream, pointers, None))
 
 
 def load(source: Path, name: str, defines: Sequence[str], threads: int, shared: int) -> Kernel:

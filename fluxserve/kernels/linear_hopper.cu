@@ -21,13 +21,9 @@
 #define A_BYTES (ROWS * INNER)
 #define B_BYTES (COLUMNS * INNER)
 #define HEAD 128
-#ifndef GROUP
-#define GROUP 8
-#endif
+#define GROUP 12
 #define HEADS (ENDING == 3 || ENDING == 4)
-#ifndef LEAST_STEPS
 #define LEAST_STEPS 8  // of K that are worth a cluster of their own
-#endif
 
 #include "common.cuh"
 
@@ -199,32 +195,22 @@ struct Shared {
 // The last part of a tile finishes it.
 __device__ __forceinline__ bool finishes(const Item &item, const Plan &plan) { return item.part == plan.parts - 1; }
 
-// Weights are nobody's output: as many of them as there are stages are fetched while the kernel before is still at its end.
 __device__ __forceinline__ void produce(
     Shared &s, const TensorMap *x, const TensorMap *w, const Parameters &p, const Plan &plan) {
   int rank = plan.rank;
-  u32 at = 0, early = 0;
+  u32 at = 0;
   for (int round = 0;; round++) {
     Item item = item_of(plan, p, round);
     if (!item.end) break;
     Tile t = tile_of(p, plan, item.tile);
     int row_b = t.stream * p.N + t.column + rank * (COLUMNS / 2);
-    if (round == 0) {
-      for (; early < STAGES && item.begin + early < item.end; early++) {
-        barrier_expect(&s.full[early], A_BYTES + B_BYTES);
-        load_for_both(s.b[early] + rank * (B_BYTES / 2), w, &s.full[early], (item.begin + early) * INNER, row_b);
-      }
-      await_previous();
-    }
     for (int step = item.begin; step < item.end; step++, at++) {
       int k = step * INNER;
       int stage = at % STAGES;
-      if (at >= early) {
-        barrier_wait(&s.empty[stage], at / STAGES & 1 ^ 1);
-        barrier_expect(&s.full[stage], A_BYTES + B_BYTES);
-        load_for_both(s.b[stage] + rank * (B_BYTES / 2), w, &s.full[stage], k, row_b);
-      }
+      barrier_wait(&s.empty[stage], at / STAGES & 1 ^ 1);
+      barrier_expect(&s.full[stage], A_BYTES + B_BYTES);
       load(s.a[stage], x, &s.full[stage], k, t.row);
+      load_for_both(s.b[stage] + rank * (B_BYTES / 2), w, &s.full[stage], k, row_b);
     }
   }
 }
@@ -232,7 +218,6 @@ __device__ __forceinline__ void produce(
 // One warp: what the endings of this program's tiles need of their columns, a tile ahead.
 __device__ __forceinline__ void prepare(Shared &s, const Parameters &p, const Plan &plan) {
   u32 at = 0;
-  await_previous();
   for (int round = 0;; round++) {
     Item item = item_of(plan, p, round);
     if (!item.end) break;
@@ -288,7 +273,6 @@ __device__ __forceinline__ void consume(Shared &s, const Parameters &p, const Pl
   int lane = threadIdx.x % 32, row_of_thread = group * 64 + threadIdx.x % 128 / 32 * 16 + lane / 4;
   u32 at = 0, finished = 0;
   float d[128];
-  await_previous();
   for (int round = 0;; round++) {
     Item item = item_of(plan, p, round);
     if (!item.end) break;
@@ -347,7 +331,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
-  let_next_begin();
   if (threadIdx.x < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) produce(s, &x, &w, p, plan);

@@ -31,6 +31,14 @@ __device__ __forceinline__ void keep(Steering &s, const Parameters &p, int strea
   }
 }
 
+// A lane's share of a row, if there is one.
+__device__ __forceinline__ void ask(uint4 (&raw)[CHUNKS], const Parameters &p, int row, int lane) {
+  const u16 *from = (const u16 *)p.x + (long)row * p.x_stride + lane * 8;
+#pragma unroll
+  for (int c = 0; c < CHUNKS; c++)
+    raw[c] = row < p.rows && c * CHUNK + lane * 8 < D ? *(const uint4 *)(from + c * CHUNK) : make_uint4(0, 0, 0, 0);
+}
+
 __device__ __forceinline__ float sum_of_warp(float v) {
 #pragma unroll
   for (int apart = 16; apart; apart /= 2) v += __shfl_xor_sync(0xffffffff, v, apart);
@@ -84,17 +92,12 @@ __device__ __forceinline__ void finish(float (&h)[CHUNKS][8], const Parameters &
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer_norm(const __grid_constant__ Parameters p) {
   extern __shared__ __align__(16) char memory[];
   Steering *steering = (Steering *)memory;
-  let_next_begin();
-  await_previous();
+  int lane = threadIdx.x % 32, row = blockIdx.x + gridDim.x * (threadIdx.x / 32);
+  uint4 raw[CHUNKS];
+  ask(raw, p, row, lane);
   for (int stream = 0; stream < p.streams; stream++) keep(steering[stream], p, stream);
   __syncthreads();
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int row = blockIdx.x + gridDim.x * warp; row < p.rows; row += gridDim.x * WARPS) {
-    const u16 *from = (const u16 *)p.x + (long)row * p.x_stride + lane * 8;
-    uint4 raw[CHUNKS];
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++)
-      raw[c] = c * CHUNK + lane * 8 < D ? *(const uint4 *)(from + c * CHUNK) : make_uint4(0, 0, 0, 0);
+  for (; row < p.rows; row += gridDim.x * WARPS) {
     float h[CHUNKS][8], sum = 0, square = 0;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
@@ -119,5 +122,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer_norm(const __g
     for (int c = 0; c < CHUNKS; c++)
       if (c * CHUNK + lane * 8 < D) steer(h[c], s, c * (CHUNK / 8) + lane, inverse);
     finish(h, p, row, lane);
+    ask(raw, p, row + gridDim.x * WARPS, lane);
   }
 }
