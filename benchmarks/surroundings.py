@@ -1,5 +1,6 @@
 """What a measurement stands beside: hardware, versions, commit."""
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -10,7 +11,10 @@ _LIBRARIES = ("diffusers", "transformers", "triton", "nvidia-cudnn-frontend")
 
 
 def surroundings() -> dict[str, str]:
-    """Of this run; "unknown" for what can't be had, nothing for a library that is not there."""
+    """Of this run; "unknown" for what can't be had, nothing for a library that is not there.
+
+    The commit is that of the environment variable COMMIT, if it is set: for a tree that was copied without its history.
+    """
     found = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -24,7 +28,7 @@ def surroundings() -> dict[str, str]:
             found[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             continue
-    return {**found, "commit": _output("git", "rev-parse", "--short", "HEAD")}
+    return {**found, "commit": os.environ.get("COMMIT") or _output("git", "rev-parse", "--short", "HEAD")}
 
 
 def of_gpu(query: str) -> str:
