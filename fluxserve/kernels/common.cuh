@@ -4,11 +4,12 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short u16;
 
-// E4M3 saturates at ±448.
+// E4M3 saturates at ±448. Volatile, so that it is never moved behind a condition: each conversion writes half a register,
+// and a register that is only written under a condition is kept from one tile to the next.
 __device__ __forceinline__ u32 pack_e4m3(float a, float b, float c, float d) {
   u16 low, high;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  asm volatile("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm volatile("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
   return (u32)high << 16 | low;
 }
 

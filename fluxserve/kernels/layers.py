@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+VALUES_TOGETHER = 16
+"""Rows of v that lie together when it is transposed; where the second stream begins must be a multiple of it."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -21,12 +24,14 @@ class Heads:
 
     factors: float32 [streams, 3, head_dim], what each number is multiplied with: RMSNorm's weights of q and of k, 1 for
     v, each over its static scale. cos, sin: float32 [rows, head_dim / 2]. The two numbers that RoPE turns stand half a
-    head apart, here and in the weights: see `in_halves`.
+    head apart, here and in the weights: see `in_halves`. values: where v goes instead of behind k, as
+    `attention_hopper.transposed` would have it; only `linear_hopper` can.
     """
 
     factors: Tensor
     cos: Tensor
     sin: Tensor
+    values: Tensor | None = None
 
 
 def in_halves(head_dim: int) -> Tensor:

@@ -5,9 +5,9 @@ takes weights whose rows were put into another order (`arranged`); everything el
 """
 
 import ctypes
-from ctypes import c_float, c_int, c_uint, c_uint32, c_uint64, c_void_p
+from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from fluxserve.kernels import cuda
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.layers import Heads, Linear
 from fluxserve.kernels.linear import RMS_EPSILON
+from fluxserve.kernels.tensor_map import tensor_map
 
 ENDINGS = ("none", "gelu", "add", "heads", "heads_gelu")
 RUN = 8
@@ -27,8 +28,6 @@ _THREADS = 384
 _BARRIERS = 2 * STAGES + 4
 _SHARED = STAGES * (TILE_ROWS + TILE_COLUMNS) * TILE_INNER + 2 * 3 * TILE_COLUMNS * 4 + _BARRIERS * 8
 _ALIGNMENT = 16  # bytes, of a row that TMA reads
-_UINT8, _SWIZZLE_128B, _PROMOTION_256B = 0, 3, 3  # of CUtensorMap
-_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 _HEAD = 128
 
 
@@ -37,9 +36,12 @@ class _Parameters(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("x_scale", "w_scale", "bias", "out", "gate", "factors", "cos", "sin")),
-        *((name, c_void_p) for name in ("hidden", "workspace", "arrived")),
+        *((name, c_void_p) for name in ("hidden", "values", "workspace", "arrived")),
         *((name, c_float) for name in ("inverse", "epsilon")),
-        *((name, c_int) for name in ("M", "N", "K", "split", "second", "out_stride", "hidden_stride", "heads")),
+        *(
+            (name, c_int)
+            for name in ("M", "N", "K", "split", "second", "out_stride", "hidden_stride", "heads", "values_stride")
+        ),
     ]
 
 
@@ -85,12 +87,14 @@ def launch(
     Raises:
         ValueError: what this kernel was not built for.
     """
-    _refuse(ending, x, w, out, gate, heads, hidden)
+    _refuse(ending, x, w, split, out, gate, heads, hidden)
     (rows, inner), (streams, columns, _) = x.shape, w.weight.shape
+    values = heads.values if heads else None
     parameters = _Parameters(
         *(None if t is None else t.data_ptr() for t in (x_scale, w.scale, w.bias, out, gate)),
         *((heads.factors.data_ptr(), heads.cos.data_ptr(), heads.sin.data_ptr()) if heads else (None,) * 3),
         None if hidden is None else hidden.data_ptr(),
+        None if values is None else values.data_ptr(),
         *(t.data_ptr() for t in _meeting_place()),
         inverse,
         RMS_EPSILON,
@@ -102,15 +106,19 @@ def launch(
         out.stride(0),
         0 if hidden is None else hidden.stride(0),
         out.shape[1],
+        0 if values is None else values.stride(0),
     )
-    maps = [_map(t.data_ptr(), *t.shape, t.stride(0)) for t in (x, w.weight.view(streams * columns, inner))]
-    _kernel(ending).launch(_programs(), *(m.address for m in maps), ctypes.addressof(parameters))
+    maps = [
+        tensor_map(t.data_ptr(), *t.shape, t.stride(0), TILE_ROWS) for t in (x, w.weight.view(streams * columns, inner))
+    ]
+    _kernel(ending, values is not None).launch(_programs(), *(m.address for m in maps), ctypes.addressof(parameters))
 
 
 def _refuse(
     ending: str,
     x: Tensor,
     w: Linear,
+    split: int,
     out: Tensor,
     gate: Tensor | None,
     heads: Heads | None,
@@ -132,6 +140,10 @@ def _refuse(
         raise ValueError("gate: got none; expected one for each output")
     if heads and heads.factors.shape[-1] != _HEAD:
         raise ValueError(f"head_dim: got {heads.factors.shape[-1]}; expected {_HEAD}")
+    if heads and heads.values is not None and (split % _ALIGNMENT or not _in_sixteens(heads.values)):
+        raise ValueError(f"values: got a split at {split}; expected that, and rows of values, at multiples of 16")
+    if heads and out.shape[1] // 3 % TILE_COLUMNS:
+        raise ValueError(f"heads: got {out.shape[1] // 3} columns; expected a multiple of {TILE_COLUMNS}")
 
 
 def _in_sixteens(x: Tensor) -> bool:
@@ -155,41 +167,10 @@ def _programs() -> int:
     return cuda.processors() // 2 * 2
 
 
-@dataclass(frozen=True)
-class _Map:
-    """A CUtensorMap, which wants an address at a multiple of 64, and the memory that it lies in."""
-
-    address: int
-    memory: object
-
-
-@lru_cache(2048)
-def _map(address: int, rows: int, inner: int, stride: int) -> _Map:
-    """Over a byte matrix, in tiles of 128 rows and 128 bytes. A launch takes a copy."""
-    memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
-    aligned = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
-    code = cuda.driver().cuTensorMapEncodeTiled(
-        c_void_p(aligned),
-        c_uint(_UINT8),
-        c_uint32(2),
-        c_void_p(address),
-        (c_uint64 * 2)(inner, rows),
-        (c_uint64 * 1)(stride),
-        (c_uint32 * 2)(TILE_INNER, TILE_ROWS),
-        (c_uint32 * 2)(1, 1),
-        c_uint(0),
-        c_uint(_SWIZZLE_128B),
-        c_uint(_PROMOTION_256B),
-        c_uint(0),
-    )
-    cuda.check(code)
-    return _Map(aligned, memory)
-
-
 @cache
-def _kernel(ending: str) -> cuda.Kernel:
+def _kernel(ending: str, values: bool) -> cuda.Kernel:
     name = f"linear_{ending}"
-    defines = [f"ENDING={ENDINGS.index(ending)}", f"RUN={RUN}", f"NAME={name}"]
+    defines = [f"ENDING={ENDINGS.index(ending)}", f"VALUES={int(values)}", f"RUN={RUN}", f"NAME={name}"]
     return cuda.load(_SOURCE, name, defines, _THREADS, _SHARED)
 
 

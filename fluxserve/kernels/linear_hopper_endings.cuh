@@ -17,7 +17,7 @@ struct Ahead {
 #if ENDING == 2
   uint4 residual[2][GROUPS][RUN / 8];
 #elif HEADS
-  float4 cos[2][HEAD / 2 / 16], sin[2][HEAD / 2 / 16];
+  float cos[2][16], sin[2][16];
 #endif
 };
 
@@ -52,8 +52,10 @@ __device__ __forceinline__ void ask_angles(Ahead &a, const Parameters &p, const 
 #pragma unroll
   for (int i = 0; i < 16; i += 4) {
     int column = i / RUN * 4 * RUN + i % RUN;
-    a.cos[half][i / 4] = turned ? *(const float4 *)(p.cos + at + column) : make_float4(0, 0, 0, 0);
-    a.sin[half][i / 4] = turned ? *(const float4 *)(p.sin + at + column) : make_float4(0, 0, 0, 0);
+    float4 cos = make_float4(1, 1, 1, 1), sin = make_float4(0, 0, 0, 0);  // v is not turned
+    if (turned) cos = *(const float4 *)(p.cos + at + column), sin = *(const float4 *)(p.sin + at + column);
+    a.cos[half][i] = cos.x, a.cos[half][i + 1] = cos.y, a.cos[half][i + 2] = cos.z, a.cos[half][i + 3] = cos.w;
+    a.sin[half][i] = sin.x, a.sin[half][i + 1] = sin.y, a.sin[half][i + 2] = sin.z, a.sin[half][i + 3] = sin.w;
   }
 #endif
 }
@@ -99,10 +101,11 @@ __device__ __forceinline__ void neighbours(float (&y)[RUN], const float (&d)[128
   for (int i = 0; i < RUN; i++) y[i] = SUM(g, half, i);
 }
 
-__device__ __forceinline__ void store_e4m3(void *out, long at, const float (&y)[RUN]) {
+__device__ __forceinline__ void store_e4m3(void *out, long at, const float (&y)[RUN], bool there) {
   u32 packed[RUN / 4];
 #pragma unroll
   for (int i = 0; i < RUN / 4; i++) packed[i] = pack_e4m3(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+  if (!there) return;
 #if RUN == 16
   *(uint4 *)((char *)out + at) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
 #else
@@ -124,9 +127,59 @@ __device__ __forceinline__ float gelu_tanh(float y, float half_inverse) {
   return h + h * t;
 }
 
+// Eight dimensions of two rows of a thread, as w[i] = (dimension 2i of either row, dimension 2i + 1 of either), → sixteen rows
+// of one dimension, in the order that attention wants (attention_hopper.py): lanes that differ in bits 4, 3 and 2
+// exchange halves, quarters and eighths.
+__device__ __forceinline__ uint4 transposed(const u32 (&w)[4], int lane) {
+  bool upper = lane & 16, middle = lane & 8, lower = lane & 4;
+  u32 x[2][2], y[2][2], out[4];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    u32 got = __shfl_xor_sync(0xffffffff, upper ? w[i] : w[i + 2], 16), own = upper ? w[i + 2] : w[i];
+    x[0][i] = upper ? got : own, x[1][i] = upper ? own : got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    u32 got = __shfl_xor_sync(0xffffffff, middle ? x[i][0] : x[i][1], 8), own = middle ? x[i][1] : x[i][0];
+    y[0][i] = middle ? got : own, y[1][i] = middle ? own : got;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    u32 first = __byte_perm(y[0][i], y[1][i], 0x5410), second = __byte_perm(y[0][i], y[1][i], 0x7632);
+    u32 got = __shfl_xor_sync(0xffffffff, lower ? first : second, 4), own = lower ? second : first;
+    u32 even = lower ? got : own, odd = lower ? own : got;
+    out[2 * i] = __byte_perm(even, odd, 0x5140), out[2 * i + 1] = __byte_perm(even, odd, 0x7362);
+  }
+  return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+// One head of v, transposed. Rows behind the last of its sixteen are zeros.
+__device__ __forceinline__ void store_values(
+    const float (&d)[128], const Columns &c, const Parameters &p, const Tile &t, int head, int row, int lane) {
+#if HEADS
+  int slab = row - lane / 4;
+  float there[2] = {row < t.end ? 1.0f : 0.0f, row + 8 < t.end ? 1.0f : 0.0f};
+#pragma unroll
+  for (int g = 0; g < 4; g++) {
+    int column = head * HEAD + g * 32 + lane % 4 * 8;
+    u32 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float a = c.factor[column + 2 * i], b = c.factor[column + 2 * i + 1];
+      w[i] = pack_e4m3(SUM(head * 4 + g, 0, 2 * i) * a * there[0], SUM(head * 4 + g, 1, 2 * i) * a * there[1],
+          SUM(head * 4 + g, 0, 2 * i + 1) * b * there[0], SUM(head * 4 + g, 1, 2 * i + 1) * b * there[1]);
+    }
+    uint4 sixteen = transposed(w, lane);
+    int dim = g * 32 + lane % 4 * 8 + lane / 4, place = dim / 64 * 64 + dim % 16 / 2 * 8 + dim % 64 / 16 * 2 + dim % 2;
+    int of_head = t.column + head * HEAD - p.heads / 3 * 2;
+    if (slab < t.end) *(uint4 *)((char *)p.values + (long)(of_head + place) * p.values_stride + slab) = sixteen;
+  }
+#endif
+}
+
 // Two heads to a tile. A head's pairs stand 64 columns apart, and in the same thread.
 __device__ __forceinline__ void store_heads(
-    const float (&d)[128], Ahead &a, const Columns &c, const Parameters &p, const Tile &t, int row, int lane) {
+    float (&d)[128], Ahead &a, const Columns &c, const Parameters &p, const Tile &t, int row, int lane) {
 #if HEADS
   const int groups = GROUPS / 4;  // of half a head
 #pragma unroll
@@ -147,22 +200,19 @@ __device__ __forceinline__ void store_heads(
 #pragma unroll
       for (int g = 0; g < groups; g++) {
         int column = head * HEAD + g * 4 * RUN + lane % 4 * RUN;
-        float first[RUN], second[RUN];
-        neighbours(first, d, 2 * head * groups + g, half);
-        neighbours(second, d, (2 * head + 1) * groups + g, half);
 #pragma unroll
         for (int i = 0; i < RUN; i++) {
-          float real = first[i] * inverse * c.factor[column + i], other = second[i] * inverse * c.factor[column + HEAD / 2 + i];
-          int at = g * RUN + i;
-          float cos = (&a.cos[half][at / 4].x)[at % 4], sin = (&a.sin[half][at / 4].x)[at % 4];
-          first[i] = part < 2 ? real * cos - other * sin : real;
-          second[i] = part < 2 ? other * cos + real * sin : other;
+          float &first = SUM(2 * head * groups + g, half, i), &second = SUM((2 * head + 1) * groups + g, half, i);
+          float real = first * inverse * c.factor[column + i], other = second * inverse * c.factor[column + HEAD / 2 + i];
+          float cos = a.cos[half][g * RUN + i], sin = a.sin[half][g * RUN + i];
+          first = real * cos - other * sin, second = other * cos + real * sin;
         }
-        if (at_row < t.end) {
-          long at = (long)at_row * p.out_stride + t.column + column;
-          store_e4m3(p.out, at, first);
-          store_e4m3(p.out, at + HEAD / 2, second);
-        }
+        float y[RUN];
+        long at = (long)at_row * p.out_stride + t.column + column;
+        neighbours(y, d, 2 * head * groups + g, half);
+        store_e4m3(p.out, at, y, at_row < t.end);
+        neighbours(y, d, (2 * head + 1) * groups + g, half);
+        store_e4m3(p.out, at + HEAD / 2, y, at_row < t.end);
       }
     }
 #endif
@@ -180,7 +230,7 @@ __device__ __forceinline__ void store_gelu(
       neighbours(y, d, g, half);
 #pragma unroll
       for (int i = 0; i < RUN; i++) y[i] = gelu_tanh(y[i], half_inverse);
-      if (at_row < t.end) store_e4m3(out, (long)at_row * stride + tile_column + g * 4 * RUN + lane % 4 * RUN, y);
+      store_e4m3(out, (long)at_row * stride + tile_column + g * 4 * RUN + lane % 4 * RUN, y, at_row < t.end);
     }
 }
 
@@ -206,6 +256,13 @@ __device__ __forceinline__ void store_rows(const float (&d)[128], const Ahead &a
 __device__ __forceinline__ void finish(
     float (&d)[128], Ahead &a, const Columns &c, const Parameters &p, const Tile &t, int row, int lane) {
   scale(d, a, c, lane);
+#if VALUES
+  if (has_heads(p, t) && part_of(p, t.column) == 2) {
+#pragma unroll
+    for (int head = 0; head < 2; head++) store_values(d, c, p, t, head, row, lane);
+    return;
+  }
+#endif
   if (has_heads(p, t))
     store_heads(d, a, c, p, t, row, lane);
   else if (ENDING == 1)

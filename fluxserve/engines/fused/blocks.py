@@ -29,7 +29,8 @@ class Buffers:
 
     residual: compute dtype [S, D]. normed: linear dtype [S, D], with float32 row_scale [S] if that is E4M3.
     qkv: linear dtype [S, 3·D]. wide: linear dtype [S, D + 4·D], attention's output and the MLP's hidden layer side by
-    side, which is what a single block's projection reads. cos, sin: float32 [S, head_dim / 2].
+    side, which is what a single block's projection reads. cos, sin: float32 [S, head_dim / 2]. values: linear dtype
+    [D, S up to a multiple of 16], where v goes if attention wants it transposed.
     """
 
     split: int
@@ -40,6 +41,7 @@ class Buffers:
     wide: Tensor
     cos: Tensor
     sin: Tensor
+    values: Tensor | None = None
 
     @property
     def attended(self) -> Tensor:
@@ -65,10 +67,13 @@ class _Attention:
 
     def heads(self, b: Buffers) -> Heads:
         """What becomes of q, k and v."""
-        return Heads(self._factors, b.cos, b.sin)
+        return Heads(self._factors, b.cos, b.sin, b.values)
 
     def __call__(self, run: Operations, b: Buffers) -> None:
-        run.attention(b.qkv, self._heads, self._descale, b.attended)
+        if run.attention_transposed and b.values is not None:
+            run.attention_transposed(b.qkv, b.values, self._heads, self._descale, b.attended)
+        else:
+            run.attention(b.qkv, self._heads, self._descale, b.attended)
 
 
 def _order(spec: TransformerSpec, device: torch.device) -> Tensor:
