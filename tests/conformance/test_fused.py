@@ -4,6 +4,7 @@ On a GPU with its kernels; elsewhere with every kernel's plain reference, which 
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,17 @@ from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Precision, Reader
 from fluxserve.engines.torch_eager import TorchEngine, Transformer, load_module
 from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
+from fluxserve.kernels import attention_hopper
 from fluxserve.kernels.fp8 import E4M3
-from fluxserve.kernels.operations import LAUNCHED, PLAIN
+from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations, as_they_are
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
 KERNELS = LAUNCHED if GPU else PLAIN
+SETS = {"served": KERNELS}
+if GPU:
+    SETS["own attention"] = replace(LAUNCHED, attention_transposed=attention_hopper.attention)
+    SETS["Triton"] = replace(LAUNCHED, arrange=as_they_are)
 BF16 = Precision(torch.bfloat16, torch.bfloat16)
 FP8 = Precision(torch.bfloat16, E4M3)
 TEXT = 32
@@ -76,10 +82,14 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 
 def transformer(
-    folder: Checkpoint, precision: Precision, scales: Scales | None, most: tuple[int, int, int]
+    folder: Checkpoint,
+    precision: Precision,
+    scales: Scales | None,
+    most: tuple[int, int, int],
+    run: Operations = KERNELS,
 ) -> FusedTransformer:
     read = Reader(folder.component("transformer"), DEVICE)
-    return FusedTransformer(folder.spec, read, DEVICE, precision, scales, KERNELS, most)
+    return FusedTransformer(folder.spec, read, DEVICE, precision, scales, run, most)
 
 
 class Judge:
@@ -97,12 +107,12 @@ class Judge:
         module.to(torch.bfloat16)
         self.eager_bf16 = relative(velocity(eager, self.inputs), self.expected)
 
-    def open(self, precision: Precision) -> FusedTransformer:
+    def open(self, precision: Precision, run: Operations = KERNELS) -> FusedTransformer:
         scales = self.scales if precision.quantised else None
-        return transformer(self.folder, precision, scales, (4096, TEXT, 3))
+        return transformer(self.folder, precision, scales, (4096, TEXT, 3), run)
 
-    def error(self, precision: Precision) -> float:
-        return relative(velocity(self.open(precision), self.inputs), self.expected)
+    def error(self, precision: Precision, run: Operations = KERNELS) -> float:
+        return relative(velocity(self.open(precision, run), self.inputs), self.expected)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +133,10 @@ def test_bf16_loses_no_more_than_eager_bf16(judge: Judge) -> None:
     assert judge.error(BF16) <= 1.2 * judge.eager_bf16
 
 
-def test_fp8_loses_no_more_than_plain_fp8(judge: Judge) -> None:
+@pytest.mark.parametrize("run", SETS.values(), ids=SETS)
+def test_fp8_loses_no_more_than_plain_fp8(judge: Judge, run: Operations) -> None:
     """Plain: float32 around E4M3 products, one static scale per tensor. Here: BF16, and INT8 modulation."""
-    assert judge.error(FP8) <= 1.1 * judge.plain_fp8
+    assert judge.error(FP8, run) <= 1.1 * judge.plain_fp8
 
 
 def test_steps_foreseen_are_the_steps_themselves(tiny: Judge) -> None:
