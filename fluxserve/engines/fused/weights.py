@@ -139,5 +139,7 @@ class Dense:
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
-def dense(read: Reader, module: str, precision: Precision) -> Dense:
-    return Dense(read(f"{module}.weight").to(precision.compute), read(f"{module}.bias").to(precision.compute))
+def dense(read: Reader, module: str, precision: Precision, inputs: int, outputs: int) -> Dense:
+    """Raises CheckpointError if the weight is not [outputs, inputs], or the bias not [outputs]."""
+    weight, bias = read.shaped(f"{module}.weight", outputs, inputs), read.shaped(f"{module}.bias", outputs)
+    return Dense(weight.to(precision.compute), bias.to(precision.compute))
