@@ -20,7 +20,7 @@ from fluxserve.artifact import Scales
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Bound
-from fluxserve.engines.fused import clip, vae
+from fluxserve.engines.fused import clip, t5, vae
 from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Precision, Reader
 from fluxserve.engines.torch_eager import TorchEngine, Transformer, load_module
@@ -200,6 +200,7 @@ def test_weights_that_are_others_are_refused(tmp_path: Path, tiny: Judge, change
 OPENED = {
     "transformer": lambda folder: transformer(folder, BF16, None, (64, TEXT, 1)),
     "text_encoder": lambda folder: clip.FusedClip(folder, DEVICE, BF16),
+    "text_encoder_2": lambda folder: t5.FusedT5(folder, DEVICE, BF16, KERNELS),
     "decoder": lambda folder: vae.decoder(folder, DEVICE, BF16, KERNELS),
     "encoder": lambda folder: vae.encoder(folder, DEVICE, BF16, KERNELS),
 }
@@ -210,6 +211,10 @@ OPENED = {
     ("part", "name", "dim"),
     [
         ("transformer", "transformer_blocks.0.attn.norm_added_k.weight", 0),
+        ("transformer", "transformer_blocks.0.attn.to_q.weight", 0),
+        ("transformer", "transformer_blocks.0.ff_context.net.0.proj.bias", 0),
+        ("transformer", "single_transformer_blocks.1.proj_mlp.weight", 0),
+        ("transformer", "single_transformer_blocks.1.proj_out.weight", 1),
         ("transformer", "x_embedder.weight", 1),
         ("transformer", "context_embedder.weight", 0),
         ("transformer", "time_text_embed.guidance_embedder.linear_1.weight", 1),
@@ -219,6 +224,8 @@ OPENED = {
         ("text_encoder", "encoder.layers.0.self_attn.k_proj.weight", 0),
         ("text_encoder", "encoder.layers.1.mlp.fc2.weight", 1),
         ("text_encoder", "final_layer_norm.bias", 0),
+        ("text_encoder_2", "encoder.block.1.layer.0.SelfAttention.v.weight", 0),
+        ("text_encoder_2", "encoder.block.0.layer.1.DenseReluDense.wo.weight", 1),
         ("decoder", "decoder.conv_in.weight", 1),
         ("decoder", "decoder.mid_block.attentions.0.to_v.weight", 0),
         ("decoder", "decoder.mid_block.attentions.0.to_out.0.bias", 0),
