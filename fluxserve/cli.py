@@ -336,3 +336,7 @@ def _doctor(options: argparse.Namespace) -> int:
     for field in fields(config):
         print(f"  FLUXSERVE_{field.name.upper():<12} {getattr(config, field.name)!r}")
     return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,8 +2,10 @@
 //
 // A program takes 128 rows of one head, two warpgroups 64 each; clusters of two programs share every tile of keys and of
 // values, each loading half of it for both (TMA multicast). While one tile's weights are made of its scores, the tensor
-// cores are at the sum over the values of the tile before, and at the other warpgroup's. Sums are multiplied anew only where
-// a row's maximum grew, which after a few tiles is hardly ever.
+// cores are at the sum over the values of the tile before, and at the other warpgroup's: the two take turns.
+//
+// Each tile is summed by itself, then added in float32: the tensor cores' accumulator keeps 13 bits and cuts the rest, which
+// over thousands of keys is a bias wherever values have a mean.
 //
 // Weights are the A operand as they are: wgmma leaves scores of keys 2q, 2q + 1 and 8 + 2q, 9 + 2q of each 16 in the
 // thread that must hold the A operand's 4q … 4q + 3. So values come with their keys in that order within each 16, and
@@ -93,14 +95,14 @@ __device__ __forceinline__ void begin_scores(float (&scores)[64], const char *q,
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void begin_sums(float (&sums)[64], u32 (&weights)[16], const char *v, bool first) {
+__device__ __forceinline__ void begin_sums(float (&sums)[64], u32 (&weights)[16], const char *v) {
   touch(sums);
 #pragma unroll
   for (int i = 0; i < 16; i++) asm volatile("" : "+r"(weights[i])::"memory");
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
   u64 b = descriptor(v);
 #pragma unroll
-  for (int i = 0; i < KEYS / 32; i++) multiply(sums, weights + 4 * i, b + i * 2, !first || i > 0);
+  for (int i = 0; i < KEYS / 32; i++) multiply(sums, weights + 4 * i, b + i * 2, i > 0);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
@@ -115,6 +117,7 @@ __device__ __forceinline__ void produce(
     barrier_wait(&s.q_empty[index % 2], index / 2 & 1 ^ 1);
     barrier_expect(q_full, ROWS * DIM);
     for (int group = 0; group < 2; group++) load(s.q[index % 2][group], rows, q_full, head * DIM, row + group * ROWS / 2);
+#pragma unroll 1  // or there are not registers enough
     for (int tile = 0; tile < w.tiles; tile++, at++) {
       int stage = at % STAGES, half = w.rank * KEYS / 2;
       barrier_wait(&s.k_empty[stage], at / STAGES & 1 ^ 1);
@@ -137,6 +140,11 @@ struct Place {
 struct Softmax {
   float largest[2], total[2], down[2], before[2];
 };
+
+// The other warpgroup has given its products to the tensor cores, and is at its exponentials.
+__device__ __forceinline__ void await_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory"); }
+
+__device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory"); }
 
 __device__ __forceinline__ void release(u64 *barrier) {
   if (threadIdx.x % 128 < 2) barrier_arrive(barrier, threadIdx.x % 128);  // a thread for each of the cluster
@@ -200,7 +208,7 @@ __device__ __forceinline__ void store(
     float total = x.before[half];
     total += __shfl_xor_sync(0xffffffff, total, 1);
     total += __shfl_xor_sync(0xffffffff, total, 2);
-    float factor = p.scales[2] * p.scales[3] / total;
+    float factor = __fdividef(p.scales[2] * p.scales[3], total);
     int at_row = row + half * 8;
     if (at_row >= p.rows) continue;
     char *to = (char *)p.out + (long)at_row * p.out_stride + head * DIM + lane % 4 * 16;
@@ -217,15 +225,18 @@ __device__ __forceinline__ void store(
 
 // The sum over a tile's values, whose weights are there, and the next tile's weights. No product stands in a branch, or the
 // compiler would wait for each: behind the last tile follow scores that nobody reads.
-__device__ __forceinline__ void step(float (&scores)[64], float (&sums)[64], u32 (&weights)[16], Softmax &x, Place &at,
-    u32 count, float factor, Shared &s, const Parameters &p, const Work &w, int group) {
+__device__ __forceinline__ void step(float (&scores)[64], float (&sums)[64], float (&tile)[64], u32 (&weights)[16], Softmax &x,
+    Place &at, u32 count, float factor, Shared &s, const Parameters &p, const Work &w, int group) {
   bool first = at.tile == 0, last = at.tile == w.tiles - 1, more = at.at + 1 < count;
   u32 next = at.at + 1, q = at.index + last, next_tile = last ? 0 : at.tile + 1;
   if (more && last) barrier_wait(&s.q_full[q % 2], q / 2 & 1);
   if (more) barrier_wait(&s.k_full[next % STAGES], next / STAGES & 1);
   barrier_wait(&s.v_full[at.at % STAGES], at.at / STAGES & 1);
+  await_turn(group);
   begin_scores(scores, s.q[q % 2][group], s.k[next % STAGES]);
-  begin_sums(sums, weights, s.v[at.at % STAGES], first);
+  begin_sums(tile, weights, s.v[at.at % STAGES]);
+  if (more || group == 0) give_turn(group);
+  float down[2] = {first ? 0.0f : x.down[0], first ? 0.0f : x.down[1]};  // as this tile's maximum wants the sums before
   wait_for<1>(scores);
   if (more) release(&s.k_empty[next % STAGES]);
   if (more && next_tile == w.tiles - 1 && threadIdx.x % 128 == 0) barrier_arrive(&s.q_empty[q % 2]);
@@ -233,20 +244,17 @@ __device__ __forceinline__ void step(float (&scores)[64], float (&sums)[64], u32
   if (next_tile == w.tiles - 1 && w.valid < KEYS) mask(scores, w.valid, lane);
   weigh(scores, x, factor, last);
   if (x.total[0] < 0 || x.total[1] < 0) asm volatile("trap;");  // never; but it keeps the exponentials before the wait
-  wait_for<0>(sums);
+  wait_for<0>(tile);
   release(&s.v_empty[at.at % STAGES]);
-  if (last) {
-    store(sums, x, p, w, at.unit, group, lane);
-  } else if (__any_sync(0xffffffff, x.down[0] != 1 || x.down[1] != 1)) {
 #pragma unroll
-    for (int i = 0; i < 64; i++) sums[i] *= x.down[i / 2 % 2];
-  }
+  for (int i = 0; i < 64; i++) sums[i] = sums[i] * down[i / 2 % 2] + tile[i];
+  if (last) store(sums, x, p, w, at.unit, group, lane);
   pack(weights, scores);
   at.at = next, at.index = q, at.tile = next_tile, at.unit += last ? w.clusters : 0;
 }
 
 __device__ __forceinline__ void consume(Shared &s, const Parameters &p, const Work &w, int group) {
-  float scores[64], sums[64], factor = p.scales[0] * p.scales[1] * p.base;
+  float scores[64], sums[64] = {}, tile[64], factor = p.scales[0] * p.scales[1] * p.base;
   u32 weights[16], count = (w.units - w.cluster + w.clusters - 1) / w.clusters * w.tiles;
   if (w.cluster >= w.units) return;
   Softmax x = {};
@@ -260,7 +268,8 @@ __device__ __forceinline__ void consume(Shared &s, const Parameters &p, const Wo
   if (w.tiles == 1 && w.valid < KEYS) mask(scores, w.valid, threadIdx.x % 32);
   weigh(scores, x, factor, true);
   pack(weights, scores);
-  while (at.at < count) step(scores, sums, weights, x, at, count, factor, s, p, w, group);
+  if (group == 1) give_turn(group);
+  while (at.at < count) step(scores, sums, tile, weights, x, at, count, factor, s, p, w, group);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) attention(

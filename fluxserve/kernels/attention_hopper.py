@@ -76,6 +76,10 @@ def attention(qkv: Tensor, values: Tensor, heads: int, scales: Tensor, out: Tens
         raise ValueError(f"attention: got {width} columns of {out.dtype}, {heads} heads; expected E4M3, heads of {DIM}")
     if any(t.stride(0) % 16 or t.stride(1) != 1 or t.data_ptr() % 16 for t in (qkv, values, out)):
         raise ValueError("attention: expected rows at multiples of 16 bytes")
+    keys = -(-rows // VALUES_TOGETHER) * VALUES_TOGETHER
+    if len(qkv) != rows or qkv.shape[1] < 2 * width or values.shape != (width, keys):
+        got = f"{tuple(qkv.shape)} and values {tuple(values.shape)}"
+        raise ValueError(f"attention: got {got}; expected [{rows}, at least {2 * width}] and [{width}, {keys}]")
     parameters = _Parameters(
         scales.data_ptr(), out.data_ptr(), math.log2(math.e) / math.sqrt(DIM), rows, heads, out.stride(0)
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_int, c_void_p
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -54,19 +55,31 @@ def load(source: Path, name: str, defines: Sequence[str], threads: int, shared: 
 
 def compiled(source: Path, defines: Sequence[str]) -> bytes:
     """The cubin of a source with these macros ("NAME=value"); headers are all .cuh files beside it."""
-    headers = {file.name: file.read_bytes() for file in sorted(source.parent.glob("*.cuh"))}
-    options = [f"--gpu-architecture={_ARCHITECTURE}", "--std=c++17", *(f"-D{define}" for define in defines)]
+    headers, options = _headers(source), _options(defines)
     parts = [source.read_bytes(), *headers.values(), *(o.encode() for o in options), repr(_version()).encode()]
     digest = hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
     kept = CACHE / f"{source.stem}-{digest}.cubin"
     if kept.is_file():
         return kept.read_bytes()
-    cubin = _compile(source, headers, options)
+    cubin, _ = _compile(source, headers, options)
     try:
         _keep(kept, cubin)
     except OSError as error:
         log.warning("%s is compiled at every start: %s", source.name, error)
     return cubin
+
+
+def examined(source: Path, defines: Sequence[str]) -> tuple[bytes, str]:
+    """The same made anew, and what the assembler says of it: registers, bytes of stack and bytes spilled."""
+    return _compile(source, _headers(source), [*_options(defines), "--ptxas-options=-v"])
+
+
+def _headers(source: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(source.parent.glob("*.cuh"))}
+
+
+def _options(defines: Sequence[str]) -> list[str]:
+    return [f"--gpu-architecture={_ARCHITECTURE}", "--std=c++17", *(f"-D{define}" for define in defines)]
 
 
 def _keep(file: Path, content: bytes) -> None:
@@ -77,15 +90,18 @@ def _keep(file: Path, content: bytes) -> None:
     Path(partial.name).replace(file)
 
 
-def _compile(source: Path, headers: dict[str, bytes], options: Sequence[str]) -> bytes:
+def _compile(source: Path, headers: dict[str, bytes], options: Sequence[str]) -> tuple[bytes, str]:
+    """The cubin and the compiler's log. Raises RuntimeError with the log."""
     nvrtc, program, count = _nvrtc(), c_void_p(), len(headers)
     contents, names = ((c_char_p * count)(*texts) for texts in (headers.values(), (n.encode() for n in headers)))
     text = c_char_p(source.read_bytes())
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, c_char_p(source.name.encode()), count, contents, names)
     given = (c_char_p * len(options))(*(option.encode() for option in options))
-    if nvrtc.nvrtcCompileProgram(program, len(options), given):
-        raise RuntimeError(_text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode())
-    return _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), given)
+    said = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).rstrip(b"\0").decode()
+    if failed:
+        raise RuntimeError(said)
+    return _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), said
 
 
 def _text(size_of: Callable[..., int], get: Callable[..., int], program: c_void_p) -> bytes:
@@ -109,12 +125,25 @@ def driver() -> ctypes.CDLL:
 
 @cache
 def _nvrtc() -> ctypes.CDLL:
-    """PyTorch has loaded its own already, wherever it lies."""
-    major = (torch.version.cuda or "13").split(".")[0]
+    """PyTorch's own, which is loaded already, wherever it lies; where PyTorch has none, the one of NVIDIA's wheel."""
+    name = f"libnvrtc.so.{(torch.version.cuda or '13').split('.')[0]}"
     try:
-        return ctypes.CDLL(f"libnvrtc.so.{major}")
+        return ctypes.CDLL(name)
     except OSError as error:
-        raise LibraryMissing("nvrtc", comes_with="a CUDA build of PyTorch") from error
+        found = _in_wheels(name)
+        if found is None:
+            expected = "a CUDA build of PyTorch, or the wheel nvidia-cuda-nvrtc"
+            raise LibraryMissing("nvrtc", comes_with=expected) from error
+    for builtins in found.parent.glob("libnvrtc-builtins.so.*"):  # which it opens by name, so that it must be there
+        ctypes.CDLL(str(builtins))
+    return ctypes.CDLL(str(found))
+
+
+def _in_wheels(library: str) -> Path | None:
+    """Where one of NVIDIA's wheels has put it, if any has: nvidia/cu13/lib."""
+    package = find_spec("nvidia")
+    folders = (package and package.submodule_search_locations) or ()
+    return next((file for folder in folders for file in Path(folder).glob(f"*/lib/{library}")), None)
 
 
 def _version() -> tuple[int, int]:

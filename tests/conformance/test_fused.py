@@ -4,6 +4,7 @@ On a GPU with its kernels; elsewhere with every kernel's plain reference, which 
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fluxserve.artifact import Scales
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Bound
+from fluxserve.engines.fused import clip, t5, vae
 from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Precision, Reader
 from fluxserve.engines.torch_eager import TorchEngine, Transformer, load_module
@@ -181,20 +183,84 @@ def test_scales_of_another_model_are_refused(tiny: Judge) -> None:
         transformer(tiny.folder, FP8, Scales({}, {}), (64, TEXT, 1))
 
 
-@pytest.mark.parametrize(
-    ("change", "says"), [("drop", "no weight"), ("add", "unexpected weights"), ("cut", "expected")]
-)
-def test_weights_that_do_not_fit_are_refused(tmp_path: Path, tiny: Judge, change: str, says: str) -> None:
-    folder = tmp_path / "transformer"
-    shutil.copytree(tiny.folder.component("transformer"), folder)
-    (file,) = folder.glob("*.safetensors")
-    weights, name = load_file(file), "transformer_blocks.0.attn.norm_added_k.weight"
-    if change == "add":
-        weights["transformer_blocks.99.attn.to_q.weight"] = torch.zeros(2, 2)
-    elif change == "cut":
-        weights[name] = weights[name][:-1].clone()
-    else:
-        del weights[name]
-    save_file(weights, file)
+def changed(
+    folder: Path, checkpoint: Checkpoint, component: str, change: Callable[[dict[str, Tensor]], None]
+) -> Checkpoint:
+    """A checkpoint of this component alone, with other weights."""
+    shutil.copytree(checkpoint.component(component), folder / component)
+    (file,) = (folder / component).glob("*.safetensors")
+    weights = load_file(file)
+    change(weights)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, file)
+    return Checkpoint(folder, checkpoint.spec)
+
+
+@pytest.mark.parametrize(("change", "says"), [("drop", "no weight"), ("add", "unexpected weights")])
+def test_weights_that_are_others_are_refused(tmp_path: Path, tiny: Judge, change: str, says: str) -> None:
+    def apply(weights: dict[str, Tensor]) -> None:
+        if change == "add":
+            weights["transformer_blocks.99.attn.to_q.weight"] = torch.zeros(2, 2)
+        else:
+            del weights["transformer_blocks.0.attn.norm_added_k.weight"]
+
+    folder = changed(tmp_path, tiny.folder, "transformer", apply)
     with pytest.raises(CheckpointError, match=says):
-        transformer(Checkpoint(tmp_path, tiny.folder.spec), BF16, None, (64, TEXT, 1))
+        transformer(folder, BF16, None, (64, TEXT, 1))
+
+
+OPENED = {
+    "transformer": lambda folder: transformer(folder, BF16, None, (64, TEXT, 1)),
+    "text_encoder": lambda folder: clip.FusedClip(folder, DEVICE, BF16),
+    "text_encoder_2": lambda folder: t5.FusedT5(folder, DEVICE, BF16, KERNELS),
+    "decoder": lambda folder: vae.decoder(folder, DEVICE, BF16, KERNELS),
+    "encoder": lambda folder: vae.encoder(folder, DEVICE, BF16, KERNELS),
+}
+
+
+@pytest.mark.parametrize("wider", [False, True], ids=["cut", "wider"])
+@pytest.mark.parametrize(
+    ("part", "name", "dim"),
+    [
+        ("transformer", "transformer_blocks.0.attn.norm_added_k.weight", 0),
+        ("transformer", "transformer_blocks.0.attn.to_q.weight", 0),
+        ("transformer", "transformer_blocks.0.ff_context.net.0.proj.bias", 0),
+        ("transformer", "single_transformer_blocks.1.proj_mlp.weight", 0),
+        ("transformer", "single_transformer_blocks.1.proj_out.weight", 1),
+        ("transformer", "x_embedder.weight", 1),
+        ("transformer", "context_embedder.weight", 0),
+        ("transformer", "time_text_embed.guidance_embedder.linear_1.weight", 1),
+        ("transformer", "time_text_embed.text_embedder.linear_2.bias", 0),
+        ("transformer", "proj_out.weight", 0),
+        ("text_encoder", "embeddings.position_embedding.weight", 1),
+        ("text_encoder", "encoder.layers.0.self_attn.k_proj.weight", 0),
+        ("text_encoder", "encoder.layers.1.mlp.fc2.weight", 1),
+        ("text_encoder", "final_layer_norm.bias", 0),
+        ("text_encoder_2", "encoder.block.1.layer.0.SelfAttention.v.weight", 0),
+        ("text_encoder_2", "encoder.block.0.layer.1.DenseReluDense.wo.weight", 1),
+        ("decoder", "decoder.conv_in.weight", 1),
+        ("decoder", "decoder.mid_block.attentions.0.to_v.weight", 0),
+        ("decoder", "decoder.mid_block.attentions.0.to_out.0.bias", 0),
+        ("decoder", "decoder.up_blocks.2.resnets.0.conv_shortcut.weight", 0),
+        ("decoder", "decoder.up_blocks.3.resnets.1.norm2.weight", 0),
+        ("encoder", "encoder.down_blocks.0.downsamplers.0.conv.weight", 0),
+        ("encoder", "encoder.conv_out.weight", 2),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    tmp_path: Path, tiny: Judge, part: str, name: str, dim: int, wider: bool
+) -> None:
+    """Larger ones as well: what is only too long would be read in part, and nobody would notice."""
+    shapes = []
+
+    def apply(weights: dict[str, Tensor]) -> None:
+        whole = weights[name]
+        last = whole.shape[dim] - 1
+        weights[name] = torch.cat([whole, whole], dim) if wider else whole.narrow(dim, 0, last)
+        shapes.extend(tuple(weight.shape) for weight in (weights[name], whole))
+
+    component = "vae" if part in ("decoder", "encoder") else part
+    folder = changed(tmp_path, tiny.folder, component, apply)
+    with pytest.raises(CheckpointError) as caught:
+        OPENED[part](folder)
+    got, expected = shapes
+    assert f"{name.removeprefix(f'{part}.')}: got {got}; expected {expected}" in str(caught.value)

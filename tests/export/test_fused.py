@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import random_weights
+from export.reference import load_cases
 from export.verify import verify
 from fluxserve import source
 from fluxserve.artifact import Artifact
@@ -58,6 +60,18 @@ def test_passes_its_own_gate(artifact: Artifact, plainly: None) -> None:
     found = verify(artifact, "cpu")
     failed = [row for row in found["components"] if row["relative_error"] > row["allowed"]]
     assert found["passed"], failed
+
+
+def test_random_weights_keep_digits_as_trained_ones_do(tmp_path: Path, plainly: None) -> None:
+    """As deep as FLUX.1-dev and T5-XXL: the whole of it, which is what is timed on a GPU, must pass the same gates."""
+    folder = random_weights.write(tmp_path / "flux", 19, 38, guidance=True, text_layers=24, narrow=16)
+    out, work = tmp_path / "artifact", tmp_path / "work"
+    arguments = ("--engine", "fused", "--precision", "fp8", "--prompts", "1", "--steps", "1", "--opt-size", "64x64")
+    status, said = run(str(folder), "--out", str(out), "--work", str(work), *arguments)
+    assert status == 0 and "passed" in said, said
+    for component in ("t5", "transformer"):
+        (file,) = work.rglob(f"{component}.safetensors")
+        assert all(error < 0.2 for case in load_cases(file) for error in case.plain.values()), component
 
 
 def test_weights_that_were_changed_are_not_served(artifact: Artifact, plainly: None, tmp_path: Path) -> None:

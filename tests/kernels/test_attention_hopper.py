@@ -56,6 +56,8 @@ def test_what_it_was_not_built_for_is_refused() -> None:
     qkv = torch.zeros(4, 3 * 128).to(E4M3)
     with pytest.raises(ValueError, match="attention: got 96 columns"):
         hopper.attention(qkv, qkv, 1, torch.ones(4), torch.zeros(4, 96).to(E4M3))
+    with pytest.raises(ValueError, match=r"expected \[4, at least 256\] and \[128, 16\]"):
+        hopper.attention(qkv, qkv, 1, torch.ones(4), torch.zeros(4, 128).to(E4M3))
     with pytest.raises(ValueError, match="rows at multiples of 16 bytes"):
         hopper.attention(qkv, qkv, 1, torch.ones(4), torch.zeros(4, 130).to(E4M3)[:, :128])
 
@@ -96,3 +98,19 @@ def test_a_maximum_that_grows_with_every_tile() -> None:
     hopper.attention(held, hopper.transposed(held[:, 2 * hopper.DIM :]), 1, scales, out)
     plain_attention(held, 1, scales, plain)
     assert relative(out.float(), plain.float()) < 0.05
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("rows", [300, 4608, 9217])
+def test_values_with_a_mean(rows: int) -> None:
+    """The tensor cores' accumulator cuts what it can't hold: over thousands of keys all in one direction."""
+    qkv, scales = q_k_v(rows, 2, E4M3)
+    mean = cast(2 + qkv[:, 4 * hopper.DIM :].float() / 50, E4M3)
+    qkv = torch.cat([qkv[:, : 4 * hopper.DIM].float(), mean.float()], dim=1).to(E4M3)
+    out, plain = (torch.empty(rows, 2 * hopper.DIM, device=DEVICE, dtype=E4M3) for _ in range(2))
+    hopper.attention(qkv, hopper.transposed(qkv[:, 4 * hopper.DIM :]), 2, scales, out)
+    plain_attention(qkv, 2, scales, plain)
+    expected = exact(qkv, 2, scales)
+    allowed = 1.2 * relative(plain.float() * SCALES[2], expected) + 2e-3
+    assert relative(out.float() * SCALES[2], expected) <= allowed

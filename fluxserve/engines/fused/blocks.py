@@ -102,17 +102,18 @@ class DoubleBlock:
         hidden = tuple(f"{mlp}.net.2" for *_, mlp in _DOUBLE_STREAMS)
         scales = of_block(found, name, hidden, spec.attention_head_dim) if found else BlockScales()
 
-        def linear(modules: Sequence[Sequence[str]], inputs: int, factor: float = 1.0) -> Linear:
-            return stack(read, _of(name, modules), inputs, precision, [factor, factor], arrange=run.arrange)
+        def linear(modules: Sequence[Sequence[str]], inputs: int, outputs: int, factor: float = 1.0) -> Linear:
+            return stack(read, _of(name, modules), inputs, [outputs], precision, [factor, factor], arrange=run.arrange)
 
         parts = [[f"attn.{q.format(part)}" for part in "qkv"] for q, *_ in _DOUBLE_STREAMS]
         order = _order(spec, read.device)
-        self._qkv = stack(read, _of(name, parts), width, precision, order=order, arrange=run.arrange)
+        self._qkv = stack(read, _of(name, parts), width, [width] * 3, precision, order=order, arrange=run.arrange)
         norms = [f"{name}.attn.{norm}" for _, _, norm, _ in _DOUBLE_STREAMS]
         self._attention = _Attention(spec, _norms(read, norms, spec), scales)
-        self._out = linear([[f"attn.{out}"] for _, out, _, _ in _DOUBLE_STREAMS], width, scales.out)
-        self._up = linear([[f"{mlp}.net.0.proj"] for *_, mlp in _DOUBLE_STREAMS], width)
-        self._down = linear([[f"{mlp}.net.2"] for *_, mlp in _DOUBLE_STREAMS], MLP_RATIO * width, scales.hidden)
+        self._out = linear([[f"attn.{out}"] for _, out, _, _ in _DOUBLE_STREAMS], width, width, scales.out)
+        up, down = ([[f"{mlp}.net.{part}"] for *_, mlp in _DOUBLE_STREAMS] for part in ("0.proj", "2"))
+        self._up = linear(up, width, MLP_RATIO * width)
+        self._down = linear(down, MLP_RATIO * width, width, scales.hidden)
         self._inverse_hidden = 1 / scales.hidden
 
     def __call__(self, run: Operations, b: Buffers, modulation: Tensor) -> None:
@@ -147,12 +148,13 @@ class SingleBlock:
         parts = [["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]]
         rest = torch.arange(3 * width, (3 + MLP_RATIO) * width, device=read.device)
         order = torch.cat([_order(spec, read.device), rest])
-        self._in = stack(read, _of(name, parts), width, precision, order=order, arrange=run.arrange)
+        outputs = [width, width, width, MLP_RATIO * width]
+        self._in = stack(read, _of(name, parts), width, outputs, precision, order=order, arrange=run.arrange)
         self._attention = _Attention(spec, _norms(read, [f"{name}.attn.norm_{{}}"], spec), scales)
         factors = torch.full(((1 + MLP_RATIO) * width,), scales.hidden, device=read.device)
         factors[:width] = scales.out
         out = [[f"{name}.proj_out"]]
-        self._out = stack(read, out, len(factors), precision, [factors], arrange=run.arrange)
+        self._out = stack(read, out, len(factors), [width], precision, [factors], arrange=run.arrange)
         self._inverse_hidden = 1 / scales.hidden
 
     def __call__(self, run: Operations, b: Buffers, modulation: Tensor) -> None:

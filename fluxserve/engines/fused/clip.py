@@ -24,9 +24,10 @@ _OLD_END = 2
 
 
 class _Norm:
-    def __init__(self, read: Reader, name: str, epsilon: float, precision: Precision) -> None:
-        self._weight, self._bias = (read(f"{name}.{part}").to(precision.compute) for part in ("weight", "bias"))
-        self._epsilon = epsilon
+    def __init__(self, read: Reader, name: str, config: Mapping[str, Any], precision: Precision) -> None:
+        parts = (read.shaped(f"{name}.{part}", config["hidden_size"]) for part in ("weight", "bias"))
+        self._weight, self._bias = (part.to(precision.compute) for part in parts)
+        self._epsilon = config["layer_norm_eps"]
 
     def __call__(self, x: Tensor) -> Tensor:
         return layer_norm(x, x.shape[-1:], self._weight, self._bias, self._epsilon)
@@ -34,16 +35,16 @@ class _Norm:
 
 class _Layer:
     def __init__(self, read: Reader, name: str, config: Mapping[str, Any], precision: Precision) -> None:
-        def linear(part: str) -> Dense:
-            return dense(read, f"{name}.{part}", precision)
+        def linear(part: str, inputs: int, outputs: int) -> Dense:
+            return dense(read, f"{name}.{part}", precision, inputs, outputs)
 
-        epsilon = config["layer_norm_eps"]
+        width, hidden = config["hidden_size"], config["intermediate_size"]
         self._heads = config["num_attention_heads"]
-        self._norm = _Norm(read, f"{name}.layer_norm1", epsilon, precision)
-        self._q, self._k, self._v = (linear(f"self_attn.{part}_proj") for part in "qkv")
-        self._out = linear("self_attn.out_proj")
-        self._mlp_norm = _Norm(read, f"{name}.layer_norm2", epsilon, precision)
-        self._up, self._down = linear("mlp.fc1"), linear("mlp.fc2")
+        self._norm = _Norm(read, f"{name}.layer_norm1", config, precision)
+        self._q, self._k, self._v = (linear(f"self_attn.{part}_proj", width, width) for part in "qkv")
+        self._out = linear("self_attn.out_proj", width, width)
+        self._mlp_norm = _Norm(read, f"{name}.layer_norm2", config, precision)
+        self._up, self._down = linear("mlp.fc1", width, hidden), linear("mlp.fc2", hidden, width)
 
     def __call__(self, x: Tensor) -> Tensor:
         normed = self._norm(x)
@@ -63,12 +64,16 @@ class FusedClip:
             raise UnsupportedArchitecture(f"{FOLDER}/config.json: hidden_act", config["hidden_act"], _QUICK_GELU)
         self.signature = signatures.clip(checkpoint.spec)
         read = Reader(checkpoint.component(FOLDER), device, "text_model.")  # transformers 5 writes none
-        self._words = read("embeddings.token_embedding.weight").to(precision.compute)
-        self._positions = read("embeddings.position_embedding.weight").to(precision.compute)
+        self._words, self._positions = (
+            read.shaped(f"embeddings.{part}_embedding.weight", config[rows], config["hidden_size"]).to(
+                precision.compute
+            )
+            for part, rows in (("token", "vocab_size"), ("position", "max_position_embeddings"))
+        )
         read.ignore("embeddings.position_ids")
         names = [f"encoder.layers.{i}" for i in range(config["num_hidden_layers"])]
         self._layers = [_Layer(read, name, config, precision) for name in names]
-        self._norm = _Norm(read, "final_layer_norm", config["layer_norm_eps"], precision)
+        self._norm = _Norm(read, "final_layer_norm", config, precision)
         self._end: int = config["eos_token_id"]
         read.refuse_rest()
 

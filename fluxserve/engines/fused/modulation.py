@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fluxserve.engines.fused.blocks import DoubleBlock, SingleBlock
-from fluxserve.engines.fused.weights import Precision, Reader, dense
+from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
 from fluxserve.kernels.modulation import quantise_channels
 from fluxserve.kernels.operations import Operations
 from fluxserve.spec import TransformerSpec
@@ -35,11 +35,10 @@ class Modulation:
 
     def __init__(self, read: Reader, spec: TransformerSpec, precision: Precision) -> None:
         self._spec, self._precision = spec, precision
-        self._embedders = {
-            name: (dense(read, f"time_text_embed.{name}.linear_1", precision),
-                   dense(read, f"time_text_embed.{name}.linear_2", precision))
-            for name in ("timestep_embedder", "text_embedder", *(["guidance_embedder"] if spec.guidance_embeds else []))
-        }  # fmt: skip
+        inputs = {"timestep_embedder": _TIME_CHANNELS, "text_embedder": spec.pooled_projection_dim}
+        if spec.guidance_embeds:
+            inputs["guidance_embedder"] = _TIME_CHANNELS
+        self._embedders = {name: self._embedder(read, name, channels) for name, channels in inputs.items()}
         device = self._embedders["text_embedder"][0].weight.device
         rows, dtype = width(spec), torch.int8 if precision.quantised else precision.compute
         self._weight = torch.empty(rows, spec.hidden_size, dtype=dtype, device=device)
@@ -52,6 +51,12 @@ class Modulation:
         for index in range(spec.num_single_layers):
             at = self._put(read, at, [f"single_transformer_blocks.{index}.norm.linear"], SingleBlock.PARTS)
         at = self._put(read, at, ["norm_out.linear"], _FINAL_PARTS)
+
+    def _embedder(self, read: Reader, name: str, inputs: int) -> tuple[Dense, Dense]:
+        """The two layers that `_mlp` runs."""
+        module, precision, d = f"time_text_embed.{name}", self._precision, self._spec.hidden_size
+        first = dense(read, f"{module}.linear_1", precision, inputs, d)
+        return first, dense(read, f"{module}.linear_2", precision, d, d)
 
     def _put(self, read: Reader, at: int, modules: list[str], parts: int) -> int:
         """Write the rows of one block's layers as [parts, streams, D]; where the next begins."""

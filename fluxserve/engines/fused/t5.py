@@ -32,6 +32,10 @@ class _Shape:
     epsilon: float
     buckets: int
     max_distance: int
+    inner: int
+    """Features of all heads together."""
+    hidden: int
+    """Features between the MLP's layers."""
 
     @staticmethod
     def of(config: dict[str, Any]) -> "_Shape":
@@ -43,19 +47,22 @@ class _Shape:
             config.get("layer_norm_epsilon", 1e-6),
             config.get("relative_attention_num_buckets", 32),
             config.get("relative_attention_max_distance", 128),
+            config["num_heads"] * config["d_kv"],
+            config["d_ff"],
         )
 
 
 class _Layer:
-    def __init__(self, read: Reader, index: int, width: int, precision: Precision) -> None:
+    def __init__(self, read: Reader, index: int, width: int, shape: _Shape, precision: Precision) -> None:
         block = f"encoder.block.{index}.layer"
         attention, mlp = f"{block}.0.SelfAttention", f"{block}.1.DenseReluDense"
         self.norm = read.shaped(f"{block}.0.layer_norm.weight", width).float()
-        self.qkv = stack(read, [[f"{attention}.{part}" for part in "qkv"]], width, precision)
-        self.out = stack(read, [[f"{attention}.o"]], self.qkv.weight.shape[1] // 3, precision)
+        inner, hidden = shape.inner, shape.hidden
+        self.qkv = stack(read, [[f"{attention}.{part}" for part in "qkv"]], width, [inner] * 3, precision)
+        self.out = stack(read, [[f"{attention}.o"]], inner, [width], precision)
         self.mlp_norm = read.shaped(f"{block}.1.layer_norm.weight", width).float()
-        self.up = stack(read, [[f"{mlp}.wi_0", f"{mlp}.wi_1"]], width, precision)
-        self.down = stack(read, [[f"{mlp}.wo"]], self.up.weight.shape[1] // 2, precision)
+        self.up = stack(read, [[f"{mlp}.wi_0", f"{mlp}.wi_1"]], width, [hidden] * 2, precision)
+        self.down = stack(read, [[f"{mlp}.wo"]], hidden, [width], precision)
 
 
 class FusedT5:
@@ -69,7 +76,7 @@ class FusedT5:
         width = self.embedding.shape[1]
         table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         self.positions = read.shaped(table, self.shape.buckets, self.shape.heads).float()
-        self.layers: list[_Layer] = [_Layer(read, i, width, precision) for i in range(self.shape.layers)]
+        self.layers: list[_Layer] = [_Layer(read, i, width, self.shape, precision) for i in range(self.shape.layers)]
         self.norm = read.shaped("encoder.final_layer_norm.weight", width).float()
         read.refuse_rest()
 
@@ -88,7 +95,7 @@ class _Bound:
         compute, linear = engine.precision.compute, engine.precision.linear
         device, (_, width) = engine.embedding.device, engine.embedding.shape
         rows, tokens = sizes["input_ids"]
-        inner, hidden = engine.layers[0].out.weight.shape[2], engine.layers[0].down.weight.shape[2]
+        inner, hidden = engine.shape.inner, engine.shape.hidden
 
         def empty(columns: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(tokens, columns, dtype=dtype, device=device)

@@ -37,13 +37,14 @@ class Weights:
     ) -> None:
         shape = spec.transformer
         assert precision.quantised == (found is not None), "scales are for E4M3, and E4M3 needs them"
-        self.image = dense(read, "x_embedder", precision)
-        self.text = dense(read, "context_embedder", precision)
+        d = shape.hidden_size
+        self.image = dense(read, "x_embedder", precision, shape.in_channels, d)
+        self.text = dense(read, "context_embedder", precision, shape.joint_attention_dim, d)
         self.modulation = Modulation(read, shape, precision)
         made_of = (shape, precision, found, run)
         self.double = [DoubleBlock(read, i, *made_of) for i in range(shape.num_layers)]
         self.single = [SingleBlock(read, i, *made_of) for i in range(shape.num_single_layers)]
-        self.out = dense(read, "proj_out", precision)
+        self.out = dense(read, "proj_out", precision, d, shape.in_channels)
         read.refuse_rest()
 
 

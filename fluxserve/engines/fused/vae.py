@@ -6,7 +6,7 @@ from: every layer knows since it was made which one, and adds it where it reads 
 launches take a fraction of what they start, and a graph would keep the pictures of every size in memory for good.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +50,11 @@ class _Picture:
 class _Conv:
     """Without its bias, for which cuDNN would take a pass of its own: whoever reads the result adds it in passing."""
 
-    def __init__(self, c: _Context, name: str) -> None:
-        weight = c.read(f"{name}.weight").to(c.precision.compute)
+    def __init__(self, c: _Context, name: str, inputs: int, outputs: int, side: int = 3) -> None:
+        weight = c.read.shaped(f"{name}.weight", outputs, inputs, side, side).to(c.precision.compute)
         self._weight = weight.contiguous(memory_format=torch.channels_last)
-        self.bias = c.read(f"{name}.bias").float()
-        self._margin = weight.shape[-1] // 2
+        self.bias = c.read.shaped(f"{name}.bias", outputs).float()
+        self._margin = side // 2
 
     def __call__(self, x: Tensor) -> Tensor:
         return conv2d(x, self._weight, padding=self._margin)
@@ -79,8 +79,8 @@ class _Conv:
 class _Norm:
     """`offset` [C] belongs to every x that comes, and was not added yet."""
 
-    def __init__(self, c: _Context, name: str, offset: Tensor | None = None) -> None:
-        self._weight, self._bias = (c.read(f"{name}.{part}").float() for part in ("weight", "bias"))
+    def __init__(self, c: _Context, name: str, channels: int, offset: Tensor | None = None) -> None:
+        self._weight, self._bias = (c.read.shaped(f"{name}.{part}", channels).float() for part in ("weight", "bias"))
         self._run, self._groups, self._offset = c.run, c.groups, offset
 
     def __call__(self, x: _Picture, silu: bool = True) -> Tensor:
@@ -91,12 +91,13 @@ class _Norm:
 class _Resnet:
     """`offset` [C], if any, belongs to every x that comes, and was not added yet; what goes out is whole."""
 
-    def __init__(self, c: _Context, name: str, offset: Tensor | None = None) -> None:
-        self._conv1, self._conv2 = _Conv(c, f"{name}.conv1"), _Conv(c, f"{name}.conv2")
-        self._norm1 = _Norm(c, f"{name}.norm1", offset)
-        self._norm2 = _Norm(c, f"{name}.norm2", self._conv1.bias)
-        shortcut = f"{name}.conv_shortcut"
-        self._shortcut = _Conv(c, shortcut) if f"{shortcut}.weight" in c.read else None
+    def __init__(self, c: _Context, name: str, inputs: int, outputs: int, offset: Tensor | None = None) -> None:
+        self._conv1 = _Conv(c, f"{name}.conv1", inputs, outputs)
+        self._conv2 = _Conv(c, f"{name}.conv2", outputs, outputs)
+        self._norm1 = _Norm(c, f"{name}.norm1", inputs, offset)
+        self._norm2 = _Norm(c, f"{name}.norm2", outputs, self._conv1.bias)
+        other_depth = inputs != outputs
+        self._shortcut = _Conv(c, f"{name}.conv_shortcut", inputs, outputs, side=1) if other_depth else None
         self._run, self._groups, self._bias = c.run, c.groups, self._conv2.bias
         if self._shortcut:
             self._bias = self._bias + self._shortcut.bias
@@ -120,12 +121,13 @@ class _Resnet:
 class _Attention:
     """Every pixel to every other, one head as wide as the picture is deep. q, k and v are one product."""
 
-    def __init__(self, c: _Context, name: str) -> None:
-        self._norm = _Norm(c, f"{name}.group_norm")
-        parts = [dense(c.read, f"{name}.to_{part}", c.precision) for part in "qkv"]
+    def __init__(self, c: _Context, name: str, channels: int) -> None:
+        self._norm = _Norm(c, f"{name}.group_norm", channels)
+        parts = [dense(c.read, f"{name}.to_{part}", c.precision, channels, channels) for part in "qkv"]
         self._qkv = Dense(torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
         out = f"{name}.to_out.0"
-        self._out, self._bias = c.read(f"{out}.weight").to(c.precision.compute), c.read(f"{out}.bias").float()
+        self._out = c.read.shaped(f"{out}.weight", channels, channels).to(c.precision.compute)
+        self._bias = c.read.shaped(f"{out}.bias", channels).float()
         self._run, self._groups = c.run, c.groups
 
     def __call__(self, x: _Picture) -> _Picture:
@@ -141,22 +143,30 @@ class _Attention:
 class _Middle:
     """`offset`: see _Resnet."""
 
-    def __init__(self, c: _Context, offset: Tensor | None = None) -> None:
-        self._first = _Resnet(c, "mid_block.resnets.0", offset)
-        self._attention = _Attention(c, "mid_block.attentions.0")
-        self._last = _Resnet(c, "mid_block.resnets.1")
+    def __init__(self, c: _Context, channels: int, offset: Tensor | None = None) -> None:
+        self._first = _Resnet(c, "mid_block.resnets.0", channels, channels, offset)
+        self._attention = _Attention(c, "mid_block.attentions.0", channels)
+        self._last = _Resnet(c, "mid_block.resnets.1", channels, channels)
 
     def __call__(self, x: _Picture) -> _Picture:
         return self._last(self._attention(self._first(x)))
 
 
 class _Level:
-    """Resnets at one resolution, and the way to the next, if there is one. `offset`: see _Resnet."""
+    """Resnets at one resolution, and the way to the next, if there is one. `offset`: see _Resnet.
 
-    def __init__(self, c: _Context, name: str, resnets: int, sampler: str, offset: Tensor | None) -> None:
-        self._resnets = [_Resnet(c, f"{name}.resnets.{i}", None if i else offset) for i in range(resnets)]
-        conv = f"{name}.{sampler}.0.conv"
-        self.sampler = _Conv(c, conv) if f"{conv}.weight" in c.read else None
+    Args:
+        depths: channels that come in, and that go out.
+        sampler: its name; "" for the last level.
+    """
+
+    def __init__(
+        self, c: _Context, name: str, resnets: int, depths: tuple[int, int], sampler: str, offset: Tensor | None
+    ) -> None:
+        inputs, outputs = depths
+        self._resnets = [_Resnet(c, f"{name}.resnets.0", inputs, outputs, offset)]
+        self._resnets += [_Resnet(c, f"{name}.resnets.{i}", outputs, outputs) for i in range(1, resnets)]
+        self.sampler = _Conv(c, f"{name}.{sampler}.0.conv", outputs, outputs) if sampler else None
 
     def up(self, x: _Picture) -> _Picture:
         """What comes out is twice as high and wide, if there is a sampler."""
@@ -172,22 +182,26 @@ class _Level:
         return _Picture(self.sampler.halved(x.pixels)) if self.sampler else x
 
 
-def _levels(c: _Context, name: str, count: int, resnets: int, sampler: str, offset: Tensor | None) -> list[_Level]:
-    """Each adds the bias of the sampler before it; the first `offset`."""
+def _levels(
+    c: _Context, name: str, channels: Sequence[int], resnets: int, sampler: str, offset: Tensor | None
+) -> list[_Level]:
+    """One of each depth, of which the first has the depth of what comes. Each adds the bias of the sampler before it,
+    the first `offset`; the last has no sampler."""
     levels: list[_Level] = []
-    for i in range(count):
-        levels.append(_Level(c, f"{name}.{i}", resnets, sampler, offset))
+    for i, depths in enumerate(zip((channels[0], *channels), channels, strict=False)):
+        levels.append(_Level(c, f"{name}.{i}", resnets, depths, sampler if i + 1 < len(channels) else "", offset))
         offset = levels[-1].sampler.bias if levels[-1].sampler else None
     return levels
 
 
 class _Decoder:
     def __init__(self, c: _Context, config: Mapping[str, Any]) -> None:
-        levels, resnets = len(config["block_out_channels"]), config["layers_per_block"] + 1
-        self._in = _Conv(c, "conv_in")
-        self._middle = _Middle(c, self._in.bias)
-        self._levels = _levels(c, "up_blocks", levels, resnets, "upsamplers", None)
-        self._norm, self._out = _Norm(c, "conv_norm_out"), _Conv(c, "conv_out")
+        channels, resnets = config["block_out_channels"][::-1], config["layers_per_block"] + 1
+        self._in = _Conv(c, "conv_in", config["latent_channels"], channels[0])
+        self._middle = _Middle(c, channels[0], self._in.bias)
+        self._levels = _levels(c, "up_blocks", channels, resnets, "upsamplers", None)
+        self._norm = _Norm(c, "conv_norm_out", channels[-1])
+        self._out = _Conv(c, "conv_out", channels[-1], config["out_channels"])
         c.read.refuse_rest()
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, ...]:
@@ -199,11 +213,12 @@ class _Decoder:
 
 class _Encoder:
     def __init__(self, c: _Context, config: Mapping[str, Any]) -> None:
-        levels, resnets = len(config["block_out_channels"]), config["layers_per_block"]
-        self._in = _Conv(c, "conv_in")
-        self._levels = _levels(c, "down_blocks", levels, resnets, "downsamplers", self._in.bias)
-        self._middle = _Middle(c)
-        self._norm, self._out = _Norm(c, "conv_norm_out"), _Conv(c, "conv_out")
+        channels, resnets = config["block_out_channels"], config["layers_per_block"]
+        self._in = _Conv(c, "conv_in", config["in_channels"], channels[0])
+        self._levels = _levels(c, "down_blocks", channels, resnets, "downsamplers", self._in.bias)
+        self._middle = _Middle(c, channels[-1])
+        self._norm = _Norm(c, "conv_norm_out", channels[-1])
+        self._out = _Conv(c, "conv_out", channels[-1], 2 * config["latent_channels"])  # mean, logarithm of variance
         c.read.refuse_rest()
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:

@@ -87,6 +87,7 @@ def stack(
     read: Reader,
     names: Sequence[Sequence[str]],
     inputs: int,
+    outputs: Sequence[int],
     precision: Precision,
     factors: Sequence[Tensor | float] = (),
     order: Tensor | None = None,
@@ -97,6 +98,7 @@ def stack(
     Args:
         names: for each stream the modules whose outputs lie behind each other.
         inputs: features that each takes.
+        outputs: features that each module of a stream gives; every stream has the same.
         factors: for each stream what its inputs were divided by when they were quantised with a static scale, one
             number or one per feature; the weights are multiplied by it before they are quantised themselves.
         order: which output comes where; None: as they are.
@@ -105,10 +107,11 @@ def stack(
     weights: Tensor | None = None
     scales, biases = [], []
     for index, modules in enumerate(names):
-        weight = torch.cat([_matrix(read, module, inputs) for module in modules])
+        sized = tuple(zip(modules, outputs, strict=True))
+        weight = torch.cat([read.shaped(f"{module}.weight", rows, inputs) for module, rows in sized])
         weight = weight if order is None else weight[order]
         if f"{modules[0]}.bias" in read:
-            bias = torch.cat([read(f"{module}.bias") for module in modules]).float()
+            bias = torch.cat([read.shaped(f"{module}.bias", rows) for module, rows in sized]).float()
             biases.append(bias if order is None else bias[order])
         if precision.quantised:
             weight, scale = quantise_rows(weight * factors[index] if factors else weight)
@@ -119,13 +122,6 @@ def stack(
     assert weights is not None, "no streams"
     stacked = [torch.stack(rows) if rows else None for rows in (scales, biases)]
     return arrange(Linear(weights, *stacked))
-
-
-def _matrix(read: Reader, module: str, inputs: int) -> Tensor:
-    weight = read(f"{module}.weight")
-    if weight.ndim != 2 or weight.shape[1] != inputs:
-        raise CheckpointError(f"{module}.weight: got {tuple(weight.shape)}; expected [.., {inputs}]")
-    return weight
 
 
 @dataclass(frozen=True)
@@ -139,5 +135,7 @@ class Dense:
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
-def dense(read: Reader, module: str, precision: Precision) -> Dense:
-    return Dense(read(f"{module}.weight").to(precision.compute), read(f"{module}.bias").to(precision.compute))
+def dense(read: Reader, module: str, precision: Precision, inputs: int, outputs: int) -> Dense:
+    """Raises CheckpointError if the weight is not [outputs, inputs], or the bias not [outputs]."""
+    weight, bias = read.shaped(f"{module}.weight", outputs, inputs), read.shaped(f"{module}.bias", outputs)
+    return Dense(weight.to(precision.compute), bias.to(precision.compute))
