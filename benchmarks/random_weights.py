@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -36,6 +36,8 @@ _BRANCH_ENDS = re.compile(r"\.(SelfAttention\.o|DenseReluDense\.wo|self_attn\.ou
 """Projections of the text encoders whose output is added to the residual stream."""
 _SINES = re.compile(r"\.(timestep|guidance)_embedder\.linear_2\.weight$")
 _T5_HEAD = 64
+_SHARD = "5GB"
+"""As published models are cut, so that they are read and hashed side by side."""
 _TILE = 2**22 - 3
 """Numbers that are drawn. No width divides it, so that no two rows of a matrix are the same."""
 
@@ -121,7 +123,13 @@ def _save(module: nn.Module, folder: Path) -> None:
     parameters = {key: parameter for key, parameter in module.named_parameters() if key not in tied}
     branches = sum(bool(_BRANCH_ENDS.search(key)) for key in parameters)
     weights = {key: _random(key, parameter, tile, branches) for key, parameter in parameters.items()}
-    save_file(weights, folder / f"{name}.safetensors", {"format": "pt"})
+    save_torch_state_dict(
+        weights,
+        folder,
+        filename_pattern=f"{name}{{suffix}}.safetensors",
+        max_shard_size=_SHARD,
+        metadata={"format": "pt"},
+    )
 
 
 def _random(name: str, parameter: Tensor, tile: Tensor, branches: int) -> Tensor:

@@ -24,7 +24,7 @@ REGISTERS = 65536
 KNOWN = (13, 0)
 """Each NVRTC allots registers anew; with this one no more is spilled than SPILLED says."""
 
-FEW, SOME = 48, 192
+FEW, SOME = 64, 192
 """Bytes a thread that may be spilled: once in a tile, behind thousands of products; and where v is transposed."""
 
 
