@@ -278,6 +278,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1) a
   Shared &s = *(Shared *)memory;
   Work w = work_of(p);
   if (threadIdx.x == 0) {
+    expect(&rows), expect(&values);
     for (int i = 0; i < 2; i++) {
       barrier_init(&s.q_full[i], 1);
       barrier_init(&s.q_empty[i], 2);

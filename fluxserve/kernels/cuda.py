@@ -23,7 +23,13 @@ log = logging.getLogger(__name__)
 
 CACHE = Path.home() / ".cache" / "fluxserve" / "kernels"
 _ARCHITECTURE = "sm_90a"
-_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_MAX_DYNAMIC_SHARED, _CARVEOUT = (
+    8,
+    9,
+)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, _PREFERRED_SHARED_MEMORY_CARVEOUT
+_ALL = 100
+"""Per cent of an SM's memory as shared memory, whatever a kernel needs: an SM must be empty to divide it anew, and the
+products need nearly all of it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ def load(source: Path, name: str, defines: Sequence[str], threads: int, shared: 
     check(driver().cuModuleLoadData(ctypes.byref(module), c_char_p(cubin)))
     check(driver().cuModuleGetFunction(ctypes.byref(function), module, c_char_p(name.encode())))
     check(driver().cuFuncSetAttribute(function, c_int(_MAX_DYNAMIC_SHARED), c_int(shared)))
+    check(driver().cuFuncSetAttribute(function, c_int(_CARVEOUT), c_int(_ALL)))
     return Kernel(function, threads, shared)
 
 

@@ -257,6 +257,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   Shared &s = *(Shared *)memory;
   Plan plan = plan_of(p);
   if (threadIdx.x == 0) {
+    expect(&x), expect(&w);
     for (int i = 0; i < STAGES; i++) {
       barrier_init(&s.full[i], 1);
       barrier_init(&s.empty[i], 4);  // two warpgroups of each of two programs
