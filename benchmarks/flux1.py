@@ -63,6 +63,8 @@ def markdown(found: Results) -> str:
         step = denoise / steps if steps else None
         lines.append(row("fluxserve, gRPC to PNG", total, denoise, step, total / floor if floor else None))
         lines += ["", *_details(served)]
+    for engine in found.get("engines", {}).get("engines", []):
+        lines.append(f"- memory of {engine['engine']}, GiB: {json.dumps(engine['gib'])}")
     return "\n".join(lines) + "\n"
 
 

@@ -28,5 +28,11 @@ def test_ratios_are_to_the_floor_of_the_same_run() -> None:
     assert "client, ms: median 120.0, p90 121.0, p99 122.0, n 20; ready after 9.0 s" in table
 
 
+def test_memory_is_told_in_its_parts() -> None:
+    parts = {"opened": 17.2, "of which arena": 0.31, "peak": 18.9}
+    table = markdown({"floor": FLOOR, "engines": {"engines": [{"engine": "fused fp8", "gib": parts}]}})
+    assert '- memory of fused fp8, GiB: {"opened": 17.2, "of which arena": 0.31, "peak": 18.9}' in table
+
+
 def test_without_a_floor_there_is_no_ratio() -> None:
     assert "| fluxserve, gRPC to PNG | 120 | 108 | 27.00 |  |" in markdown({"served": SERVED})
