@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+RMS_EPSILON = 1e-6
 VALUES_TOGETHER = 16
 """Rows of v that lie together when it is transposed; where the second stream begins must be a multiple of it."""
 
@@ -16,6 +17,11 @@ class Linear:
     weight: Tensor
     scale: Tensor | None
     bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Arranged(Linear):
+    """A Linear whose weights lie as `linear_hopper` wants them; scales and bias stay in the order of the outputs."""
 
 
 @dataclass(frozen=True)

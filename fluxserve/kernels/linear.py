@@ -19,6 +19,7 @@ Conversion to E4M3 saturates at ±448 (PTX cvt.satfinite), as `fp8.cast` does.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -26,10 +27,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fluxserve.kernels import linear_hopper
 from fluxserve.kernels.fp8 import cast
-from fluxserve.kernels.layers import Heads, Linear, divided
+from fluxserve.kernels.layers import RMS_EPSILON, Arranged, Heads, Linear, divided
 
-RMS_EPSILON = 1e-6
 _GROUP = 8
 _PART = 128
 """Columns of a tile that are finished at once: more would not leave registers for what an ending loads."""
@@ -233,7 +234,13 @@ def parts(t: Tiling, ending: str, out_size: int) -> int:
     return 2 if t.columns >= 2 * width else 1
 
 
-def _launch(
+def _launch(ending: str, x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor, **more: Any) -> None:
+    """In CUDA where the weights lie as its kernel wants them, in Triton everywhere else."""
+    launch = linear_hopper.launch if isinstance(w, Arranged) else _launch_triton
+    launch(ending, x, x_scale, w, split, out, **more)
+
+
+def _launch_triton(
     ending: str,
     x: Tensor,
     x_scale: Tensor | None,
@@ -311,6 +318,9 @@ def linear_heads_gelu(
     x: Tensor, x_scale: Tensor | None, w: Linear, heads: Heads, out: Tensor, inverse: float, hidden: Tensor
 ) -> None:
     """out as linear_heads of the first outputs, hidden as linear_gelu of the others; one stream."""
+    if isinstance(w, Arranged):
+        linear_hopper.launch("heads_gelu", x, x_scale, w, 0, out, heads=heads, inverse=inverse, hidden=hidden)
+        return
     first, rest = divided(w, out.shape[1])
     linear_heads(x, x_scale, first, 0, heads, out)
     linear_gelu(x, x_scale, rest, 0, inverse, hidden)

@@ -6,7 +6,6 @@ takes weights whose rows were put into another order (`arranged`); everything el
 
 import ctypes
 from ctypes import c_float, c_int, c_void_p
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from torch import Tensor
 
 from fluxserve.kernels import cuda
 from fluxserve.kernels.fp8 import E4M3
-from fluxserve.kernels.layers import Heads, Linear
-from fluxserve.kernels.linear import RMS_EPSILON
+from fluxserve.kernels.layers import RMS_EPSILON, Arranged, Heads, Linear
 from fluxserve.kernels.tensor_map import tensor_map
 
 ENDINGS = ("none", "gelu", "add", "heads", "heads_gelu")
@@ -52,11 +50,6 @@ def neighbours() -> Tensor:
     RUN · q on.
     """
     return torch.arange(4 * RUN).view(4, RUN // 2, 2).transpose(0, 1).flatten()
-
-
-@dataclass(frozen=True)
-class Arranged(Linear):
-    """A Linear whose weights lie as the kernel wants them; scales and bias stay in the order of the outputs."""
 
 
 def arranged(w: Linear) -> Linear:
@@ -172,25 +165,3 @@ def _kernel(ending: str, values: bool) -> cuda.Kernel:
     name = f"linear_{ending}"
     defines = [f"ENDING={ENDINGS.index(ending)}", f"VALUES={int(values)}", f"RUN={RUN}", f"NAME={name}"]
     return cuda.load(_SOURCE, name, defines, _THREADS, _SHARED)
-
-
-def linear(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor) -> None:
-    launch("none", x, x_scale, w, split, out)
-
-
-def linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inverse: float, out: Tensor) -> None:
-    launch("gelu", x, x_scale, w, split, out, inverse=inverse)
-
-
-def linear_add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor) -> None:
-    launch("add", x, x_scale, w, split, residual, gate=gate)
-
-
-def linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
-    launch("heads", x, x_scale, w, split, out, heads=heads)
-
-
-def linear_heads_gelu(
-    x: Tensor, x_scale: Tensor | None, w: Linear, heads: Heads, out: Tensor, inverse: float, hidden: Tensor
-) -> None:
-    launch("heads_gelu", x, x_scale, w, 0, out, heads=heads, inverse=inverse, hidden=hidden)

@@ -40,24 +40,14 @@ def as_they_are(w: Linear) -> Linear:
     return w
 
 
-def _product(name: str) -> Callable[..., None]:
-    """In CUDA where the weights lie as its kernel wants them, in Triton everywhere else."""
-    in_cuda, in_triton = getattr(linear_hopper, name), getattr(linear, name)
-
-    def launch(x: Tensor, x_scale: Tensor | None, w: Linear, *rest: object) -> None:
-        (in_cuda if isinstance(w, linear_hopper.Arranged) else in_triton)(x, x_scale, w, *rest)
-
-    return launch
-
-
 LAUNCHED = Operations(
     arrange=linear_hopper.arranged,
     norm=norm.norm,
-    linear=_product("linear"),
-    linear_gelu=_product("linear_gelu"),
-    linear_add=_product("linear_add"),
-    linear_heads=_product("linear_heads"),
-    linear_heads_gelu=_product("linear_heads_gelu"),
+    linear=linear.linear,
+    linear_gelu=linear.linear_gelu,
+    linear_add=linear.linear_add,
+    linear_heads=linear.linear_heads,
+    linear_heads_gelu=linear.linear_heads_gelu,
     attention=attention.attention,
     modulation=modulation.modulation,
     rows=rows.rows,

@@ -111,7 +111,7 @@ def test_heads_and_gelu_in_one_launch(rows: int) -> None:
     got = poisoned(rows, 3 * third, dtype=E4M3), wide[:, third:]
     expected = torch.empty(rows, 3 * third, device=DEVICE), torch.empty(rows, more, device=DEVICE)
     kernels.plain_linear_heads_gelu(x, x_scale, w, heads, expected[0], 20.0, expected[1])
-    hopper.linear_heads_gelu(x, x_scale, hopper.arranged(w), heads, got[0], 20.0, got[1])
+    kernels.linear_heads_gelu(x, x_scale, hopper.arranged(w), heads, got[0], 20.0, got[1])
     torch.cuda.synchronize()
     for ours, theirs in zip(got, expected, strict=True):
         same(ours, theirs.clamp(-448, 448), E4M3, of_product(E4M3) + 2**-10)
@@ -128,8 +128,8 @@ def test_values_transposed(rows: int, split: int) -> None:
     own, heads = hopper.arranged(w), heads_of(rows, 2)
     values = poisoned(third, -(-rows // 16) * 16, dtype=E4M3)
     plain, got = (poisoned(rows, 3 * third, dtype=E4M3) for _ in range(2))
-    hopper.linear_heads(x, x_scale, own, split, heads, plain)
-    hopper.linear_heads(x, x_scale, own, split, replace(heads, values=values), got)
+    kernels.linear_heads(x, x_scale, own, split, heads, plain)
+    kernels.linear_heads(x, x_scale, own, split, replace(heads, values=values), got)
     torch.cuda.synchronize()
     assert torch.equal(got[:, : 2 * third].float(), plain[:, : 2 * third].float())
     assert torch.equal(values.float(), transposed(plain[:, 2 * third :]).float())
