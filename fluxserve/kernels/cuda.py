@@ -23,10 +23,8 @@ log = logging.getLogger(__name__)
 
 CACHE = Path.home() / ".cache" / "fluxserve" / "kernels"
 _ARCHITECTURE = "sm_90a"
-_MAX_DYNAMIC_SHARED, _CARVEOUT = (
-    8,
-    9,
-)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, _PREFERRED_SHARED_MEMORY_CARVEOUT
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _ALL = 100
 """Per cent of an SM's memory as shared memory, whatever a kernel needs: an SM must be empty to divide it anew, and the
 products need nearly all of it."""

@@ -7,12 +7,13 @@
 // sums meet in `workspace`, where the cluster of the last part adds them in their order, always the same.
 //
 // Columns of W are permuted within each 4 · RUN (see linear_hopper.py), so that the numbers which wgmma leaves in one
-// thread are neighbours of a row: endings load and store 8 or 16 bytes at once, with no shared memory. What they
-// need of the columns a warp has put into shared memory by then; what they read of memory is asked for while the last
-// products are still under way.
+// thread are eight neighbours of a row: endings load and store 8 or 16 bytes at once, with no shared memory. What they need
+// of the columns a warp has put into shared memory by then; what they read of memory is asked for while the last products
+// are still under way.
 //
 // ENDING: 0 out = y; 1 gelu_tanh(y) · inverse; 2 out += gate · y; 3 RMSNorm, RoPE and factors of q, k, v; 4 the first
-// `heads` columns as 3, those behind them as 1, into `hidden`. VALUES: 1 if v goes into `values` instead, transposed. RUN: neighbours in one thread. NAME: the kernel's.
+// `heads` columns as 3, those behind them as 1, into `hidden`. VALUES: 1 if v goes into `values` instead, transposed. NAME:
+// the kernel's.
 
 #define ROWS 128
 #define COLUMNS 256
@@ -22,6 +23,7 @@
 #define B_BYTES (COLUMNS * INNER)
 #define HEAD 128
 #define GROUP 12
+#define RUN 8
 #define HEADS (ENDING == 3 || ENDING == 4)
 #define LEAST_STEPS 8  // of K that are worth a cluster of their own
 

@@ -19,7 +19,7 @@ from fluxserve.kernels.tensor_map import tensor_map
 
 ENDINGS = ("none", "gelu", "add", "heads", "heads_gelu")
 RUN = 8
-"""Neighbours of a row that one thread has."""
+"""Neighbours of a row that one thread has, as linear_hopper.cu says."""
 TILE_ROWS, TILE_COLUMNS, TILE_INNER, STAGES = 128, 256, 128, 4
 _SOURCE = Path(__file__).with_suffix(".cu")
 _THREADS = 384
@@ -163,5 +163,5 @@ def _programs() -> int:
 @cache
 def _kernel(ending: str, values: bool) -> cuda.Kernel:
     name = f"linear_{ending}"
-    defines = [f"ENDING={ENDINGS.index(ending)}", f"VALUES={int(values)}", f"RUN={RUN}", f"NAME={name}"]
+    defines = [f"ENDING={ENDINGS.index(ending)}", f"VALUES={int(values)}", f"NAME={name}"]
     return cuda.load(_SOURCE, name, defines, _THREADS, _SHARED)

@@ -15,7 +15,7 @@ struct Columns {
 struct Ahead {
   float x[2];
 #if ENDING == 2
-  uint4 residual[2][GROUPS][RUN / 8];
+  uint4 residual[2][GROUPS];
 #elif HEADS
   float cos[2][16], sin[2][16];
 #endif
@@ -71,9 +71,7 @@ __device__ __forceinline__ void ask(Ahead &a, const Parameters &p, const Tile &t
     const u16 *from = (const u16 *)p.out + (long)at_row * p.out_stride + t.column + lane % 4 * RUN;
 #pragma unroll
     for (int g = 0; g < GROUPS; g++)
-#pragma unroll
-      for (int i = 0; i < RUN; i += 8)
-        a.residual[half][g][i / 8] = there ? *(const uint4 *)(from + g * 4 * RUN + i) : make_uint4(0, 0, 0, 0);
+      a.residual[half][g] = there ? *(const uint4 *)(from + g * 4 * RUN) : make_uint4(0, 0, 0, 0);
 #endif
   }
 }
@@ -102,22 +100,14 @@ __device__ __forceinline__ void neighbours(float (&y)[RUN], const float (&d)[128
 }
 
 __device__ __forceinline__ void store_e4m3(void *out, long at, const float (&y)[RUN], bool there) {
-  u32 packed[RUN / 4];
-#pragma unroll
-  for (int i = 0; i < RUN / 4; i++) packed[i] = pack_e4m3(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+  u32 packed[] = {pack_e4m3(y[0], y[1], y[2], y[3]), pack_e4m3(y[4], y[5], y[6], y[7])};
   if (!there) return;
-#if RUN == 16
-  *(uint4 *)((char *)out + at) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-#else
   *(uint2 *)((char *)out + at) = make_uint2(packed[0], packed[1]);
-#endif
 }
 
 __device__ __forceinline__ void store_bf16(void *out, long at, const float (&y)[RUN]) {
-#pragma unroll
-  for (int i = 0; i < RUN; i += 8)
-    *(uint4 *)((u16 *)out + at + i) = make_uint4(pack_bf16(y[i], y[i + 1]), pack_bf16(y[i + 2], y[i + 3]),
-        pack_bf16(y[i + 4], y[i + 5]), pack_bf16(y[i + 6], y[i + 7]));
+  *(uint4 *)((u16 *)out + at) =
+      make_uint4(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]), pack_bf16(y[6], y[7]));
 }
 
 // gelu_tanh(y) · inverse; the GPU's own tanh is right to 2^-11.
@@ -245,7 +235,7 @@ __device__ __forceinline__ void store_rows(const float (&d)[128], const Ahead &a
 #if ENDING == 2
 #pragma unroll
       for (int i = 0; i < RUN / 2; i++) {
-        u32 pair = (&a.residual[half][g][i / 4].x)[i % 4];
+        u32 pair = (&a.residual[half][g].x)[i];
         y[2 * i] += first_bf16(pair), y[2 * i + 1] += second_bf16(pair);
       }
 #endif
