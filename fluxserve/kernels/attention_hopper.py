@@ -84,7 +84,7 @@ def attention(qkv: Tensor, values: Tensor, heads: int, scales: Tensor, out: Tens
         scales.data_ptr(), out.data_ptr(), math.log2(math.e) / math.sqrt(DIM), rows, heads, out.stride(0)
     )
     maps = [tensor_map(t.data_ptr(), *t.shape, t.stride(0), _BOX_ROWS) for t in (qkv, values)]
-    _kernel().launch(cuda.processors() // 2 * 2, *(m.address for m in maps), ctypes.addressof(parameters))
+    _kernel().launch(cuda.processors(out.device) // 2 * 2, *(m.address for m in maps), ctypes.addressof(parameters))
 
 
 @cache

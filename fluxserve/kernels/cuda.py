@@ -118,9 +118,9 @@ def _text(size_of: Callable[..., int], get: Callable[..., int], program: c_void_
 
 
 @cache
-def processors() -> int:
-    """SMs of the current device."""
-    return int(torch.cuda.get_device_properties().multi_processor_count)
+def processors(device: torch.device) -> int:
+    """SMs of a device; of a CPU, where Triton's kernels are interpreted, as many as show that programs take turns."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 3
 
 
 @cache

@@ -9,13 +9,12 @@ Two launches, if who made x has not taken its statistics already: every program 
 writes some of the pixels. x is read twice and written once: 0.8 GB for 1024² pixels of 128 channels.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fluxserve.kernels import cuda
 from fluxserve.kernels.statistics import channels_of, constants_of, merged, parts_of, statistics
 
 _TILE = 8192
@@ -63,13 +62,6 @@ def _apply_kernel(
         tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
-@cache
-def _programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 3
-    return _PER_PROCESSOR * int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def group_norm(
     x: Tensor,
     groups: int,
@@ -95,7 +87,7 @@ def group_norm(
         taken = statistics(x, groups, offset)
     pixels = x.shape[2] * x.shape[3]
     constants, out = constants_of(x.shape[1], groups, _TILE), torch.empty_like(x)
-    programs = min(triton.cdiv(pixels, constants["ROWS"]), _programs(x.device))
+    programs = min(triton.cdiv(pixels, constants["ROWS"]), _PER_PROCESSOR * cuda.processors(x.device))
     given = (x, offset, taken, weight, bias, out, pixels, parts_of(pixels)[0], epsilon)
     _apply_kernel[(programs,)](*given, SILU=silu, **constants)
     return out

@@ -18,7 +18,6 @@ Conversion to E4M3 saturates at ±448 (PTX cvt.satfinite), as `fp8.cast` does.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,14 +26,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fluxserve.kernels import linear_hopper
+from fluxserve.kernels import cuda, linear_hopper
 from fluxserve.kernels.fp8 import cast
 from fluxserve.kernels.layers import RMS_EPSILON, Arranged, Heads, Linear, divided
 
 _GROUP = 8
 _PART = 128
 """Columns of a tile that are finished at once: more would not leave registers for what an ending loads."""
-_CPU_PROGRAMS = 3
 
 
 @triton.jit
@@ -255,7 +253,7 @@ def _launch_triton(
 ) -> None:
     (rows, inner), (streams, columns, _) = x.shape, w.weight.shape
     t = tiling(rows, columns, x.element_size(), out.element_size())
-    programs = t.resident * _processors(x.device)
+    programs = t.resident * cuda.processors(x.device)
     _linear_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [t.rows, t.inner]),
         TensorDescriptor.from_tensor(w.weight.view(streams * columns, inner), [t.columns, t.inner]),
@@ -287,13 +285,6 @@ def _launch_triton(
         num_warps=t.warps,
         num_stages=t.stages,
     )
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _CPU_PROGRAMS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def linear(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor) -> None:

@@ -88,7 +88,7 @@ def launch(
         *((heads.factors.data_ptr(), heads.cos.data_ptr(), heads.sin.data_ptr()) if heads else (None,) * 3),
         None if hidden is None else hidden.data_ptr(),
         None if values is None else values.data_ptr(),
-        *(t.data_ptr() for t in _meeting_place()),
+        *(t.data_ptr() for t in _meeting_place(x.device)),
         inverse,
         RMS_EPSILON,
         rows,
@@ -104,7 +104,9 @@ def launch(
     maps = [
         tensor_map(t.data_ptr(), *t.shape, t.stride(0), TILE_ROWS) for t in (x, w.weight.view(streams * columns, inner))
     ]
-    _kernel(ending, values is not None).launch(_programs(), *(m.address for m in maps), ctypes.addressof(parameters))
+    _kernel(ending, values is not None).launch(
+        _programs(x.device), *(m.address for m in maps), ctypes.addressof(parameters)
+    )
 
 
 def _refuse(
@@ -144,20 +146,19 @@ def _in_sixteens(x: Tensor) -> bool:
 
 
 @cache
-def _meeting_place() -> tuple[Tensor, Tensor]:
+def _meeting_place(device: torch.device) -> tuple[Tensor, Tensor]:
     """Where parts of tiles meet: at most one tile's sums of each program, and a count for each warpgroup.
 
     One for all launches, which therefore must follow each other on one stream.
     """
-    programs = _programs()
-    sums = torch.empty(programs * TILE_ROWS * TILE_COLUMNS, dtype=torch.float32, device="cuda")
-    return sums, torch.zeros(2 * programs, dtype=torch.int32, device="cuda")
+    programs = _programs(device)
+    sums = torch.empty(programs * TILE_ROWS * TILE_COLUMNS, dtype=torch.float32, device=device)
+    return sums, torch.zeros(2 * programs, dtype=torch.int32, device=device)
 
 
-@cache
-def _programs() -> int:
+def _programs(device: torch.device) -> int:
     """One for each SM, in pairs."""
-    return cuda.processors() // 2 * 2
+    return cuda.processors(device) // 2 * 2
 
 
 @cache

@@ -66,7 +66,7 @@ def norm(x: Tensor, shift: Tensor, scale: Tensor, split: int, data: Tensor, row_
         shift.stride(0),
     )
     kernel = _kernel(columns, streams, row_scale is not None)
-    kernel.launch(min(rows, cuda.processors()), ctypes.addressof(parameters))
+    kernel.launch(min(rows, cuda.processors(x.device)), ctypes.addressof(parameters))
 
 
 @cache
