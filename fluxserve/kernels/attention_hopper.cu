@@ -2,10 +2,12 @@
 //
 // A program takes 128 rows of one head, two warpgroups 64 each; clusters of two programs share every tile of keys and of
 // values, each loading half of it for both (TMA multicast). While one tile's weights are made of its scores, the tensor
-// cores are at the sum over the values of the tile before, and at the other warpgroup's: the two take turns.
+// cores are at the sum over the values of the tile before. All clusters have as many tiles: rows that one leaves half done
+// were begun by the next, which has left its part in `workspace`.
 //
-// Each tile is summed by itself, then added in float32: the tensor cores' accumulator keeps 13 bits and cuts the rest, which
-// over thousands of keys is a bias wherever values have a mean.
+// Weights are relative to a maximum that follows a row's own only when it falls three binades behind, so that no
+// exponential waits for one. Each tile is summed by itself, then added in float32: the tensor cores' accumulator keeps 13
+// bits and cuts the rest, which over thousands of keys is a bias wherever values have a mean.
 //
 // Weights are the A operand as they are: wgmma leaves scores of keys 2q, 2q + 1 and 8 + 2q, 9 + 2q of each 16 in the
 // thread that must hold the A operand's 4q … 4q + 3. So values come with their keys in that order within each 16, and
@@ -20,17 +22,22 @@
 #define STAGES 4
 #define TILE_BYTES (KEYS * DIM)
 #define LOG2_OF_448 8.807354922f
+#define HEADROOM 3.0f  // binades
+#define SPLIT 32  // numbers weighed before the sum over values is waited for
 
 struct Parameters {
   const float *scales;
   void *out;
+  float4 *workspace;
+  int *arrived;
   float base;  // log2(e) / √d
   int rows, heads, out_stride;
 };
 
-// Pairs of blocks of rows, all of one head before the next; keys in `tiles`, of the last one `valid`.
+// Units are pairs of blocks of rows, all of one head before the next, and each has its keys in `tiles`, `valid` in the last.
+// A cluster takes tiles `begin` to `end` of all units' tiles.
 struct Work {
-  int rank, cluster, clusters, pairs, units, tiles, valid;
+  int rank, pairs, tiles, valid, begin, end;
 };
 
 struct Shared {
@@ -42,9 +49,13 @@ struct Shared {
 
 __device__ __forceinline__ Work work_of(const Parameters &p) {
   Work w;
-  w.rank = blockIdx.x & 1, w.cluster = blockIdx.x / 2, w.clusters = gridDim.x / 2;
-  w.pairs = (p.rows + 2 * ROWS - 1) / (2 * ROWS), w.units = w.pairs * p.heads;
+  int cluster = blockIdx.x / 2, clusters = gridDim.x / 2;
+  w.rank = blockIdx.x & 1, w.pairs = (p.rows + 2 * ROWS - 1) / (2 * ROWS);
   w.tiles = (p.rows + KEYS - 1) / KEYS, w.valid = p.rows - (w.tiles - 1) * KEYS;
+  int units = w.pairs * p.heads;
+  bool cut = units >= clusters;  // then none is cut twice
+  w.begin = cut ? (int)((long)units * w.tiles * cluster / clusters) : min(cluster, units) * w.tiles;
+  w.end = cut ? (int)((long)units * w.tiles * (cluster + 1) / clusters) : min(cluster + 1, units) * w.tiles;
   return w;
 }
 
@@ -111,15 +122,17 @@ __device__ __forceinline__ void begin_sums(float (&sums)[64], u32 (&weights)[16]
 __device__ __forceinline__ void produce(
     Shared &s, const TensorMap *rows, const TensorMap *values, const Parameters &p, const Work &w) {
   u32 at = 0, index = 0;
-  for (int unit = w.cluster; unit < w.units; unit += w.clusters, index++) {
-    int head = unit / w.pairs, row = unit % w.pairs * 2 * ROWS + w.rank * ROWS;
+  for (int step = w.begin; step < w.end; index++) {
+    int unit = step / w.tiles, tile = step % w.tiles, stop = min(w.tiles, tile + w.end - step);
+    int head = unit / w.pairs, row = unit % w.pairs * 2 * ROWS + w.rank * ROWS, half = w.rank * KEYS / 2;
     u64 *q_full = &s.q_full[index % 2];
     barrier_wait(&s.q_empty[index % 2], index / 2 & 1 ^ 1);
     barrier_expect(q_full, ROWS * DIM);
     for (int group = 0; group < 2; group++) load(s.q[index % 2][group], rows, q_full, head * DIM, row + group * ROWS / 2);
+    step += stop - tile;
 #pragma unroll 1  // or there are not registers enough
-    for (int tile = 0; tile < w.tiles; tile++, at++) {
-      int stage = at % STAGES, half = w.rank * KEYS / 2;
+    for (; tile < stop; tile++, at++) {
+      int stage = at % STAGES;
       barrier_wait(&s.k_empty[stage], at / STAGES & 1 ^ 1);
       barrier_expect(&s.k_full[stage], TILE_BYTES);
       load_for_both(s.k[stage] + half * DIM, rows, &s.k_full[stage], (p.heads + head) * DIM, tile * KEYS + half);
@@ -130,21 +143,17 @@ __device__ __forceinline__ void produce(
   }
 }
 
-// Where a warpgroup is: which of all its tiles, of which unit.
+// Where a warpgroup is: which of its tiles, of which of its units; whether the next keys, the next values were seen to be there.
 struct Place {
   u32 at, index;
   int tile, unit;
+  bool keys, values;
 };
 
-// Of a thread's two rows, 8 apart. down: what sums are to be multiplied with; before: the total of the unit before.
+// Of a thread's two rows, 8 apart. A weight is 2^(score · factor + shift).
 struct Softmax {
-  float largest[2], total[2], down[2], before[2];
+  float shift[2], total[2];
 };
-
-// The other warpgroup has given its products to the tensor cores, and is at its exponentials.
-__device__ __forceinline__ void await_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(group + 1) : "memory"); }
-
-__device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(2 - group) : "memory"); }
 
 __device__ __forceinline__ void release(u64 *barrier) {
   if (threadIdx.x % 128 < 2) barrier_arrive(barrier, threadIdx.x % 128);  // a thread for each of the cluster
@@ -157,55 +166,63 @@ __device__ __forceinline__ void mask(float (&scores)[64], int valid, int lane) {
     if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= valid) scores[i] = __int_as_float(0xff800000);  // minus infinity
 }
 
-__device__ __forceinline__ void largest_of(float (&found)[2], const float (&scores)[64]) {
+// Scores → logarithms of weights. Whether any is too large for E4M3, of this thread's.
+__device__ __forceinline__ bool shift_scores(float (&scores)[64], const Softmax &x, float factor) {
+  int top[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 64; i += 2) {
+    scores[i] = scores[i] * factor + x.shift[i / 2 % 2], scores[i + 1] = scores[i + 1] * factor + x.shift[i / 2 % 2];
+    top[i / 2 % 2] = __vimax3_s32(top[i / 2 % 2], __float_as_int(scores[i]), __float_as_int(scores[i + 1]));
+  }
+  return max(top[0], top[1]) > __float_as_int(LOG2_OF_448);
+}
+
+// Logarithms of weights → the same for a larger maximum of their rows; grown: what all before is to be multiplied with.
+__device__ __forceinline__ void rebase(float (&scores)[64], Softmax &x, float (&grown)[2], bool fresh) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    found[half] = fmaxf(scores[2 * half], scores[2 * half + 1]);
+    float most = scores[2 * half];
 #pragma unroll
-    for (int j = 1; j < 16; j++) found[half] = fmaxf(found[half], fmaxf(scores[4 * j + 2 * half], scores[4 * j + 2 * half + 1]));
-    found[half] = fmaxf(found[half], __shfl_xor_sync(0xffffffff, found[half], 1));
-    found[half] = fmaxf(found[half], __shfl_xor_sync(0xffffffff, found[half], 2));
+    for (int i = 0; i < 64; i++)
+      if (i / 2 % 2 == half) most = fmaxf(most, scores[i]);
+    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+    float down = fresh || most > LOG2_OF_448 ? most - (LOG2_OF_448 - HEADROOM) : 0.0f;
+    x.shift[half] -= down, grown[half] = exp2f(-down);
+    x.total[half] = fresh ? 0.0f : x.total[half] * grown[half];
+#pragma unroll
+    for (int i = 0; i < 64; i++)
+      if (i / 2 % 2 == half) scores[i] -= down;
   }
 }
 
-// Scores → weights times 448, still as numbers of 32 bits.
-__device__ __forceinline__ void weigh(float (&scores)[64], Softmax &x, float factor, bool first) {
-  float found[2];
-  largest_of(found, scores);
+// A logarithm → a weight, still as a number of 32 bits.
+__device__ __forceinline__ void weigh_one(float (&scores)[64], Softmax &x, int i) {
+  asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(scores[i]));
+  x.total[i / 2 % 2] += scores[i];
+}
+
+template <int FROM, int TO> __device__ __forceinline__ void weigh(float (&scores)[64], Softmax &x) {
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    float now = first ? found[half] : fmaxf(found[half], x.largest[half]);
-    x.down[half] = exp2f((x.largest[half] - now) * factor);
-    x.before[half] = x.total[half];
-    float total = first ? 0.0f : x.total[half] * x.down[half], shift = LOG2_OF_448 - now * factor;
-#pragma unroll
-    for (int j = 0; j < 16; j++)
-#pragma unroll
-      for (int b = 0; b < 2; b++) {
-        float &y = scores[4 * j + 2 * half + b];
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(y * factor + shift));
-        total += y;
-      }
-    x.largest[half] = now, x.total[half] = total;
-  }
+  for (int i = FROM; i < TO; i++) weigh_one(scores, x, i);
 }
 
 // Weights as the A operand.
-__device__ __forceinline__ void pack(u32 (&weights)[16], const float (&scores)[64]) {
+__device__ __forceinline__ void pack(u32 (&weights)[16], const float (&scores)[64], int group) {
 #pragma unroll
-  for (int i = 0; i < 16; i++) {
+  for (int i = 4 * group; i < 4 * group + 4; i++) {
     const float *y = scores + i / 4 * 16 + i / 2 % 2 * 8 + i % 2 * 2;
     weights[i] = pack_e4m3(y[0], y[1], y[4], y[5]);
   }
 }
 
 __device__ __forceinline__ void store(
-    const float (&sums)[64], const Softmax &x, const Parameters &p, const Work &w, int unit, int group, int lane) {
-  int head = unit / w.pairs, row = unit % w.pairs * 2 * ROWS + w.rank * ROWS + group * ROWS / 2;
+    const float (&sums)[64], const Softmax &x, const Parameters &p, const Work &w, int unit, int group) {
+  int head = unit / w.pairs, row = unit % w.pairs * 2 * ROWS + w.rank * ROWS + group * ROWS / 2, lane = threadIdx.x % 32;
   row += threadIdx.x % 128 / 32 * 16 + lane / 4;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    float total = x.before[half];
+    float total = x.total[half];
     total += __shfl_xor_sync(0xffffffff, total, 1);
     total += __shfl_xor_sync(0xffffffff, total, 2);
     float factor = __fdividef(p.scales[2] * p.scales[3], total);
@@ -223,52 +240,116 @@ __device__ __forceinline__ void store(
   }
 }
 
+#define PLACES 17  // float4 that a thread leaves for another
+
+__device__ __forceinline__ void hand_over(const float (&sums)[64], const Softmax &x, const Parameters &p, int group) {
+  int slot = blockIdx.x * 2 + group, thread = threadIdx.x % 128;
+  float4 *to = p.workspace + slot * PLACES * 128 + thread;
+#pragma unroll
+  for (int i = 0; i < 16; i++) __stcg(to + i * 128, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+  __stcg(to + 16 * 128, make_float4(x.shift[0], x.shift[1], x.total[0], x.total[1]));
+  __threadfence();
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+  if (thread == 0) atomicAdd(p.arrived + slot, 1);
+}
+
+// What the next cluster has of the same rows; it began with that. The count is left at 0 for the next launch.
+__device__ __forceinline__ void take_over(float (&sums)[64], Softmax &x, const Parameters &p, int group) {
+  int slot = (blockIdx.x + 2) * 2 + group, thread = threadIdx.x % 128;
+  if (thread == 0) {
+    int there = 0;
+    while (!there) asm volatile("ld.acquire.gpu.b32 %0, [%1];" : "=r"(there) : "l"(p.arrived + slot) : "memory");
+    p.arrived[slot] = 0;
+  }
+  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+  const float4 *from = p.workspace + slot * PLACES * 128 + thread;
+  float4 other = __ldcg(from + 16 * 128);
+  float common[2] = {fminf(x.shift[0], other.x), fminf(x.shift[1], other.y)};
+  float own[2] = {exp2f(common[0] - x.shift[0]), exp2f(common[1] - x.shift[1])};
+  float its[2] = {exp2f(common[0] - other.x), exp2f(common[1] - other.y)};
+  x.total[0] = x.total[0] * own[0] + other.z * its[0], x.total[1] = x.total[1] * own[1] + other.w * its[1];
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    float4 more = __ldcg(from + i * 128);
+    float *mine = sums + 4 * i;
+    mine[0] = mine[0] * own[0] + more.x * its[0], mine[1] = mine[1] * own[0] + more.y * its[0];
+    mine[2] = mine[2] * own[1] + more.z * its[1], mine[3] = mine[3] * own[1] + more.w * its[1];
+  }
+}
+
+// The rows' sums are complete, or as complete as they get here.
+__device__ __forceinline__ void finish(float (&sums)[64], Softmax &x, const Parameters &p, const Work &w, const Place &at, int group) {
+  if (at.index == 0 && w.begin % w.tiles) {
+    hand_over(sums, x, p, group);
+  } else {
+    if (at.tile != w.tiles - 1) take_over(sums, x, p, group);
+    store(sums, x, p, w, at.unit, group);
+  }
+}
+
 // The sum over a tile's values, whose weights are there, and the next tile's weights. No product stands in a branch, or the
 // compiler would wait for each: behind the last tile follow scores that nobody reads.
 __device__ __forceinline__ void step(float (&scores)[64], float (&sums)[64], float (&tile)[64], u32 (&weights)[16], Softmax &x,
     Place &at, u32 count, float factor, Shared &s, const Parameters &p, const Work &w, int group) {
-  bool first = at.tile == 0, last = at.tile == w.tiles - 1, more = at.at + 1 < count;
-  u32 next = at.at + 1, q = at.index + last, next_tile = last ? 0 : at.tile + 1;
+  bool more = at.at + 1 < count, last = at.tile == w.tiles - 1 || !more;
+  u32 next = at.at + 1, q = at.index + last;
+  int next_tile = last ? 0 : at.tile + 1;
+  float keep = at.tile == 0 || at.at == 0 ? 0.0f : 1.0f;
   if (more && last) barrier_wait(&s.q_full[q % 2], q / 2 & 1);
-  if (more) barrier_wait(&s.k_full[next % STAGES], next / STAGES & 1);
-  barrier_wait(&s.v_full[at.at % STAGES], at.at / STAGES & 1);
-  await_turn(group);
+  if (more && !at.keys) barrier_wait(&s.k_full[next % STAGES], next / STAGES & 1);
   begin_scores(scores, s.q[q % 2][group], s.k[next % STAGES]);
+  if (!at.values) barrier_wait(&s.v_full[at.at % STAGES], at.at / STAGES & 1);
   begin_sums(tile, weights, s.v[at.at % STAGES]);
-  if (more || group == 0) give_turn(group);
-  float down[2] = {first ? 0.0f : x.down[0], first ? 0.0f : x.down[1]};  // as this tile's maximum wants the sums before
+  Softmax before = x;
+  float grown[2] = {1.0f, 1.0f};
+  if (last) x = {};
   wait_for<1>(scores);
   if (more) release(&s.k_empty[next % STAGES]);
   if (more && next_tile == w.tiles - 1 && threadIdx.x % 128 == 0) barrier_arrive(&s.q_empty[q % 2]);
-  int lane = threadIdx.x % 32;
-  if (next_tile == w.tiles - 1 && w.valid < KEYS) mask(scores, w.valid, lane);
-  weigh(scores, x, factor, last);
+  if (next_tile == w.tiles - 1 && w.valid < KEYS) mask(scores, w.valid, threadIdx.x % 32);
+  at.keys = barrier_test(&s.k_full[(next + 1) % STAGES], (next + 1) / STAGES & 1);
+  at.values = barrier_test(&s.v_full[next % STAGES], next / STAGES & 1);
+  bool larger = __any_sync(0xffffffff, shift_scores(scores, x, factor)) || last;
+  if (larger) rebase(scores, x, grown, last);
+  weigh<0, SPLIT>(scores, x);
   if (x.total[0] < 0 || x.total[1] < 0) asm volatile("trap;");  // never; but it keeps the exponentials before the wait
   wait_for<0>(tile);
   release(&s.v_empty[at.at % STAGES]);
 #pragma unroll
-  for (int i = 0; i < 64; i++) sums[i] = sums[i] * down[i / 2 % 2] + tile[i];
-  if (last) store(sums, x, p, w, at.unit, group, lane);
-  pack(weights, scores);
-  at.at = next, at.index = q, at.tile = next_tile, at.unit += last ? w.clusters : 0;
+  for (int i = 0; i < 64; i++) {
+    if (i % 2 == 0) weigh_one(scores, x, SPLIT + i / 2);
+    asm volatile("fma.rn.f32 %0, %0, %1, %2;" : "+f"(sums[i]) : "f"(keep), "f"(tile[i]));
+    if (i % 16 == 8 && i / 16 < SPLIT / 16) pack(weights, scores, i / 16);
+  }
+#pragma unroll
+  for (int i = SPLIT / 16; i < 4; i++) pack(weights, scores, i);
+  if (last) {
+    finish(sums, before, p, w, at, group);
+  } else if (larger) {
+#pragma unroll
+    for (int i = 0; i < 64; i++) sums[i] *= grown[i / 2 % 2];
+  }
+  at.at = next, at.index = q, at.tile = next_tile, at.unit += last;
 }
 
 __device__ __forceinline__ void consume(Shared &s, const Parameters &p, const Work &w, int group) {
-  float scores[64], sums[64] = {}, tile[64], factor = p.scales[0] * p.scales[1] * p.base;
-  u32 weights[16], count = (w.units - w.cluster + w.clusters - 1) / w.clusters * w.tiles;
-  if (w.cluster >= w.units) return;
+  float scores[64], sums[64] = {}, tile[64], factor = p.scales[0] * p.scales[1] * p.base, grown[2];
+  u32 weights[16], count = w.end - w.begin;
+  if (!count) return;
   Softmax x = {};
-  Place at = {0, 0, 0, w.cluster};
+  Place at = {0, 0, w.begin % w.tiles, w.begin / w.tiles, false, false};
   barrier_wait(&s.q_full[0], 0);
   barrier_wait(&s.k_full[0], 0);
   begin_scores(scores, s.q[0][group], s.k[0]);
   wait_for<0>(scores);
   release(&s.k_empty[0]);
-  if (w.tiles == 1 && threadIdx.x % 128 == 0) barrier_arrive(&s.q_empty[0]);
-  if (w.tiles == 1 && w.valid < KEYS) mask(scores, w.valid, threadIdx.x % 32);
-  weigh(scores, x, factor, true);
-  pack(weights, scores);
-  if (group == 1) give_turn(group);
+  if (at.tile == w.tiles - 1 && threadIdx.x % 128 == 0) barrier_arrive(&s.q_empty[0]);
+  if (at.tile == w.tiles - 1 && w.valid < KEYS) mask(scores, w.valid, threadIdx.x % 32);
+  shift_scores(scores, x, factor);
+  rebase(scores, x, grown, true);
+  weigh<0, 64>(scores, x);
+#pragma unroll
+  for (int i = 0; i < 4; i++) pack(weights, scores, i);
   while (at.at < count) step(scores, sums, tile, weights, x, at, count, factor, s, p, w, group);
 }
 

@@ -30,7 +30,7 @@ class _Parameters(ctypes.Structure):
     """As attention_hopper.cu has it."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("scales", "out")),
+        *((name, c_void_p) for name in ("scales", "out", "workspace", "arrived")),
         ("base", c_float),
         *((name, c_int) for name in ("rows", "heads", "out_stride")),
     ]
@@ -80,11 +80,10 @@ def attention(qkv: Tensor, values: Tensor, heads: int, scales: Tensor, out: Tens
     if len(qkv) != rows or qkv.shape[1] < 2 * width or values.shape != (width, keys):
         got = f"{tuple(qkv.shape)} and values {tuple(values.shape)}"
         raise ValueError(f"attention: got {got}; expected [{rows}, at least {2 * width}] and [{width}, {keys}]")
-    parameters = _Parameters(
-        scales.data_ptr(), out.data_ptr(), math.log2(math.e) / math.sqrt(DIM), rows, heads, out.stride(0)
-    )
+    addresses = (t.data_ptr() for t in (scales, out, *cuda.meeting_place(out.device)))
+    parameters = _Parameters(*addresses, math.log2(math.e) / math.sqrt(DIM), rows, heads, out.stride(0))
     maps = [tensor_map(t.data_ptr(), *t.shape, t.stride(0), _BOX_ROWS) for t in (qkv, values)]
-    _kernel().launch(cuda.processors(out.device) // 2 * 2, *(m.address for m in maps), ctypes.addressof(parameters))
+    _kernel().launch(cuda.programs(out.device), *(m.address for m in maps), ctypes.addressof(parameters))
 
 
 @cache

@@ -88,7 +88,7 @@ def launch(
         *((heads.factors.data_ptr(), heads.cos.data_ptr(), heads.sin.data_ptr()) if heads else (None,) * 3),
         None if hidden is None else hidden.data_ptr(),
         None if values is None else values.data_ptr(),
-        *(t.data_ptr() for t in _meeting_place(x.device)),
+        *(t.data_ptr() for t in cuda.meeting_place(x.device)),
         inverse,
         RMS_EPSILON,
         rows,
@@ -105,7 +105,7 @@ def launch(
         tensor_map(t.data_ptr(), *t.shape, t.stride(0), TILE_ROWS) for t in (x, w.weight.view(streams * columns, inner))
     ]
     _kernel(ending, values is not None).launch(
-        _programs(x.device), *(m.address for m in maps), ctypes.addressof(parameters)
+        cuda.programs(x.device), *(m.address for m in maps), ctypes.addressof(parameters)
     )
 
 
@@ -143,22 +143,6 @@ def _refuse(
 
 def _in_sixteens(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
-
-
-@cache
-def _meeting_place(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where parts of tiles meet: at most one tile's sums of each program, and a count for each warpgroup.
-
-    One for all launches, which therefore must follow each other on one stream.
-    """
-    programs = _programs(device)
-    sums = torch.empty(programs * TILE_ROWS * TILE_COLUMNS, dtype=torch.float32, device=device)
-    return sums, torch.zeros(2 * programs, dtype=torch.int32, device=device)
-
-
-def _programs(device: torch.device) -> int:
-    """One for each SM, in pairs."""
-    return cuda.processors(device) // 2 * 2
 
 
 @cache

@@ -108,6 +108,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer_norm(const __g
         sum += h[c][2 * i] + h[c][2 * i + 1];
       }
     }
+    ask(raw, p, row + gridDim.x * WARPS, lane);  // the next row comes while this one is at its sums
     float mean = sum_of_warp(sum) / D;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)
@@ -122,6 +123,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer_norm(const __g
     for (int c = 0; c < CHUNKS; c++)
       if (c * CHUNK + lane * 8 < D) steer(h[c], s, c * (CHUNK / 8) + lane, inverse);
     finish(h, p, row, lane);
-    ask(raw, p, row + gridDim.x * WARPS, lane);
   }
 }
