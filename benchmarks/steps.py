@@ -1,6 +1,6 @@
 """FLUX.1-dev's denoise loop in the fused engine, whole and sustained, with each set of kernels in turn.
 
-    python -m benchmarks.steps [--sets cuda attention triton] [--precision fp8 bf16] [--profile] [--json OUT]
+    python -m benchmarks.steps [--sets cuda triton] [--precision fp8 bf16] [--profile] [--json OUT]
 
 Random weights, made on the GPU: no checkpoint, no text encoders. Every set runs the same steps from the same inputs;
 how far its velocity is from the first set's is printed beside its time. At a GPU's power limit kernels that spare
@@ -29,16 +29,14 @@ from fluxserve.artifact import Scales
 from fluxserve.engines.fused.open import BF16, FP8
 from fluxserve.engines.fused.transformer import FusedBound, FusedTransformer
 from fluxserve.engines.fused.weights import Precision, Reader
-from fluxserve.kernels import attention_hopper
 from fluxserve.kernels.operations import LAUNCHED, as_they_are
 from fluxserve.spec import FLUX1_DEV, TransformerSpec
 
 SETS = {
     "cuda": LAUNCHED,
-    "attention": replace(LAUNCHED, attention_transposed=attention_hopper.attention),
     "triton": replace(LAUNCHED, arrange=as_they_are),
 }
-"""As served; with an attention of our own, not served yet; with Triton's products, as BF16 always has them."""
+"""As served; with Triton's products, as BF16 always has them."""
 PRECISIONS = {"fp8": FP8, "bf16": BF16}
 _DEVICE = torch.device("cuda")
 

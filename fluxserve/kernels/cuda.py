@@ -25,8 +25,6 @@ CACHE = Path.home() / ".cache" / "fluxserve" / "kernels"
 _ARCHITECTURE = "sm_90a"
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-_SUMS = 128 * 256
-"""Numbers: the largest tile that a program makes."""
 _ALL = 100
 """Per cent of an SM's memory as shared memory, whatever a kernel needs: an SM must be empty to divide it anew, and the
 products need nearly all of it."""
@@ -123,23 +121,6 @@ def _text(size_of: Callable[..., int], get: Callable[..., int], program: c_void_
 def processors(device: torch.device) -> int:
     """SMs of a device; of a CPU, where Triton's kernels are interpreted, as many as show that programs take turns."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 3
-
-
-def programs(device: torch.device) -> int:
-    """One for each SM, in pairs: what a kernel whose programs stay for all of a launch is launched with."""
-    return processors(device) // 2 * 2
-
-
-@cache
-def meeting_place(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where sums that several programs have parts of meet: float32, 128 KiB for each program; and a count for each of
-    its two warpgroups, which whoever reads it leaves at zero.
-
-    One for all launches, which therefore must follow each other on one stream.
-    """
-    count = programs(device)
-    sums = torch.empty(count * _SUMS, dtype=torch.float32, device=device)
-    return sums, torch.zeros(2 * count, dtype=torch.int32, device=device)
 
 
 @cache

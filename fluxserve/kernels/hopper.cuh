@@ -24,17 +24,6 @@ __device__ __forceinline__ void barrier_wait(u64 *b, u32 parity) {
       : "memory");
 }
 
-// Whether a wait would be over at once.
-__device__ __forceinline__ bool barrier_test(u64 *b, u32 parity) {
-  u32 done;
-  asm volatile(
-      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
-      : "=r"(done)
-      : "r"(address(b)), "r"(parity)
-      : "memory");
-  return done;
-}
-
 __device__ __forceinline__ void barrier_arrive(u64 *b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(b)) : "memory");
 }

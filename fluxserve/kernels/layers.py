@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 RMS_EPSILON = 1e-6
-VALUES_TOGETHER = 16
-"""Rows of v that lie together when it is transposed; where the second stream begins must be a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +28,12 @@ class Heads:
 
     factors: float32 [streams, 3, head_dim], what each number is multiplied with: RMSNorm's weights of q and of k, 1 for
     v, each over its static scale. cos, sin: float32 [rows, head_dim / 2]. The two numbers that RoPE turns stand half a
-    head apart, here and in the weights: see `in_halves`. values: where v goes instead of behind k, as
-    `attention_hopper.transposed` would have it; only `linear_hopper` can.
+    head apart, here and in the weights: see `in_halves`.
     """
 
     factors: Tensor
     cos: Tensor
     sin: Tensor
-    values: Tensor | None = None
 
 
 def in_halves(head_dim: int) -> Tensor:

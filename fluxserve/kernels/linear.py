@@ -234,8 +234,6 @@ def parts(t: Tiling, ending: str, out_size: int) -> int:
 
 def _launch(ending: str, x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor, **more: Any) -> None:
     """In CUDA where the weights lie as its kernel wants them, in Triton everywhere else."""
-    if not isinstance(w, Arranged) and (heads := more.get("heads")) and heads.values is not None:
-        raise ValueError("values: got where to leave v transposed; expected weights `arranged` for the kernel that can")
     launch = linear_hopper.launch if isinstance(w, Arranged) else _launch_triton
     launch(ending, x, x_scale, w, split, out, **more)
 

@@ -12,8 +12,8 @@
 // are still under way.
 //
 // ENDING: 0 out = y; 1 gelu_tanh(y) · inverse; 2 out += gate · y; 3 RMSNorm, RoPE and factors of q, k, v; 4 the first
-// `heads` columns as 3, those behind them as 1, into `hidden`. VALUES: 1 if v goes into `values` instead, transposed. NAME:
-// the kernel's.
+// `heads` columns as 3, those behind them as 1, into `hidden`. NAME: the
+// kernel's.
 
 #define ROWS 128
 #define COLUMNS 256
@@ -33,11 +33,11 @@ struct Parameters {
   const float *x_scale, *w_scale, *bias;
   void *out;
   const float *gate, *factors, *cos, *sin;
-  void *hidden, *values;
+  void *hidden;
   float4 *workspace;
   int *arrived;
   float inverse, epsilon;
-  int M, N, K, split, second, out_stride, hidden_stride, heads, values_stride;
+  int M, N, K, split, second, out_stride, hidden_stride, heads;
 };
 
 // What a launch consists of: `whole` tiles are dealt out in rounds, the rest is cut into `parts` along K.

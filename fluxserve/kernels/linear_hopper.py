@@ -34,12 +34,9 @@ class _Parameters(ctypes.Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("x_scale", "w_scale", "bias", "out", "gate", "factors", "cos", "sin")),
-        *((name, c_void_p) for name in ("hidden", "values", "workspace", "arrived")),
+        *((name, c_void_p) for name in ("hidden", "workspace", "arrived")),
         *((name, c_float) for name in ("inverse", "epsilon")),
-        *(
-            (name, c_int)
-            for name in ("M", "N", "K", "split", "second", "out_stride", "hidden_stride", "heads", "values_stride")
-        ),
+        *((name, c_int) for name in ("M", "N", "K", "split", "second", "out_stride", "hidden_stride", "heads")),
     ]
 
 
@@ -80,15 +77,13 @@ def launch(
     Raises:
         ValueError: what this kernel was not built for.
     """
-    _refuse(ending, x, w, split, out, gate, heads, hidden)
+    _refuse(ending, x, w, out, gate, heads, hidden)
     (rows, inner), (streams, columns, _) = x.shape, w.weight.shape
-    values = heads.values if heads else None
     parameters = _Parameters(
         *(None if t is None else t.data_ptr() for t in (x_scale, w.scale, w.bias, out, gate)),
         *((heads.factors.data_ptr(), heads.cos.data_ptr(), heads.sin.data_ptr()) if heads else (None,) * 3),
         None if hidden is None else hidden.data_ptr(),
-        None if values is None else values.data_ptr(),
-        *(t.data_ptr() for t in cuda.meeting_place(x.device)),
+        *(t.data_ptr() for t in _meeting_place(x.device)),
         inverse,
         RMS_EPSILON,
         rows,
@@ -99,21 +94,17 @@ def launch(
         out.stride(0),
         0 if hidden is None else hidden.stride(0),
         out.shape[1],
-        0 if values is None else values.stride(0),
     )
     maps = [
         tensor_map(t.data_ptr(), *t.shape, t.stride(0), TILE_ROWS) for t in (x, w.weight.view(streams * columns, inner))
     ]
-    _kernel(ending, values is not None).launch(
-        cuda.programs(x.device), *(m.address for m in maps), ctypes.addressof(parameters)
-    )
+    _kernel(ending).launch(_programs(x.device), *(m.address for m in maps), ctypes.addressof(parameters))
 
 
 def _refuse(
     ending: str,
     x: Tensor,
     w: Linear,
-    split: int,
     out: Tensor,
     gate: Tensor | None,
     heads: Heads | None,
@@ -135,8 +126,6 @@ def _refuse(
         raise ValueError("gate: got none; expected one for each output")
     if heads and heads.factors.shape[-1] != _HEAD:
         raise ValueError(f"head_dim: got {heads.factors.shape[-1]}; expected {_HEAD}")
-    if heads and heads.values is not None and (split % _ALIGNMENT or not _in_sixteens(heads.values)):
-        raise ValueError(f"values: got a split at {split}; expected that, and rows of values, at multiples of 16")
     if heads and out.shape[1] // 3 % TILE_COLUMNS:
         raise ValueError(f"heads: got {out.shape[1] // 3} columns; expected a multiple of {TILE_COLUMNS}")
 
@@ -146,7 +135,23 @@ def _in_sixteens(x: Tensor) -> bool:
 
 
 @cache
-def _kernel(ending: str, values: bool) -> cuda.Kernel:
+def _meeting_place(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where parts of tiles meet: at most one tile's sums of each program, and a count for each warpgroup.
+
+    One for all launches, which therefore must follow each other on one stream.
+    """
+    programs = _programs(device)
+    sums = torch.empty(programs * TILE_ROWS * TILE_COLUMNS, dtype=torch.float32, device=device)
+    return sums, torch.zeros(2 * programs, dtype=torch.int32, device=device)
+
+
+def _programs(device: torch.device) -> int:
+    """One for each SM, in pairs."""
+    return cuda.processors(device) // 2 * 2
+
+
+@cache
+def _kernel(ending: str) -> cuda.Kernel:
     name = f"linear_{ending}"
-    defines = [f"ENDING={ENDINGS.index(ending)}", f"VALUES={int(values)}", f"NAME={name}"]
+    defines = [f"ENDING={ENDINGS.index(ending)}", f"NAME={name}"]
     return cuda.load(_SOURCE, name, defines, _THREADS, _SHARED)

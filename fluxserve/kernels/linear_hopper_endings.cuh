@@ -117,56 +117,6 @@ __device__ __forceinline__ float gelu_tanh(float y, float half_inverse) {
   return h + h * t;
 }
 
-// Eight dimensions of two rows of a thread, as w[i] = (dimension 2i of either row, dimension 2i + 1 of either), → sixteen rows
-// of one dimension, in the order that attention wants (attention_hopper.py): lanes that differ in bits 4, 3 and 2
-// exchange halves, quarters and eighths.
-__device__ __forceinline__ uint4 transposed(const u32 (&w)[4], int lane) {
-  bool upper = lane & 16, middle = lane & 8, lower = lane & 4;
-  u32 x[2][2], y[2][2], out[4];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    u32 got = __shfl_xor_sync(0xffffffff, upper ? w[i] : w[i + 2], 16), own = upper ? w[i + 2] : w[i];
-    x[0][i] = upper ? got : own, x[1][i] = upper ? own : got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    u32 got = __shfl_xor_sync(0xffffffff, middle ? x[i][0] : x[i][1], 8), own = middle ? x[i][1] : x[i][0];
-    y[0][i] = middle ? got : own, y[1][i] = middle ? own : got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    u32 first = __byte_perm(y[0][i], y[1][i], 0x5410), second = __byte_perm(y[0][i], y[1][i], 0x7632);
-    u32 got = __shfl_xor_sync(0xffffffff, lower ? first : second, 4), own = lower ? second : first;
-    u32 even = lower ? got : own, odd = lower ? own : got;
-    out[2 * i] = __byte_perm(even, odd, 0x5140), out[2 * i + 1] = __byte_perm(even, odd, 0x7362);
-  }
-  return make_uint4(out[0], out[1], out[2], out[3]);
-}
-
-// One head of v, transposed. Rows behind the last of its sixteen are zeros.
-__device__ __forceinline__ void store_values(
-    const float (&d)[128], const Columns &c, const Parameters &p, const Tile &t, int head, int row, int lane) {
-#if HEADS
-  int slab = row - lane / 4;
-  float there[2] = {row < t.end ? 1.0f : 0.0f, row + 8 < t.end ? 1.0f : 0.0f};
-#pragma unroll
-  for (int g = 0; g < 4; g++) {
-    int column = head * HEAD + g * 32 + lane % 4 * 8;
-    u32 w[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      float a = c.factor[column + 2 * i], b = c.factor[column + 2 * i + 1];
-      w[i] = pack_e4m3(SUM(head * 4 + g, 0, 2 * i) * a * there[0], SUM(head * 4 + g, 1, 2 * i) * a * there[1],
-          SUM(head * 4 + g, 0, 2 * i + 1) * b * there[0], SUM(head * 4 + g, 1, 2 * i + 1) * b * there[1]);
-    }
-    uint4 sixteen = transposed(w, lane);
-    int dim = g * 32 + lane % 4 * 8 + lane / 4, place = dim / 64 * 64 + dim % 16 / 2 * 8 + dim % 64 / 16 * 2 + dim % 2;
-    int of_head = t.column + head * HEAD - p.heads / 3 * 2;
-    if (slab < t.end) *(uint4 *)((char *)p.values + (long)(of_head + place) * p.values_stride + slab) = sixteen;
-  }
-#endif
-}
-
 // Two heads to a tile. A head's pairs stand 64 columns apart, and in the same thread.
 __device__ __forceinline__ void store_heads(
     float (&d)[128], Ahead &a, const Columns &c, const Parameters &p, const Tile &t, int row, int lane) {
@@ -246,13 +196,6 @@ __device__ __forceinline__ void store_rows(const float (&d)[128], const Ahead &a
 __device__ __forceinline__ void finish(
     float (&d)[128], Ahead &a, const Columns &c, const Parameters &p, const Tile &t, int row, int lane) {
   scale(d, a, c, lane);
-#if VALUES
-  if (has_heads(p, t) && part_of(p, t.column) == 2) {
-#pragma unroll
-    for (int head = 0; head < 2; head++) store_values(d, c, p, t, head, row, lane);
-    return;
-  }
-#endif
   if (has_heads(p, t))
     store_heads(d, a, c, p, t, row, lane);
   else if (ENDING == 1)

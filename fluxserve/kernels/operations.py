@@ -14,7 +14,6 @@ class Operations:
     """One set; each field is described where the function of its name is.
 
     arrange: a Linear → the same, as this set's products want its weights to lie.
-    attention_transposed: takes E4M3's place of `attention` where it is there, and v transposed by linear_heads.
     """
 
     arrange: Callable[[Linear], Linear]
@@ -33,7 +32,6 @@ class Operations:
     add: Callable[..., Tensor | None]
     add_upsampled: Callable[..., Tensor]
     wide_attention: Callable[..., None]
-    attention_transposed: Callable[..., None] | None = None
 
 
 def as_they_are(w: Linear) -> Linear:

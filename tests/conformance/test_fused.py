@@ -26,7 +26,6 @@ from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Precision, Reader
 from fluxserve.engines.torch_eager import TorchEngine, Transformer, load_module
 from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
-from fluxserve.kernels import attention_hopper
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations, as_they_are
 
@@ -35,7 +34,6 @@ DEVICE = torch.device("cuda:0" if GPU else "cpu")
 KERNELS = LAUNCHED if GPU else PLAIN
 SETS = {"served": KERNELS}
 if GPU:
-    SETS["own attention"] = replace(LAUNCHED, attention_transposed=attention_hopper.attention)
     SETS["Triton"] = replace(LAUNCHED, arrange=as_they_are)
 BF16 = Precision(torch.bfloat16, torch.bfloat16)
 FP8 = Precision(torch.bfloat16, E4M3)

@@ -1,7 +1,5 @@
 """linear and its endings."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -85,14 +83,6 @@ def test_heads(rows: int, count: int, dtype: torch.dtype, streams: int, out: tor
     kernels.linear_heads(x, x_scale, w, split, heads, got)
     kernels.plain_linear_heads(x, x_scale, w, split, heads, expected)
     same(got, expected, out, of_product(dtype))
-
-
-def test_only_the_kernel_that_can_leaves_v_transposed() -> None:
-    """Or attention would read what nobody wrote."""
-    x, x_scale, w = operands(17, 3 * HEAD, 128, E4M3, streams=1)
-    heads = replace(heads_of(17, 1), values=torch.empty(HEAD, 32, device=DEVICE).to(E4M3))
-    with pytest.raises(ValueError, match="values: got where to leave v transposed"):
-        kernels.linear_heads(x, x_scale, w, 0, heads, poisoned(17, 3 * HEAD, dtype=E4M3))
 
 
 def test_heads_and_gelu_of_the_same_rows() -> None:

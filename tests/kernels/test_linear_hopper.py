@@ -1,13 +1,10 @@
 """linear_hopper: what it is launched with anywhere, what it computes on a GPU."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from fluxserve.kernels import linear as kernels
 from fluxserve.kernels import linear_hopper as hopper
-from fluxserve.kernels.attention_hopper import transposed
 from fluxserve.kernels.fp8 import E4M3
 from tests.kernels.judge import DEVICE, INTERPRETED, of_product, poisoned, random, same
 from tests.kernels.test_linear import HEAD, heads_of, operands
@@ -116,21 +113,3 @@ def test_heads_and_gelu_in_one_launch(rows: int) -> None:
     for ours, theirs in zip(got, expected, strict=True):
         same(ours, theirs.clamp(-448, 448), E4M3, of_product(E4M3) + 2**-10)
     assert torch.isnan(wide[:, :third].float()).all()
-
-
-@pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize(("rows", "split"), [(5, 0), (300, 16), (4608, 512), (4609, 512)])
-def test_values_transposed(rows: int, split: int) -> None:
-    """The same numbers as behind k, where attention wants them; zeros behind the last."""
-    inner, third = 256, 768
-    x, x_scale, w = operands(rows, 3 * third, inner, E4M3)
-    own, heads = hopper.arranged(w), heads_of(rows, 2)
-    values = poisoned(third, -(-rows // 16) * 16, dtype=E4M3)
-    plain, got = (poisoned(rows, 3 * third, dtype=E4M3) for _ in range(2))
-    kernels.linear_heads(x, x_scale, own, split, heads, plain)
-    kernels.linear_heads(x, x_scale, own, split, replace(heads, values=values), got)
-    torch.cuda.synchronize()
-    assert torch.equal(got[:, : 2 * third].float(), plain[:, : 2 * third].float())
-    assert torch.equal(values.float(), transposed(plain[:, 2 * third :]).float())
-    assert torch.isnan(got[:, 2 * third :].float()).all(), "v itself is not written"

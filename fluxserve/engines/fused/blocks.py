@@ -29,8 +29,7 @@ class Buffers:
 
     residual: compute dtype [S, D]. normed: linear dtype [S, D], with float32 row_scale [S] if that is E4M3.
     qkv: linear dtype [S, 3·D]. wide: linear dtype [S, D + 4·D], attention's output and the MLP's hidden layer side by
-    side, which is what a single block's projection reads. cos, sin: float32 [S, head_dim / 2]. values: linear dtype
-    [D, S up to a multiple of 16], where v goes if attention wants it transposed.
+    side, which is what a single block's projection reads. cos, sin: float32 [S, head_dim / 2].
     """
 
     split: int
@@ -41,7 +40,6 @@ class Buffers:
     wide: Tensor
     cos: Tensor
     sin: Tensor
-    values: Tensor | None = None
 
     @property
     def attended(self) -> Tensor:
@@ -67,13 +65,10 @@ class _Attention:
 
     def heads(self, b: Buffers) -> Heads:
         """What becomes of q, k and v."""
-        return Heads(self._factors, b.cos, b.sin, b.values)
+        return Heads(self._factors, b.cos, b.sin)
 
     def __call__(self, run: Operations, b: Buffers) -> None:
-        if run.attention_transposed and b.values is not None:
-            run.attention_transposed(b.qkv, b.values, self._heads, self._descale, b.attended)
-        else:
-            run.attention(b.qkv, self._heads, self._descale, b.attended)
+        run.attention(b.qkv, self._heads, self._descale, b.attended)
 
 
 def _order(spec: TransformerSpec, device: torch.device) -> Tensor:

@@ -17,7 +17,6 @@ from fluxserve.engines.fused.blocks import MLP_RATIO, Buffers, DoubleBlock, Sing
 from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.engines.fused.modulation import AHEAD, Modulation
 from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
-from fluxserve.kernels.layers import VALUES_TOGETHER
 from fluxserve.kernels.operations import Operations
 from fluxserve.spec import ModelSpec
 
@@ -91,8 +90,6 @@ class FusedTransformer:
         images, text, _ = sizes["encoder_hidden_states"]
         s, half = text + sizes["hidden_states"][1], self.spec.attention_head_dim // 2
         steering = modulations.width(self.spec)
-        transposed = self.run.attention_transposed and self.precision.quantised and text % VALUES_TOGETHER == 0
-        keys = -(-s // VALUES_TOGETHER) * VALUES_TOGETHER
         return {
             **{name: Buffer(sizes[name], dtype) for name, dtype in dtypes.items()},
             "text": Buffer((images, text, d), compute),
@@ -106,7 +103,6 @@ class FusedTransformer:
             "qkv": Buffer((s, 3 * d), linear),
             "wide": Buffer((s, (1 + MLP_RATIO) * d), linear),
             "final": Buffer((s - text, d), compute),
-            **({"values": Buffer((d, keys), linear)} if transposed else {}),
         }
 
 
@@ -124,7 +120,6 @@ class FusedBound:
         self._b = Buffers(
             split=self._text,
             row_scale=buffers["row_scale"] if engine.precision.quantised else None,
-            values=buffers.get("values"),
             **{name: buffers[name] for name in ("residual", "normed", "qkv", "wide", "cos", "sin")},
         )
         self._step = Replayed(self._launch, buffers["residual"].device)
