@@ -1,6 +1,6 @@
 """How long each engine takes for the same pictures, side by side in one process.
 
-    python -m benchmarks.engines [--artifact FOLDER]... [--n 15] [--json OUT]
+    python -m benchmarks.engines [--artifact FOLDER]... [--artifacts-only] [--n 15] [--json OUT]
 
 The checkpoint through torch_eager, and every artifact given; picture by picture in turn, so that what else the machine
 does hits all alike. Times are the pipeline's own stages. On a CPU only the ratios mean anything. The last line on
@@ -80,12 +80,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="", help="default: the tiny model")
     parser.add_argument("--artifact", action="append", default=[], help="made by `fluxserve export`; may be repeated")
+    parser.add_argument("--artifacts-only", action="store_true", help="without torch_eager")
     parser.add_argument("--n", type=int, default=15, help="pictures of each engine; default: %(default)s")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.artifacts_only and not args.artifact:
+        parser.error("--artifacts-only: got no --artifact")
     settings.let_threads_sleep()
-    contenders = [Contender({"checkpoint": args.checkpoint}, args.device)]
+    contenders = [] if args.artifacts_only else [Contender({"checkpoint": args.checkpoint}, args.device)]
     contenders += [Contender({"artifact": folder}, args.device) for folder in args.artifact]
     for seed in range(WARM_UP + args.n):
         for contender in contenders:

@@ -28,7 +28,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     return {
         "floor": ["--text", str(args.text), *size, *steps],
         "peers": [args.checkpoint, *size, *steps],
-        "engines": ["--checkpoint", args.checkpoint, "--artifact", args.artifact, "--n", "5"],
+        "engines": ["--artifacts-only", "--artifact", args.artifact, "--n", "3"],
         "served": ["--artifact", args.artifact, *size, *steps, "--unseen", "896x1152"],
     }
 

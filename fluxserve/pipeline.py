@@ -76,21 +76,26 @@ class Pipeline:
         self._bounds: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
 
     def warm_up(self) -> None:
-        """One step of image-to-image at the default size, through every component, twice: engines capture the second.
+        """One step of image-to-image through every component, at the default size twice: engines capture the second.
 
         So that no first request pays for what is loaded, compiled or captured late, and that what can't run fails now.
+        Then the smallest size: libraries have kernels for multiples of something, and others for all other sizes.
         """
-        text, side = self.spec.text, self.spec.defaults.side
-        job = Job(
+        side, least = self.spec.defaults.side, self.spec.limits.min_side
+        for height, width in ((side, side), (side, side), (least, least)):
+            self.draw([self._nothing(height, width)])
+
+    def _nothing(self, height: int, width: int) -> Job:
+        """A job of no words and a black picture."""
+        text = self.spec.text
+        return Job(
             clip_ids=np.zeros(text.clip_tokens, dtype=np.int64),
             t5_ids=np.zeros(text.t5_tokens, dtype=np.int64),
-            pixels=np.zeros((side, side, RGB_CHANNELS), dtype=np.uint8),
+            pixels=np.zeros((height, width, RGB_CHANNELS), dtype=np.uint8),
             sigmas=np.array([1.0, 0.0], dtype=np.float32),
             guidance=self.spec.defaults.guidance_scale,
             noise_seeds=(0,),
         )
-        for _ in range(2):
-            self.draw([job])
 
     def close(self) -> None:
         self._bounds.clear()

@@ -90,6 +90,8 @@ def _load(
         vae_decoder=vae.decoder(checkpoint, device, precision, run),
         vae_encoder=vae.encoder(checkpoint, device, precision, run),
     )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # a GiB that weights passed through before they were quantised
     headroom.require(f"{spec.limits.max_pixels:,} pixels in the VAE", vae.peak(checkpoint, precision.compute), device)
     return components
 
