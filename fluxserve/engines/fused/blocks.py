@@ -152,14 +152,14 @@ class SingleBlock:
         self._out = stack(read, out, len(factors), [width], precision, [factors], arrange=run.arrange)
         self._inverse_hidden = 1 / scales.hidden
 
-    def __call__(self, run: Operations, b: Buffers, modulation: Tensor) -> None:
-        """modulation: float32 [3, 1, D]."""
+    def __call__(self, run: Operations, b: Buffers, modulation: Tensor, wanted: int = 0) -> None:
+        """modulation: float32 [3, 1, D]. wanted: the first row of the residual stream that anybody reads afterwards."""
         shift, scale, gate = modulation
         run.norm(b.residual, shift, scale, 0, b.normed, b.row_scale)
         heads, inverse = self._attention.heads(b), self._inverse_hidden
         run.linear_heads_gelu(b.normed, b.row_scale, self._in, heads, b.qkv, inverse, b.hidden)
         self._attention(run, b)
-        run.linear_add(b.wide, None, self._out, 0, gate, b.residual)
+        run.linear_add(b.wide[wanted:], None, self._out, 0, gate, b.residual[wanted:])
 
 
 def _of(block: str, modules: Sequence[Sequence[str]]) -> list[list[str]]:

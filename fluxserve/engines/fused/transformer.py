@@ -188,8 +188,8 @@ class FusedBound:
         _linear_into(b.residual[self._text :], self.inputs["hidden_states"][image], w.image)
         for block, steering in zip(w.double, double, strict=True):
             block(run, b, steering)
-        for single_block, steering in zip(w.single, single, strict=True):
-            single_block(run, b, steering)
+        for i, (single_block, steering) in enumerate(zip(w.single, single, strict=True), 1):
+            single_block(run, b, steering, wanted=self._text if i == len(w.single) else 0)
         scale, shift = final
         run.norm(b.residual[self._text :], shift, scale, 0, self._buffers["final"], None)
         _linear_into(self.outputs["velocity"][image], self._buffers["final"], w.out)
