@@ -91,6 +91,13 @@ def test_environment_of_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["FLUXSERVE_ENGINE"] == "old"
 
 
+def test_a_server_keeps_freed_memory_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    env = settings.environment()
+    assert (env["MALLOC_ARENA_MAX"], env["MALLOC_MMAP_THRESHOLD_"]) == ("1", str(32 * 2**20))
+
+
 def test_a_relative_checkpoint_is_kept_as_it_is() -> None:
     assert settings.load(given(checkpoint="here")).checkpoint_path == Path("here")
 
