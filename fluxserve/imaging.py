@@ -1,7 +1,6 @@
 """Encoded images ↔ pixels. The border where a stranger's bytes are decoded; sizes are checked before a pixel is.
 
-PNG goes through fpng, which is many times quicker than zlib at its usual levels and writes somewhat larger files of the
-same pixels (tests/triton holds it to 15 ms for a megapixel); JPEG and WebP go through Pillow.
+PNG is written by png.py, on several threads; JPEG and WebP go through Pillow.
 """
 
 import io
@@ -9,11 +8,11 @@ import struct
 import warnings
 from dataclasses import dataclass
 
-import fpng
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from fluxserve import png
 from fluxserve.errors import InvalidRequest
 from fluxserve.spec import Limits
 
@@ -80,12 +79,10 @@ def _upright_rgb(picture: Image.Image) -> Image.Image:
 
 def write_image(pixels: Pixels, output_format: str, quality: int) -> bytes:
     """Encode uint8 [height, width, 3] as one of contract.OUTPUT_FORMATS. PNG and raw are exact, WebP and JPEG lossy."""
-    height, width, channels = pixels.shape
     if output_format == "raw":
         return pixels.tobytes()
     if output_format == "png":
-        png: bytes = fpng.from_bytes(pixels.tobytes(), width, height, channels)
-        return png
+        return png.encode(pixels)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format=output_format, quality=quality)
     return out.getvalue()

@@ -104,11 +104,11 @@ def _convert(name: str, raw: str, default: object) -> object:
 # 0.5 to 0.9 s with waiters that sleep. OpenMP reads this once, when torch is first imported.
 _OPENMP = {"OMP_WAIT_POLICY": "passive"}
 
-# A picture of a megapixel passes through a dozen buffers of 3 MB. glibc hands memory of that size back to the kernel when
-# it is freed: at once where it was mapped, or when too much is free at a heap's end. So every request touched its memory
-# for the first time, in 4,000 page faults (tritonserver 1,000, `encode_image` 3,000), and where a fault is dear, as it is
-# in a virtual machine, they took longer than the work. With these, what is freed stays, and the next request finds it.
-# 32 MiB is the most that every glibc takes; few arenas, so that a thread of gRPC's soon finds one that has it.
+# A picture of a megapixel passes through a dozen buffers of 3 MB. glibc gives memory of that size back to the kernel
+# when it is freed: at once where it was mapped, or when too much is free at a heap's end. So every request touched its
+# memory for the first time: 4,000 page faults (tritonserver 1,000, `encode_image` 3,000), each of them microseconds in
+# a virtual machine. With these, what is freed stays, and the next request finds it. 32 MiB is the most that every glibc
+# takes; few arenas, so that a thread of gRPC's soon finds one that has such memory.
 _MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),

@@ -56,6 +56,7 @@ LAYERS = (
     ("device", "job"),
     ("text", "request"),
     ("flow", "imaging"),
+    ("png",),
     ("source",),
     ("engines",),
     ("kernels",),

@@ -68,7 +68,7 @@ def test_png_is_fast() -> None:
         begin = time.process_time()
         write_image(image, "png", 90)
         spent.append(time.process_time() - begin)
-    assert min(spent) < 0.060, "zlib takes longer than this; fpng a quarter of it"
+    assert min(spent) < 0.060, "zlib takes longer than this"
 
 
 def test_raw_is_the_pixels() -> None:
