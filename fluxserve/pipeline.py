@@ -112,14 +112,16 @@ class Pipeline:
         with clock.stage("encode"):
             batch = _Batch(jobs, watch, [self.encode(job) for job in jobs])
         height, width = jobs[0].height, jobs[0].width
-        canvas = torch.empty(len(batch.rows), height, width, 3, dtype=torch.uint8)
+        # Pinned, the copy is one transfer that nothing waits for until the clock does; and torch keeps such memory.
+        on_gpu = self.device.type == "cuda"
+        canvas = torch.empty(len(batch.rows), height, width, 3, dtype=torch.uint8, pin_memory=on_gpu)
         for first in range(0, len(batch.rows), self._max_rows):
             rows = batch.rows[first : first + self._max_rows]
             latents = self._denoise_watched(batch, rows, clock)
             if latents is not None:
                 with clock.stage("decode"):
-                    canvas[first : first + len(rows)] = self.decode(latents, height, width).cpu()
-        timings = clock.milliseconds()
+                    canvas[first : first + len(rows)].copy_(self.decode(latents, height, width), non_blocking=on_gpu)
+        timings = clock.milliseconds()  # waits for the last of the copies too
         timings["total"] = sum(timings.values())
         return [Drawing(images, timings) if images is not None else None for images in batch.share(canvas)]
 

@@ -113,6 +113,7 @@ class GenerateModel(ServedModel):
                 _send(asked.request, self._refusal(error))
         if not started:
             return
+        drawings: list[Drawing | None] = []
         try:
             drawings = self._pipeline.draw([a.job for a in started], lambda index: self._stepped(started[index]))
             answers = [self._answer(*each) for each in zip(started, waited, drawings, strict=True)]
@@ -124,6 +125,8 @@ class GenerateModel(ServedModel):
                     self._table.release(asked.ticket)
         for asked, answer in zip(started, answers, strict=True):
             _send(asked.request, answer)
+        for asked, seconds, drawing in zip(started, waited, drawings, strict=False):  # none after an error
+            self._count(asked, seconds, drawing)
 
     def _start(self, asked: _Asked) -> float:
         """Seconds that a request waited. Raises Cancelled if nobody wants it any more."""
@@ -140,19 +143,23 @@ class GenerateModel(ServedModel):
         if drawing is None:
             done = 0 if asked.ticket == NO_TICKET else self._table.progress(asked.ticket).step
             return self._refusal(Cancelled(asked.request.request_id(), done, asked.steps))
-        timings = {"queue": 1000 * waited, **drawing.timings}
-        images, height, width, _ = drawing.images.shape
-        if asked.ticket != NO_TICKET:  # Triton's warm-up is no picture
-            self._metrics.drawn(images, images * height * width, timings)
-        return tensors.response(
-            contract.GENERATE,
-            {"pixels_out": drawing.images[None], "stage_timings": [[json.dumps(timings).encode()]]},
-        )
+        timings = json.dumps(_timings(waited, drawing)).encode()
+        return tensors.response(contract.GENERATE, {"pixels_out": drawing.images[None], "stage_timings": [[timings]]})
+
+    def _count(self, asked: _Asked, waited: float, drawing: Drawing | None) -> None:
+        """Only once the answer is out: each number is a message to Triton's process, and waits for its reply."""
+        if drawing is not None and asked.ticket != NO_TICKET:  # Triton's warm-up is no picture
+            images, height, width, _ = drawing.images.shape
+            self._metrics.drawn(images, images * height * width, _timings(waited, drawing))
 
     def _refusal(self, error: Exception) -> Any:
         if isinstance(error, Cancelled):
             self._metrics.cancelled()
         return triton_errors.response(error)
+
+
+def _timings(waited: float, drawing: Drawing) -> dict[str, float]:
+    return {"queue": 1000 * waited, **drawing.timings}
 
 
 def _send(request: Any, response: Any) -> None:

@@ -81,6 +81,15 @@ def test_the_host_runs_at_most_two_steps_ahead() -> None:
     assert pending > 0, "it waited for the device to be idle"
 
 
+def test_pictures_come_into_pinned_memory() -> None:
+    """And whole: the copy is not waited for until the clock is."""
+    cpu, gpu = pipeline_of("cpu", "float32"), pipeline_of("cuda:0", "float32")
+    for job in (job_of(cpu), job_of(cpu)):
+        (expected,), (image,) = draw(cpu, job), draw(gpu, job)
+        assert torch.from_numpy(image).is_pinned()
+        assert psnr(expected, image) > 45
+
+
 def test_times_are_the_devices() -> None:
     clock = DeviceClock(torch.device("cuda:0"))
     with clock.stage("sleep"):

@@ -168,6 +168,17 @@ def test_a_caller_without_a_ticket_that_hangs_up(generate: Any, table: InflightT
         table.release(neighbour)
 
 
+def test_the_numbers_come_after_the_answer(
+    generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them waits for Triton's process."""
+    request, answered = job(table.claim("a")), list[bool]()
+    sent = request.get_response_sender()
+    monkeypatch.setattr(generate._metrics, "drawn", lambda *_: answered.append(sent.response is not None))
+    answers(generate, [request])
+    assert answered == [True]
+
+
 def test_an_exception_releases_the_slots(generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
