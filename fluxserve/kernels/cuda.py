@@ -76,7 +76,7 @@ def compiled(source: Path, defines: Sequence[str]) -> bytes:
 
 def examined(source: Path, defines: Sequence[str]) -> tuple[bytes, str]:
     """The same made anew, and what the assembler says of it: registers, bytes of stack and bytes spilled."""
-    return _compile(source, _headers(source), [*_options(defines), "--ptxas-options=-v"])
+    return _compile(source, _headers(source), [*_options(defines), "--ptxas-options=-v", "--no-cache"])
 
 
 def _headers(source: Path) -> dict[str, bytes]:
