@@ -80,6 +80,7 @@ def _details(served: dict[str, Any]) -> list[str]:
     spread = ", ".join(f"{name} {client[name]}" for name in ("median", "p90", "p99", "n"))
     stages = ", ".join(f"{name} {value}" for name, value in served["stages_ms"].items())
     return [
+        f"- a picture's file: {served['image_bytes']:,} bytes",
         f"- client, ms: {spread}; ready after {served['ready_s']} s, first request {served['first_ms']} ms",
         f"- stages, ms: {stages}",
         f"- pictures a second, so many at once: {json.dumps(served['images_per_s'])}; GPU memory in use, all of it:"

@@ -91,6 +91,7 @@ def measure(options: dict[str, str], fields: dict[str, Any], n: int, unseen: tup
         "first_ms": round(first, 1),
         "unseen_size_ms": {"size": list(unseen), "first": round(new, 1), "next": round(again, 1)},
         **table(asked),
+        "image_bytes": len(asked[-1][1].images[0]),
         "images_per_s": batches,
         "gpu_memory_mib": used,
         "triton_ms": per_request(before, after),
@@ -140,6 +141,7 @@ def main() -> None:
     print(
         f"pictures a second, so many at once: {found['images_per_s']}; GPU memory used: {found['gpu_memory_mib']} MiB"
     )
+    print(f"a picture's file: {found['image_bytes']:,} bytes")
     for name in ("client_ms", "overhead_ms", "around_the_loop_ms"):
         print(f"{name:<20}" + "".join(f"{key} {value:<10}" for key, value in found[name].items()))
     print(f"{'stages':<20}" + "".join(f"{key} {value:<10}" for key, value in found["stages_ms"].items()))

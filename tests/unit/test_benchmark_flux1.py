@@ -15,6 +15,7 @@ SERVED = {
     "around_the_loop_ms": {"median": 12.0},
     "stages_ms": {"denoise": 108.0, "decode": 5.0},
     "images_per_s": {"1": 8.3, "2": 8.4},
+    "image_bytes": 1400000,
     "gpu_memory_mib": "20000",
     "num_inference_steps": 4,
 }
