@@ -93,9 +93,6 @@ _JOB = (
     _tensor("guidance", "FP32", [1], "distilled guidance"),
     _tensor("noise_seeds", "INT64", [ANY], "one for each image"),
     _tensor("ticket", "INT64", [1], "the request's place in the in-flight table"),
-)
-
-_FORMAT = (
     _tensor("resolved_format", "BYTES", [1], "output_format or its default"),
     _tensor("resolved_quality", "INT32", [1], "quality or its default"),
 )
@@ -106,20 +103,10 @@ def _batch_of_one(tensors: Sequence[TensorContract]) -> tuple[TensorContract, ..
     return tuple(_tensor(t.name, t.dtype, (ANY, *t.dims), t.meaning, t.optional) for t in tensors)
 
 
-PREPARE = ModelContract("prepare", REQUEST_INPUTS, (*_batch_of_one(_JOB), *_FORMAT))
+PREPARE = ModelContract("prepare", REQUEST_INPUTS, _batch_of_one(_JOB))
 
-_DRAWN = (
-    _tensor("pixels_out", "UINT8", [ANY, ANY, ANY, 3], "[num_images, height, width, RGB]"),
-    _tensor("stage_timings", "BYTES", [1], "JSON: milliseconds by stage, on the device's clock"),
-)
-
-GENERATE = ModelContract("generate", _JOB, _DRAWN, max_batch_size=MAX_BATCH_SIZE)
-
-ENCODE_IMAGE = ModelContract(
-    "encode_image",
-    (*_batch_of_one((*_DRAWN, next(t for t in _JOB if t.name == "noise_seeds"))), *_FORMAT),
-    _ANSWER,
-)
+# Triton takes the batch dimension, of 1, away again where `generate` answers for `flux`, which has none.
+GENERATE = ModelContract("generate", _JOB, _ANSWER, max_batch_size=MAX_BATCH_SIZE)
 
 CONTROL = ModelContract(
     "control",
@@ -134,4 +121,4 @@ CONTROL = ModelContract(
     ),
 )
 
-MODELS = {m.name: m for m in (FLUX, PREPARE, GENERATE, ENCODE_IMAGE, CONTROL)}
+MODELS = {m.name: m for m in (FLUX, PREPARE, GENERATE, CONTROL)}

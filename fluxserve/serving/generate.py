@@ -1,9 +1,15 @@
-"""The `generate` model: job tensors → pixels. The only model that owns a GPU; one process each, one batch at a time."""
+"""The `generate` model: job tensors → files. The only model that owns a GPU; one process each, one batch at a time.
+
+Files are written and answers sent on threads, while the GPU is at the next batch. They were a model of their own once:
+three megabytes of pixels then went through two more processes, which took longer than to write them.
+"""
 
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 
 from fluxserve import contract, source
 from fluxserve.errors import Cancelled, InvalidRequest
+from fluxserve.imaging import write_image
 from fluxserve.job import Job
 from fluxserve.pipeline import Drawing, Pipeline
 from fluxserve.serving import errors as triton_errors
@@ -21,6 +28,9 @@ from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import DrawingMetrics
 from fluxserve.settings import Settings
 
+_WRITERS = 2
+"""Requests whose files are written at a time."""
+
 
 @dataclass(frozen=True)
 class _Asked:
@@ -29,6 +39,8 @@ class _Asked:
     request: Any
     job: Job
     ticket: int
+    output_format: str
+    quality: int
 
     @property
     def steps(self) -> int:
@@ -52,6 +64,7 @@ class GenerateModel(ServedModel):
         self._pipeline = Pipeline(found.spec, components, device, config.max_rows)
         self._pipeline.warm_up()
         self._metrics = DrawingMetrics()
+        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="answer")
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Answer a batch, each request as soon as it is drawn and not when the last of them is.
@@ -70,6 +83,7 @@ class GenerateModel(ServedModel):
                 self._draw(part)
 
     def unload(self) -> None:
+        self._writers.shutdown()
         self._pipeline.close()
 
     def _read(self, request: Any) -> _Asked:
@@ -88,7 +102,8 @@ class GenerateModel(ServedModel):
             noise_seeds=tuple(int(seed) for seed in arrays["noise_seeds"][0]),
         )
         job.check(self._spec)
-        return _Asked(request, job, int(arrays["ticket"][0, 0]))
+        output_format, quality = arrays["resolved_format"][0, 0].decode(), int(arrays["resolved_quality"][0, 0])
+        return _Asked(request, job, int(arrays["ticket"][0, 0]), output_format, quality)
 
     def _parts(self, group: Sequence[_Asked]) -> Iterator[list[_Asked]]:
         """Requests that go through the loop together: as many as have max_rows images between them, or one."""
@@ -113,20 +128,22 @@ class GenerateModel(ServedModel):
                 _send(asked.request, self._refusal(error))
         if not started:
             return
-        drawings: list[Drawing | None] = []
         try:
             drawings = self._pipeline.draw([a.job for a in started], lambda index: self._stepped(started[index]))
-            answers = [self._answer(*each) for each in zip(started, waited, drawings, strict=True)]
+            done = [self._done(asked) for asked in started]
         except Exception as error:  # noqa: BLE001 (the border: Triton would answer a raise with a bare traceback)
-            answers = [self._refusal(error) for _ in started]
+            for asked in started:
+                _send(asked.request, self._refusal(error))
+            return
         finally:
             for asked in started:
                 if asked.ticket != NO_TICKET:
                     self._table.release(asked.ticket)
-        for asked, answer in zip(started, answers, strict=True):
-            _send(asked.request, answer)
-        for asked, seconds, drawing in zip(started, waited, drawings, strict=False):  # none after an error
-            self._count(asked, seconds, drawing)
+        for asked, seconds, drawing, steps in zip(started, waited, drawings, done, strict=True):
+            if drawing is None:
+                _send(asked.request, self._refusal(Cancelled(asked.request.request_id(), steps, asked.steps)))
+            else:
+                self._writers.submit(self._finish, asked, seconds, drawing)
 
     def _start(self, asked: _Asked) -> float:
         """Seconds that a request waited. Raises Cancelled if nobody wants it any more."""
@@ -139,18 +156,24 @@ class GenerateModel(ServedModel):
         self._metrics.stepped()
         return self._table.advance(asked.ticket) and not asked.request.is_cancelled()
 
-    def _answer(self, asked: _Asked, waited: float, drawing: Drawing | None) -> Any:
-        if drawing is None:
-            done = 0 if asked.ticket == NO_TICKET else self._table.progress(asked.ticket).step
-            return self._refusal(Cancelled(asked.request.request_id(), done, asked.steps))
-        timings = json.dumps(_timings(waited, drawing)).encode()
-        return tensors.response(contract.GENERATE, {"pixels_out": drawing.images[None], "stage_timings": [[timings]]})
+    def _done(self, asked: _Asked) -> int:
+        """Steps, before its slot is given back."""
+        return 0 if asked.ticket == NO_TICKET else self._table.progress(asked.ticket).step
 
-    def _count(self, asked: _Asked, waited: float, drawing: Drawing | None) -> None:
-        """Only once the answer is out: each number is a message to Triton's process, and waits for its reply."""
-        if drawing is not None and asked.ticket != NO_TICKET:  # Triton's warm-up is no picture
+    def _finish(self, asked: _Asked, waited: float, drawing: Drawing) -> None:
+        """Answer with the files, on a thread; then count.
+
+        Each number that is counted is a message to Triton's process, and waits for its reply.
+        """
+        timings = {"queue": 1000 * waited, **drawing.timings}
+        try:
+            answer = _answer(asked, drawing, timings)
+        except Exception as error:  # noqa: BLE001 (the border: nobody would hear of it on a thread)
+            answer = self._refusal(error)
+        _send(asked.request, answer)
+        if asked.ticket != NO_TICKET:  # Triton's warm-up is no picture
             images, height, width, _ = drawing.images.shape
-            self._metrics.drawn(images, images * height * width, _timings(waited, drawing))
+            self._metrics.drawn(images, images * height * width, timings)
 
     def _refusal(self, error: Exception) -> Any:
         if isinstance(error, Cancelled):
@@ -158,8 +181,20 @@ class GenerateModel(ServedModel):
         return triton_errors.response(error)
 
 
-def _timings(waited: float, drawing: Drawing) -> dict[str, float]:
-    return {"queue": 1000 * waited, **drawing.timings}
+def _answer(asked: _Asked, drawing: Drawing, timings: dict[str, float]) -> Any:
+    """Files and what belongs to them; each output with the batch dimension of 1. `timings` gets the files' time."""
+    begin = time.perf_counter()
+    files = [write_image(image, asked.output_format, asked.quality) for image in drawing.images]
+    timings["image"] = 1000 * (time.perf_counter() - begin)
+    return tensors.response(
+        contract.GENERATE,
+        {
+            "images": [files],
+            "seeds": [asked.job.noise_seeds],
+            "timings": [[json.dumps({stage: round(spent, 3) for stage, spent in timings.items()}).encode()]],
+            "image_size": [drawing.images.shape[1:3]],
+        },
+    )
 
 
 def _send(request: Any, response: Any) -> None:

@@ -28,7 +28,7 @@ class RefusalMetrics:
 class DrawingMetrics:
     """`generate`: what was drawn, and where the time went."""
 
-    STAGES = ("queue", "encode", "denoise", "decode", "total")
+    STAGES = ("queue", "encode", "denoise", "decode", "total", "image")
 
     def __init__(self) -> None:
         families = {
@@ -40,7 +40,7 @@ class DrawingMetrics:
         self._counters = {name: family.Metric(labels={}) for name, family in families.items()}
         stage = pb_utils.MetricFamily(
             name="fluxserve_stage_seconds",
-            description="Seconds by stage: queue on the host's clock, the others on the device's",
+            description="Seconds by stage: queue and image on the host's clock, the others on the device's",
             kind=pb_utils.MetricFamily.HISTOGRAM,
         )
         self._stages = {s: stage.Metric(labels={"stage": s}, buckets=_STAGE_BUCKETS) for s in self.STAGES}

@@ -69,7 +69,7 @@ def test_instances() -> None:
     kinds = {name: [(g.kind, g.count) for g in config(name).instance_group] for name in contract.MODELS}
     assert kinds["flux"] == []
     assert kinds["generate"] == [(group.KIND_AUTO, 1)]
-    assert all(kinds[name][0][0] == group.KIND_CPU for name in ("prepare", "encode_image", "control"))
+    assert all(kinds[name][0][0] == group.KIND_CPU for name in ("prepare", "control"))
 
 
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("*/1/model.py")), ids=lambda p: p.parts[-3])

@@ -219,14 +219,13 @@ def shared_memory_needed(gpus: int = 1) -> int:
     limits = max((model.limits for model in spec.FAMILY), key=lambda limits: limits.max_pixels)
     image = 3 * limits.max_pixels  # RGB
     prepare = limits.max_image_bytes + image
-    generate = contract.MAX_BATCH_SIZE * (image + limits.max_images * image)
-    encode = 3 * limits.max_images * image  # pixels, files (a PNG of noise is as large), and the next request's pixels
-    return instances("prepare") * prepare + gpus * generate + instances("encode_image") * encode
+    generate = contract.MAX_BATCH_SIZE * (image + limits.max_images * image)  # a PNG of noise is as large as its pixels
+    return instances("prepare") * prepare + gpus * generate
 
 
 def test_shared_memory() -> None:
     one, eight = shared_memory_needed(1), shared_memory_needed(8)
-    assert (f"{one / 1e9:.2f}", f"{eight / 1e9:.2f}") == ("1.15", "4.32"), (
+    assert (f"{one / 1e9:.2f}", f"{eight / 1e9:.2f}") == ("0.55", "3.72"), (
         "gigabytes, as compose.yaml and README.md say"
     )
     assert size(service()["shm_size"]) >= 1.5 * eight

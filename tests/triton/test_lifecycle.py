@@ -134,7 +134,7 @@ def test_a_worker_that_dies_is_not_ready_and_comes_back() -> None:
     assert len(reports) == 2
 
 
-@pytest.mark.parametrize("model", ["prepare", "encode_image", "control"])
+@pytest.mark.parametrize("model", ["prepare", "control"])
 def test_any_process_that_dies_comes_back(model: str) -> None:
     """With two instances Triton would go on sending every other request to the dead one."""
     reports: list[str] = []
@@ -203,8 +203,8 @@ def test_a_signal_drains_and_leaves_nothing(number: int) -> None:
     with serve() as (process, ports), ThreadPoolExecutor(3) as pool:
         client = grpc(ports)
         pids = tree(process.pid)
-        assert len(pids) >= 8, "the supervisor, the server and six workers"
-        assert len(shared_memory(process.pid)) >= 7, "the table, and a region for each worker"
+        assert len(pids) >= 6, "the supervisor, the server and four workers"
+        assert len(shared_memory(process.pid)) >= 5, "the table, and a region for each worker"
         size = {"height": 384, "width": 384, "num_inference_steps": 60}
         running = pool.submit(client.draw, request_id="running", **size)
         wait_for(lambda: client.control("running", "status")[1] > 0)

@@ -1,4 +1,4 @@
-"""serving/prepare, encode_image, control and the border's errors, against a stand-in for Triton."""
+"""serving/prepare, control and the border's errors, against a stand-in for Triton."""
 
 import io
 import json
@@ -68,7 +68,7 @@ def test_what_prepare_gives_is_its_contract(prepare: Any, table: InflightTable) 
     assert out["pixels"].shape == (1, 128, 64, 0)
     assert out["noise_seeds"].tolist() == [[7, 8, 9]]
     assert out["sigmas"].shape == (1, 21)
-    assert (out["resolved_format"][0], out["resolved_quality"][0], out["guidance"][0, 0]) == (b"jpeg", 3, 3.0)
+    assert (out["resolved_format"][0, 0], out["resolved_quality"][0, 0], out["guidance"][0, 0]) == (b"jpeg", 3, 3.0)
     assert table.status("r").state == "queued"
     assert table.start(int(out["ticket"][0, 0]), 20) >= 0
 
@@ -179,53 +179,16 @@ def _control(request_id: bytes, action: bytes) -> InferenceRequest:
     return InferenceRequest({n: np.array([v], dtype=object) for n, v in values.items()})
 
 
-# --- encode_image ----------------------------------------------------------------------------------------------------
-
-DRAWN = np.random.default_rng(1).integers(0, 256, (1, 2, 64, 96, 3), dtype=np.uint8)
-
-
-def drawn(output_format: bytes = b"png", **changed: Any) -> InferenceRequest:
-    values: dict[str, Any] = {
-        "pixels_out": DRAWN,
-        "stage_timings": np.array([[b'{"queue": 1.23456, "total": 2}']], dtype=object),
-        "noise_seeds": np.array([[7, 8]]),
-        "resolved_format": np.array([output_format], dtype=object),
-        "resolved_quality": np.array([90], dtype=np.int32),
-    }
-    return InferenceRequest({**values, **changed})
-
-
-@pytest.mark.parametrize("output_format", [b"png", b"raw", b"jpeg", b"webp"])
-def test_encode_image(serving: dict[str, Any], output_format: bytes) -> None:
-    (response,) = serving["encode_image"].EncodeImageModel().execute([drawn(output_format)])
-    out = outputs(response)
-    assert list(out) == [t.name for t in contract.ENCODE_IMAGE.outputs]
-    assert (out["seeds"].tolist(), out["image_size"].tolist()) == ([7, 8], [64, 96])
-    timings = json.loads(out["timings"][0])
-    assert (timings["queue"], timings["total"]) == (1.235, 2) and timings["image"] > 0
-    assert len(out["images"]) == 2
-    for file, pixels in zip(out["images"], DRAWN[0], strict=True):
-        if output_format == b"raw":
-            assert file == pixels.tobytes()
-            continue
-        picture = Image.open(io.BytesIO(file))
-        assert picture.format == output_format.decode().upper() and picture.size == (96, 64)
-        assert output_format != b"png" or np.array_equal(np.asarray(picture), pixels)
-
-
-def test_encode_image_answers_each_alone(serving: dict[str, Any]) -> None:
-    broken = drawn(stage_timings=np.array([[b"no JSON"]], dtype=object))
-    bad, good = serving["encode_image"].EncodeImageModel().execute([broken, drawn()])
-    assert error_of(bad)[0] == "INTERNAL" and "JSONDecodeError" in error_of(bad)[1]
-    assert not good.has_error()
+# --- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def test_arrays_are_handed_over_as_they_read(serving: dict[str, Any]) -> None:
     """Triton takes the buffer, not the strides; and the contract's dtype, not the caller's."""
-    view = np.arange(2 * 3 * 4 * 5 * 3).reshape(1, 2, 3, 4, 5, 3)[0].astype(np.uint8)[:, :, ::-1]
-    values = {"pixels_out": view, "stage_timings": [[b"{}"]]}
+    view = np.arange(12, dtype=np.int32).reshape(1, 12)[:, ::-2]
+    values = {"images": [[b"file"]], "seeds": view, "timings": [[b"{}"]], "image_size": [(64, 96)]}
     out = outputs(serving["tensors"].response(contract.GENERATE, values))
-    assert np.array_equal(out["pixels_out"], view) and out["pixels_out"].dtype == np.uint8
+    assert np.array_equal(out["seeds"], view) and out["seeds"].dtype == np.int64
+    assert (out["images"].tolist(), out["image_size"].dtype) == ([[b"file"]], np.int32)
 
 
 # --- the border's errors ---------------------------------------------------------------------------------------------

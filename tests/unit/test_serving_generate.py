@@ -1,5 +1,6 @@
-"""serving/generate against a stand-in for Triton: unlike jobs in one batch, errors, cancellation, slots, metrics."""
+"""serving/generate against a stand-in for Triton: unlike jobs in a batch, files, errors, cancellation, metrics."""
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fluxserve import contract
 from fluxserve.serving.inflight import NO_TICKET, InflightTable
@@ -32,6 +34,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> InflightTable:
 def generate(serving: dict[str, Any], table: InflightTable) -> Iterator[Any]:
     """The shipped model, loaded once."""
     threads = torch.get_num_threads()
+    serving["generate"]._WRITERS = 1  # so that what comes after a file can be waited for
     model = serving["generate"].GenerateModel()
     parameters = {n: {"string_value": v} for n, v in (("inflight", str(table.path)), ("threads", "1"))}
     config = json.dumps({"parameters": parameters})
@@ -56,6 +59,7 @@ def job(
     steps: int = STEPS,
     request_id: str = "",
     cancelled_after: int | None = None,
+    output_format: bytes = b"raw",
     **changed: Any,
 ) -> InferenceRequest:
     values = {
@@ -66,12 +70,18 @@ def job(
         "guidance": np.full((1, 1), 3.0, np.float32),
         "noise_seeds": np.array([seeds]),
         "ticket": np.array([[ticket]]),
+        "resolved_format": np.array([[output_format]], dtype=object),
+        "resolved_quality": np.array([[90]], dtype=np.int32),
     }
     return InferenceRequest({**values, **changed}, request_id, cancelled_after)
 
 
 def images(response: Any) -> np.ndarray:
-    return outputs(response)["pixels_out"]
+    """Of raw files: [1, num_images, height, width, 3]."""
+    out = outputs(response)
+    height, width = out["image_size"][0]
+    files = [np.frombuffer(file, np.uint8).reshape(height, width, 3) for file in out["images"][0]]
+    return np.stack(files)[None]
 
 
 def spent(metric: str, **labels: str) -> float:
@@ -83,13 +93,42 @@ def test_what_generate_gives_is_its_contract(generate: Any, table: InflightTable
     (response,) = answers(generate, [job(table.claim("r"), seeds=(1, 2), size=(64, 96), request_id="r")])
     out = outputs(response)
     assert list(out) == [t.name for t in contract.GENERATE.outputs]
-    assert out["pixels_out"].shape == (1, 2, 64, 96, 3) and out["pixels_out"].dtype == np.uint8
-    timings = json.loads(out["stage_timings"][0, 0])
-    assert list(timings) == ["queue", "encode", "denoise", "decode", "total"]
-    assert timings["total"] == pytest.approx(timings["encode"] + timings["denoise"] + timings["decode"])
+    assert images(response).shape == (1, 2, 64, 96, 3)
+    assert (out["seeds"].tolist(), out["image_size"].tolist()) == ([[1, 2]], [[64, 96]])
+    timings = json.loads(out["timings"][0, 0])
+    assert list(timings) == ["queue", "encode", "denoise", "decode", "total", "image"]
+    assert timings["total"] == pytest.approx(timings["encode"] + timings["denoise"] + timings["decode"], abs=2e-3)
     after = {m: spent(f"{m}_total") for m in before}
     assert {m: after[m] - before[m] for m in after} == {"images": 2, "pixels": 2 * 64 * 96, "steps": 2 * STEPS}
-    assert spent("stage_seconds", stage="denoise") >= timings["denoise"] / 1000
+    assert spent("stage_seconds", stage="denoise") >= timings["denoise"] / 1000 - 1e-6
+
+
+@pytest.mark.parametrize("output_format", [b"png", b"jpeg", b"webp"])
+def test_files(generate: Any, output_format: bytes) -> None:
+    seeds = (1, 2)
+    raw, encoded = (answers(generate, [job(seeds=seeds, output_format=f)])[0] for f in (b"raw", output_format))
+    files = outputs(encoded)["images"][0]
+    assert len(files) == len(seeds)
+    for file, pixels in zip(files, images(raw)[0], strict=True):
+        picture = Image.open(io.BytesIO(file))
+        assert picture.format == output_format.decode().upper() and picture.size == (64, 64)
+        assert output_format != b"png" or np.array_equal(np.asarray(picture), pixels)
+
+
+def test_a_file_that_fails_is_its_own_requests_error(
+    generate: Any, serving: dict[str, Any], table: InflightTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = serving["generate"].write_image
+
+    def fail_for_webp(image: np.ndarray, output_format: str, quality: int) -> bytes:
+        if output_format == "webp":
+            raise RuntimeError("no such codec")
+        return bytes(write(image, output_format, quality))
+
+    monkeypatch.setattr(serving["generate"], "write_image", fail_for_webp)
+    bad, good = answers(generate, [job(table.claim("a"), output_format=b"webp"), job(table.claim("b"))])
+    assert error_of(bad) == ("INTERNAL", "internal error: RuntimeError: no such codec")
+    assert not good.has_error()
 
 
 def test_a_warm_up_is_not_counted_as_an_image(generate: Any) -> None:
