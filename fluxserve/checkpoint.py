@@ -21,7 +21,6 @@ _COMPONENTS = {
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "T5EncoderModel",
 }
-_TEXT_ENCODERS = {"clip": "text_encoder", "t5": "text_encoder_2"}
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -86,8 +85,10 @@ def _spec(path: Path) -> ModelSpec:
         raise UnsupportedArchitecture(where, scheduler.get("_class_name"), _SCHEDULER)
     try:
         spec = specs.from_configs(transformer, vae, scheduler)
-        words = {f"{n}_vocabulary": _json(path / f / "config.json")["vocab_size"] for n, f in _TEXT_ENCODERS.items()}
-        return replace(spec, text=replace(spec.text, **words))
+        text = spec.text
+        for encoder in text.encoders:
+            text = text.changed(encoder.name, vocabulary=_json(path / encoder.folder / "config.json")["vocab_size"])
+        return replace(spec, text=text)
     except KeyError as error:
         raise CheckpointError(f"{path}: a config.json lacks {error}") from error
     except (TypeError, ValueError) as error:

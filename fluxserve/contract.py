@@ -86,8 +86,8 @@ FLUX = ModelContract("flux", REQUEST_INPUTS, _ANSWER)
 # What crosses from `prepare` to `generate`. Triton batches requests whose shapes are equal, so whatever has to be equal
 # in a batch is a shape here: the size and the task (channels) in `pixels`, the number of steps in `sigmas`.
 _JOB = (
-    _tensor("clip_ids", "INT64", [ANY], "CLIP's tokens"),
-    _tensor("t5_ids", "INT64", [ANY], "T5's tokens"),
+    _tensor("token_ids", "INT64", [ANY], "the first text encoder's tokens"),
+    _tensor("token_ids_2", "INT64", [ANY], "the second's"),
     _tensor("pixels", "UINT8", [ANY, ANY, ANY], "[height, width, channels]: 0 channels for text-to-image, else 3"),
     _tensor("sigmas", "FP32", [ANY], "noise levels, one more than there are steps to run"),
     _tensor("guidance", "FP32", [1], "distilled guidance"),

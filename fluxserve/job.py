@@ -24,12 +24,17 @@ class Job:
     carries the size, so that requests Triton may batch are exactly those whose shapes are equal.
     """
 
-    clip_ids: npt.NDArray[np.int64]  # [clip_tokens]
-    t5_ids: npt.NDArray[np.int64]  # [t5_tokens]
+    token_ids: npt.NDArray[np.int64]  # [tokens] of the first text encoder
+    token_ids_2: npt.NDArray[np.int64]  # [tokens] of the second
     pixels: npt.NDArray[np.uint8]  # [height, width, 0 or 3]
     sigmas: npt.NDArray[np.float32]  # [steps + 1], falling to 0
     guidance: float
     noise_seeds: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """Of every text encoder, in the spec's order."""
+        return self.token_ids, self.token_ids_2
 
     @property
     def height(self) -> int:
@@ -61,10 +66,8 @@ class Job:
         if self.height * self.width > limits.max_pixels or self.pixels.shape[2] not in _CHANNELS:
             allowed = f"at most {limits.max_pixels} pixels of {' or '.join(map(str, _CHANNELS))} channels"
             raise InvalidRequest("pixels", " x ".join(map(str, self.pixels.shape)), allowed)
-        for name, ids, most, known in (
-            ("clip_ids", self.clip_ids, spec.text.clip_tokens, spec.text.clip_vocabulary),
-            ("t5_ids", self.t5_ids, spec.text.t5_tokens, spec.text.t5_vocabulary),
-        ):
+        for name, ids, encoder in zip(("token_ids", "token_ids_2"), self.ids, spec.text.encoders, strict=False):
+            most, known = encoder.tokens, encoder.vocabulary
             if not 0 < len(ids) <= most or ids.min() < 0 or ids.max() >= known:
                 raise InvalidRequest(name, f"{len(ids)} ids", f"1 to {most} ids from 0 to {known - 1}")
         if not 0 < self.steps <= limits.max_inference_steps or not ((self.sigmas >= 0) & (self.sigmas <= 1)).all():
@@ -79,12 +82,12 @@ class Job:
     @property
     def likeness(self) -> tuple[object, ...]:
         """What two jobs must share to go through the loop together."""
-        return self.pixels.shape, self.sigmas.tobytes(), len(self.clip_ids), len(self.t5_ids)
+        return self.pixels.shape, self.sigmas.tobytes(), len(self.token_ids), len(self.token_ids_2)
 
 
 def plan(request: Request, spec: ModelSpec, tokenizers: Tokenizers) -> Job:
     """Tokenise the prompt, lay out the schedule, scale the input image."""
-    ids = tokenizers(request.prompt)
+    first, second = tokenizers(request.prompt).values()
     tokens = spec.image_tokens(request.height, request.width)
     sigmas = flow.sigmas(request.num_inference_steps, tokens, spec.schedule)
     if request.image is None or request.strength is None:
@@ -93,4 +96,4 @@ def plan(request: Request, spec: ModelSpec, tokenizers: Tokenizers) -> Job:
         pixels = request.image.resized(request.height, request.width)
         start = flow.image_to_image_start(request.num_inference_steps, request.strength)
         sigmas = sigmas[min(start, request.num_inference_steps - 1) :]
-    return Job(ids.clip, ids.t5, pixels, sigmas, request.guidance_scale, request.seeds)
+    return Job(first, second, pixels, sigmas, request.guidance_scale, request.seeds)

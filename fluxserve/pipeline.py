@@ -40,7 +40,7 @@ class Drawing:
 class Conditioning:
     """What the prompts say.
 
-    pooled [rows, pooled_projection_dim], sequence [rows, t5_tokens, joint_attention_dim], guidance float32 [rows].
+    pooled [rows, pooled_projection_dim], sequence [rows, tokens, joint_attention_dim], guidance float32 [rows].
     """
 
     pooled: Tensor
@@ -87,10 +87,10 @@ class Pipeline:
 
     def _nothing(self, height: int, width: int) -> Job:
         """A job of no words and a black picture."""
-        text = self.spec.text
+        first, second = (np.zeros(encoder.tokens, dtype=np.int64) for encoder in self.spec.text.encoders)
         return Job(
-            clip_ids=np.zeros(text.clip_tokens, dtype=np.int64),
-            t5_ids=np.zeros(text.t5_tokens, dtype=np.int64),
+            token_ids=first,
+            token_ids_2=second,
             pixels=np.zeros((height, width, RGB_CHANNELS), dtype=np.uint8),
             sigmas=np.array([1.0, 0.0], dtype=np.float32),
             guidance=self.spec.defaults.guidance_scale,
@@ -142,13 +142,14 @@ class Pipeline:
 
     def encode(self, job: Job) -> Conditioning:
         """Prompt tokens → embeddings of one row."""
-        clip = self._bind(self._engines.clip, {"input_ids": (1, len(job.clip_ids))})
-        t5 = self._bind(self._engines.t5, {"input_ids": (1, len(job.t5_ids))})
-        for bound, ids in ((clip, job.clip_ids), (t5, job.t5_ids)):
+        outputs: dict[str, Tensor] = {}
+        for encoder, ids in zip(self.spec.text.encoders, job.ids, strict=True):
+            bound = self._bind(self._engines.text[encoder.name], {"input_ids": (1, len(ids))})
             bound.inputs["input_ids"].copy_(torch.from_numpy(ids)[None])
             bound.run()
+            outputs |= {name: value.clone() for name, value in bound.outputs.items()}
         guidance = torch.full((1,), job.guidance, dtype=torch.float32, device=self.device)
-        return Conditioning(clip.outputs["pooled"].clone(), t5.outputs["sequence"].clone(), guidance)
+        return Conditioning(outputs["pooled"], outputs["sequence"], guidance)
 
     def start(self, job: Job, seed: int) -> Tensor:
         """Where the loop begins: noise, or noise mixed with the input image; packed, float32 [1, image_tokens, C].

@@ -82,13 +82,35 @@ class ScheduleSpec(_Numbers):
 
 
 @dataclass(frozen=True)
-class TextSpec:
-    """Tokens given to CLIP (pooled) and to T5 (sequence), both padded to the full length; and how many each knows."""
+class EncoderSpec:
+    """A text encoder: the folders of its weights and of its tokenizer, and how many words it knows.
 
-    clip_tokens: int = 77
-    t5_tokens: int = 512
-    clip_vocabulary: int = 49408
-    t5_vocabulary: int = 32128
+    A prompt is always padded to `tokens`.
+    """
+
+    name: str
+    folder: str
+    tokenizer: str
+    tokens: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """The text encoders, in the order of their folders. The last one's sequence is what the blocks attend to."""
+
+    encoders: tuple[EncoderSpec, ...]
+
+    @property
+    def sequence(self) -> EncoderSpec:
+        return self.encoders[-1]
+
+    def named(self, name: str) -> EncoderSpec:
+        return next(encoder for encoder in self.encoders if encoder.name == name)
+
+    def changed(self, name: str, **values: Any) -> "TextSpec":
+        """The same encoders, one of them with other numbers."""
+        return TextSpec(tuple(replace(e, **values) if e.name == name else e for e in self.encoders))
 
 
 @dataclass(frozen=True)
@@ -134,6 +156,11 @@ class ModelSpec:
             raise ValueError(f"in_channels {self.transformer.in_channels} must be {packed} for this VAE")
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """The names of what the model is run with, text encoders first."""
+        return (*(encoder.name for encoder in self.text.encoders), "transformer", "vae_encoder", "vae_decoder")
+
+    @property
     def size_multiple(self) -> int:
         """Pixels a side must be a multiple of: one token."""
         return self.vae.downscale * PATCH
@@ -156,6 +183,14 @@ _FLUX1 = TransformerSpec(
     guidance_embeds=True,
 )
 _FLUX1_VAE = VaeSpec(latent_channels=16, downscale=8, scaling_factor=0.3611, shift_factor=0.1159)
+
+
+def _flux1_text(tokens: int) -> TextSpec:
+    """CLIP, whose pooled embedding modulates the blocks, and T5 with so many tokens."""
+    clip = EncoderSpec("clip", "text_encoder", "tokenizer", tokens=77, vocabulary=49408)
+    return TextSpec((clip, EncoderSpec("t5", "text_encoder_2", "tokenizer_2", tokens, vocabulary=32128)))
+
+
 _FLUX1_LIMITS = Limits(min_side=64, max_side=2048, max_pixels=2048 * 2048)
 
 FLUX1_DEV = ModelSpec(
@@ -163,7 +198,7 @@ FLUX1_DEV = ModelSpec(
     transformer=_FLUX1,
     vae=_FLUX1_VAE,
     schedule=ScheduleSpec(use_dynamic_shifting=True, shift=3.0),
-    text=TextSpec(t5_tokens=512),
+    text=_flux1_text(512),
     defaults=Defaults(side=1024, num_inference_steps=28, guidance_scale=3.5),
     limits=_FLUX1_LIMITS,
 )
@@ -172,7 +207,7 @@ FLUX1_SCHNELL = ModelSpec(
     transformer=replace(_FLUX1, guidance_embeds=False),
     vae=_FLUX1_VAE,
     schedule=ScheduleSpec(use_dynamic_shifting=False, shift=1.0),
-    text=TextSpec(t5_tokens=256),
+    text=_flux1_text(256),
     defaults=Defaults(side=1024, num_inference_steps=4, guidance_scale=0.0),
     limits=_FLUX1_LIMITS,
 )
@@ -189,7 +224,7 @@ TINY = ModelSpec(
     ),
     vae=VaeSpec(latent_channels=16, downscale=8, scaling_factor=1.0, shift_factor=0.0),  # the folder has its own
     schedule=ScheduleSpec(use_dynamic_shifting=True, shift=3.0),
-    text=TextSpec(t5_tokens=32),
+    text=_flux1_text(32),
     defaults=Defaults(side=128, num_inference_steps=20, guidance_scale=3.0),
     limits=Limits(min_side=64, max_side=512, max_pixels=512 * 512),
 )

@@ -4,7 +4,7 @@ CLIP reads at most 77 tokens and gives the pooled embedding; T5 reads the longer
 Both are padded to their full length and neither is masked: FLUX.1 was trained so (FluxPipeline._get_t5_prompt_embeds).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,37 +13,26 @@ import transformers
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.errors import CheckpointError, UnsupportedArchitecture
-from fluxserve.spec import TextSpec
+from fluxserve.spec import EncoderSpec
 
 _CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast")
 
 Ids = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class TokenIds:
-    """clip: int64 [clip_tokens]; t5: int64 [t5_tokens]."""
-
-    clip: Ids
-    t5: Ids
-
-
 class Tokenizers:
-    """Both tokenizers of a checkpoint, loaded from its folder alone."""
+    """The tokenizers of a checkpoint, loaded from its folder alone."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._lengths: TextSpec = checkpoint.spec.text
-        self._clip = _load(checkpoint, "tokenizer", self._lengths.clip_vocabulary)
-        self._t5 = _load(checkpoint, "tokenizer_2", self._lengths.t5_vocabulary)
+        self._tokenizers = [(encoder, _load(checkpoint, encoder)) for encoder in checkpoint.spec.text.encoders]
 
-    def __call__(self, prompt: str) -> TokenIds:
-        return TokenIds(
-            clip=_encode(self._clip, prompt, self._lengths.clip_tokens),
-            t5=_encode(self._t5, prompt, self._lengths.t5_tokens),
-        )
+    def __call__(self, prompt: str) -> Mapping[str, Ids]:
+        """Name of a text encoder → its ids, int64 [tokens]."""
+        return {encoder.name: _encode(tokenizer, prompt, encoder) for encoder, tokenizer in self._tokenizers}
 
 
-def _load(checkpoint: Checkpoint, name: str, vocabulary: int) -> Any:
+def _load(checkpoint: Checkpoint, encoder: EncoderSpec) -> Any:
+    name, vocabulary = encoder.tokenizer, encoder.vocabulary
     folder = checkpoint.component(name)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: missing; expected a tokenizer")
@@ -63,6 +52,6 @@ def _load(checkpoint: Checkpoint, name: str, vocabulary: int) -> Any:
     return tokenizer
 
 
-def _encode(tokenizer: Any, prompt: str, length: int) -> Ids:
-    ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)["input_ids"]
+def _encode(tokenizer: Any, prompt: str, encoder: EncoderSpec) -> Ids:
+    ids = tokenizer(prompt, padding="max_length", max_length=encoder.tokens, truncation=True)["input_ids"]
     return np.asarray(ids, dtype=np.int64)

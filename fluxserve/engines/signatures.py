@@ -15,7 +15,7 @@ def _rows(most: int = MAX_ROWS) -> Dim:
 
 def clip(spec: ModelSpec) -> Signature:
     """Token ids → the pooled embedding, taken at the end-of-text token."""
-    tokens = Dim("tokens", 1, spec.text.clip_tokens)
+    tokens = Dim("tokens", 1, spec.text.named("clip").tokens)
     return Signature(
         inputs=(TensorSpec("input_ids", "int64", (_rows(), tokens)),),
         outputs=(TensorSpec("pooled", FLOATING, (_rows(), spec.transformer.pooled_projection_dim)),),
@@ -24,7 +24,7 @@ def clip(spec: ModelSpec) -> Signature:
 
 def t5(spec: ModelSpec) -> Signature:
     """Token ids → the last hidden state of every token."""
-    tokens = Dim("tokens", 1, spec.text.t5_tokens)
+    tokens = Dim("tokens", 1, spec.text.named("t5").tokens)
     return Signature(
         inputs=(TensorSpec("input_ids", "int64", (_rows(), tokens)),),
         outputs=(TensorSpec("sequence", FLOATING, (_rows(), tokens, spec.transformer.joint_attention_dim)),),
@@ -35,7 +35,7 @@ def transformer(spec: ModelSpec) -> Signature:
     """Packed latents, conditioning, timestep (σ, in 0..1) → velocity. `guidance` is ignored by a model without it."""
     shape, rows = spec.transformer, _rows()
     most = spec.limits.max_pixels // spec.size_multiple**2
-    image, text = Dim("image_tokens", 1, most), Dim("text_tokens", 1, spec.text.t5_tokens)
+    image, text = Dim("image_tokens", 1, most), Dim("text_tokens", 1, spec.text.sequence.tokens)
     return Signature(
         inputs=(
             TensorSpec("hidden_states", FLOATING, (rows, image, shape.in_channels)),
@@ -80,7 +80,7 @@ BY_COMPONENT = {
     "vae_encoder": vae_encoder,
     "vae_decoder": vae_decoder,
 }
-"""Field of base.Components → its signature of a ModelSpec."""
+"""Name of a component → its signature of a ModelSpec, which says what components it has."""
 
 
 def exported(component: Component, spec: ModelSpec) -> Signature:

@@ -178,12 +178,12 @@ def load_module(checkpoint: Checkpoint, component: str, device: str, dtype: torc
 
 
 def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Components:
-    """Load all five components; see engines.open.open_components."""
+    """Load every component; see engines.open.open_components."""
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    names = ("clip", "t5", "transformer", "vae_decoder")
-    clip, t5, transformer, vae = (load_module(checkpoint, n, device, getattr(torch, dtype)) for n in names)
-    return from_modules(checkpoint.spec, clip, t5, transformer, vae)
+    names = (name for name in checkpoint.spec.components if name != "vae_encoder")  # whose module is the decoder's
+    modules = {name: load_module(checkpoint, name, device, getattr(torch, dtype)) for name in names}
+    return from_modules(checkpoint.spec, {**modules, "vae_encoder": modules["vae_decoder"]})
 
 
 def _refuse_gaps(folder: Path, report: Mapping[str, Iterable[object]]) -> None:
@@ -196,12 +196,11 @@ def _refuse_gaps(folder: Path, report: Mapping[str, Iterable[object]]) -> None:
             )
 
 
-def from_modules(spec: ModelSpec, clip: nn.Module, t5: nn.Module, transformer: nn.Module, vae: nn.Module) -> Components:
-    """Wrap modules that are loaded already, all on one device and of one dtype."""
-    modules = {"clip": clip, "t5": t5, "transformer": transformer, "vae_encoder": vae, "vae_decoder": vae}
-    return Components(
-        **{
-            name: TorchEngine(signature(spec), ARCHITECTURES[name].wrapper(modules[name]))
-            for name, signature in signatures.BY_COMPONENT.items()
+def from_modules(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> Components:
+    """Wrap modules that are loaded already, by the component's name, all on one device and of one dtype."""
+    return Components.of(
+        {
+            name: TorchEngine(signatures.BY_COMPONENT[name](spec), ARCHITECTURES[name].wrapper(modules[name]))
+            for name in spec.components
         }
     )

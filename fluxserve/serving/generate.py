@@ -80,8 +80,8 @@ class GenerateModel(ServedModel):
                     name, f"a batch of {len(array)}", "one request at a time; Triton forms the batches"
                 )
         job = Job(
-            clip_ids=arrays["clip_ids"][0],
-            t5_ids=arrays["t5_ids"][0],
+            token_ids=arrays["token_ids"][0],
+            token_ids_2=arrays["token_ids_2"][0],
             pixels=arrays["pixels"][0],
             sigmas=arrays["sigmas"][0],
             guidance=float(arrays["guidance"][0, 0]),

@@ -57,8 +57,8 @@ class PrepareModel(ServedModel):
 def _job_tensors(job: Job, ticket: int) -> dict[str, Any]:
     """contract.PREPARE's outputs; each with the batch dimension of 1 that `generate` takes."""
     return {
-        "clip_ids": job.clip_ids[None],
-        "t5_ids": job.t5_ids[None],
+        "token_ids": job.token_ids[None],
+        "token_ids_2": job.token_ids_2[None],
         "pixels": job.pixels[None],
         "sigmas": job.sigmas[None],
         "guidance": [[job.guidance]],

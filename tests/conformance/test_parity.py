@@ -38,14 +38,14 @@ def job_of(
 ) -> Job:
     """A job with random tokens: the parity of tokenisers is another test's business."""
     rng = np.random.default_rng(prompt_seed)
-    clip_ids = rng.integers(0, random_flux.VOCABULARY - 2, spec.text.clip_tokens)
+    clip_ids = rng.integers(0, random_flux.VOCABULARY - 2, spec.text.named("clip").tokens)
     clip_ids[20:] = random_flux.VOCABULARY - 1
     sigmas = flow.sigmas(steps, spec.image_tokens(*size), spec.schedule)
     pixels = np.empty((*size, 0), dtype=np.uint8)
     if image is not None:
         pixels = image
         sigmas = sigmas[flow.image_to_image_start(steps, strength) :]
-    t5_ids = rng.integers(0, random_flux.VOCABULARY, spec.text.t5_tokens)
+    t5_ids = rng.integers(0, random_flux.VOCABULARY, spec.text.sequence.tokens)
     return Job(clip_ids, t5_ids, pixels, sigmas, guidance, tuple(seeds))
 
 
@@ -66,8 +66,8 @@ def their_run(
     # One image a row: given a single one, diffusers draws the posterior's sample from the first generator alone.
     task = {} if image is None else {"image": [Image.fromarray(image)] * rows, "strength": strength}
     images = pipe(
-        prompt_embeds=flux.t5(torch.from_numpy(job.t5_ids)[None]).last_hidden_state.expand(rows, -1, -1),
-        pooled_prompt_embeds=flux.clip(torch.from_numpy(job.clip_ids)[None]).pooler_output.expand(rows, -1),
+        prompt_embeds=flux.t5(torch.from_numpy(job.token_ids_2)[None]).last_hidden_state.expand(rows, -1, -1),
+        pooled_prompt_embeds=flux.clip(torch.from_numpy(job.token_ids)[None]).pooler_output.expand(rows, -1),
         height=job.height,
         width=job.width,
         num_inference_steps=steps,

@@ -65,7 +65,7 @@ class OnnxOf:
     def __call__(self, flux: "RandomFlux") -> Components:
         if id(flux) not in self._traced:
             self._traced[id(flux)] = self._trace(flux, self._folder / str(len(self._traced)))
-        return Components(**self._traced[id(flux)])
+        return Components.of(self._traced[id(flux)])
 
     def _trace(self, flux: "RandomFlux", folder: Path) -> dict[str, Engine]:
         import torch

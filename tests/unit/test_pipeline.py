@@ -25,10 +25,10 @@ IMAGE = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
 def a_job(seeds: tuple[int, ...] = (0,), steps: int = STEPS, prompt: int = 5, side: int = 64) -> Job:
     spec = FLUX().spec
-    clip_ids = np.full(spec.text.clip_tokens, random_flux.VOCABULARY - 1)
+    clip_ids = np.full(spec.text.named("clip").tokens, random_flux.VOCABULARY - 1)
     clip_ids[:8] = prompt
     sigmas = flow.sigmas(steps, spec.image_tokens(side, side), spec.schedule)
-    t5_ids = np.full(spec.text.t5_tokens, prompt)
+    t5_ids = np.full(spec.text.sequence.tokens, prompt)
     return Job(clip_ids, t5_ids, np.empty((side, side, 0), np.uint8), sigmas, 3.5, seeds)
 
 
@@ -214,7 +214,7 @@ def tokenizers() -> Tokenizers:
 
 
 def planned(tokenizers: Tokenizers, steps: int = 8, strength: float | None = None, side: int = 64) -> Job:
-    spec = replace(FLUX().spec, text=replace(FLUX().spec.text, t5_tokens=32))
+    spec = replace(FLUX().spec, text=FLUX().spec.text.changed("t5", tokens=32))
     image = read_image(write_image(IMAGE, "png", 90), spec.limits) if strength is not None else None
     request = Request("a fox", side, side, steps, 3.5, 40, 2, image, strength, "png", 90)
     return plan(request, spec, tokenizers)
@@ -225,7 +225,8 @@ def test_plan(tokenizers: Tokenizers) -> None:
     assert (job.height, job.width, job.steps, job.guidance, job.noise_seeds) == (64, 64, 8, 3.5, (40, 41))
     assert not job.is_image_to_image and job.pixels.nbytes == 0
     assert np.array_equal(job.sigmas, flow.sigmas(8, 16, FLUX().spec.schedule))
-    assert np.array_equal(job.clip_ids, tokenizers("a fox").clip) and np.array_equal(job.t5_ids, tokenizers("a fox").t5)
+    assert np.array_equal(job.token_ids, tokenizers("a fox")["clip"])
+    assert np.array_equal(job.token_ids_2, tokenizers("a fox")["t5"])
 
 
 @pytest.mark.parametrize(
@@ -245,14 +246,14 @@ def test_the_image_is_scaled_to_the_size(tokenizers: Tokenizers) -> None:
 
 def test_likeness(tokenizers: Tokenizers) -> None:
     job = planned(tokenizers)
-    assert job.likeness == replace(job, guidance=1.0, noise_seeds=(9,), clip_ids=job.clip_ids + 1).likeness
+    assert job.likeness == replace(job, guidance=1.0, noise_seeds=(9,), token_ids=job.token_ids + 1).likeness
     others = [
         planned(tokenizers, steps=7),
         planned(tokenizers, side=96),
         planned(tokenizers, strength=1.0),
         replace(job, sigmas=job.sigmas**2),
-        replace(job, t5_ids=job.t5_ids[:-1]),
-        replace(job, clip_ids=job.clip_ids[:-1]),
+        replace(job, token_ids_2=job.token_ids_2[:-1]),
+        replace(job, token_ids=job.token_ids[:-1]),
     ]
     assert len({j.likeness for j in [job, *others]}) == 7
 

@@ -55,7 +55,7 @@ def test_the_tables_agree_with_the_published_configurations(
 
 
 def test_the_family() -> None:
-    assert (FLUX1_DEV.text.t5_tokens, FLUX1_SCHNELL.text.t5_tokens) == (512, 256)
+    assert (FLUX1_DEV.text.sequence.tokens, FLUX1_SCHNELL.text.sequence.tokens) == (512, 256)
     assert FLUX1_DEV.transformer.hidden_size == FLUX1_SCHNELL.transformer.hidden_size == 3072
     assert TINY.transformer.hidden_size == 256
     assert FLUX1_DEV.defaults == spec.Defaults(1024, 28, 3.5)

@@ -43,7 +43,7 @@ def vocabulary(tiny: Checkpoint, name: str) -> int:
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_shapes_and_range(tiny: Checkpoint, tokenizers: Tokenizers, prompt: str) -> None:
     ids = tokenizers(prompt)
-    for array, length, encoder in ((ids.clip, 77, "text_encoder"), (ids.t5, 32, "text_encoder_2")):
+    for array, length, encoder in ((ids["clip"], 77, "text_encoder"), (ids["t5"], 32, "text_encoder_2")):
         assert array.dtype == np.int64
         assert array.shape == (length,)
         assert array.min() >= 0 and array.max() < vocabulary(tiny, encoder), "the embedding has a row for each"
@@ -52,23 +52,24 @@ def test_shapes_and_range(tiny: Checkpoint, tokenizers: Tokenizers, prompt: str)
 def test_beginning_end_and_padding(tokenizers: Tokenizers) -> None:
     ids = tokenizers("a fox")
     begin, end = 1503, 1504
-    at = int(np.flatnonzero(ids.clip == end)[0])
-    assert ids.clip[0] == begin and 2 <= at < 10
-    assert (ids.clip[at:] == end).all(), "CLIP's padding is its end token"
-    at = int(np.flatnonzero(ids.t5 == 1)[0])
-    assert (ids.t5[at + 1 :] == 0).all() and (ids.t5[:at] > 1).all()
+    at = int(np.flatnonzero(ids["clip"] == end)[0])
+    assert ids["clip"][0] == begin and 2 <= at < 10
+    assert (ids["clip"][at:] == end).all(), "CLIP's padding is its end token"
+    at = int(np.flatnonzero(ids["t5"] == 1)[0])
+    assert (ids["t5"][at + 1 :] == 0).all() and (ids["t5"][:at] > 1).all()
 
 
 def test_a_long_prompt_is_cut_and_keeps_its_end(tokenizers: Tokenizers) -> None:
     ids = tokenizers("a fox and an apple " * 200)
-    assert ids.clip[-1] == 1504 and (ids.clip[1:-1] < 1503).all()
-    assert ids.t5[-1] == 1 and (ids.t5[:-1] > 1).all()
-    assert np.array_equal(ids.clip, tokenizers("a fox and an apple " * 300).clip)
+    assert ids["clip"][-1] == 1504 and (ids["clip"][1:-1] < 1503).all()
+    assert ids["t5"][-1] == 1 and (ids["t5"][:-1] > 1).all()
+    assert np.array_equal(ids["clip"], tokenizers("a fox and an apple " * 300)["clip"])
 
 
 def test_prompts_differ(tokenizers: Tokenizers) -> None:
     seen = {
-        (ids.clip.tobytes(), ids.t5.tobytes()) for ids in map(tokenizers, ["a fox", "a red fox", "a red apple", "🦊"])
+        (ids["clip"].tobytes(), ids["t5"].tobytes())
+        for ids in map(tokenizers, ["a fox", "a red fox", "a red apple", "🦊"])
     }
     assert len(seen) == 4
 
@@ -76,7 +77,10 @@ def test_prompts_differ(tokenizers: Tokenizers) -> None:
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_as_the_pipeline_of_diffusers_calls_them(tiny: Checkpoint, tokenizers: Tokenizers, prompt: str) -> None:
     """FluxPipeline._get_clip_prompt_embeds and _get_t5_prompt_embeds."""
-    for name, length, ours in (("tokenizer", 77, tokenizers(prompt).clip), ("tokenizer_2", 32, tokenizers(prompt).t5)):
+    for name, length, ours in (
+        ("tokenizer", 77, tokenizers(prompt)["clip"]),
+        ("tokenizer_2", 32, tokenizers(prompt)["t5"]),
+    ):
         theirs = AutoTokenizer.from_pretrained(tiny.component(name), local_files_only=True)(
             [prompt],
             padding="max_length",

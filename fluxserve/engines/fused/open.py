@@ -82,11 +82,13 @@ def _load(
 ) -> Components:
     spec = checkpoint.spec
     read = Reader(checkpoint.component("transformer"), device)
-    most = (spec.limits.max_pixels // spec.size_multiple**2, spec.text.t5_tokens, _ROWS)
+    most = (spec.limits.max_pixels // spec.size_multiple**2, spec.text.sequence.tokens, _ROWS)
     components = Components(
         transformer=FusedTransformer(spec, read, device, precision, scales, run, most),
-        t5=FusedT5(checkpoint, device, precision, run),
-        clip=FusedClip(checkpoint, device, precision),
+        text={
+            "t5": FusedT5(checkpoint, device, precision, run),
+            "clip": FusedClip(checkpoint, device, precision),
+        },
         vae_decoder=vae.decoder(checkpoint, device, precision, run),
         vae_encoder=vae.encoder(checkpoint, device, precision, run),
     )
