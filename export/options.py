@@ -101,6 +101,8 @@ class Options:
 
     def check(self, spec: ModelSpec) -> None:
         """Raises ExportError."""
+        if spec.transformer.generation != 1:
+            raise ExportError(f"checkpoint: got {spec.name}; expected a FLUX.1 model. torch_eager runs FLUX.2 as it is")
         self.sizes.check(spec)
         if self.engine == ONNXRUNTIME and self.precision == "bf16":
             raise ExportError("precision: got bf16; ONNX Runtime on a CPU computes in fp32, fp16 or (simulated) fp8")

@@ -1,7 +1,7 @@
-"""What a model IS: frozen facts about each member of the FLUX.1 family. No I/O, no torch.
+"""What a model IS: frozen facts about each member of the FLUX family. No I/O, no torch.
 
 The numbers are those of the published diffusers configurations (transformer/config.json, vae/config.json,
-scheduler/scheduler_config.json of FLUX.1-dev and FLUX.1-schnell) and of the pipelines' defaults.
+scheduler/scheduler_config.json of FLUX.1-dev, FLUX.1-schnell and FLUX.2-klein) and of the pipelines' defaults.
 """
 
 import math
@@ -20,28 +20,33 @@ class _Numbers:
         for field in fields(self):  # type: ignore[arg-type]
             value, kind = getattr(self, field.name), field.type
             whole = isinstance(value, int) and not isinstance(value, bool)
-            fits = {
+            fits: dict[object, bool] = {
                 int: whole and value > 0,
+                int | None: value is None or (whole and value > 0),
                 float: whole or (isinstance(value, float) and math.isfinite(value)),
                 bool: isinstance(value, bool),
             }
-            if isinstance(kind, type) and not fits.get(kind, True):
-                raise ValueError(f"{field.name}: got {value!r}; expected a {kind.__name__}")
+            if not fits.get(kind, True):
+                raise ValueError(f"{field.name}: got {value!r}; expected a {getattr(kind, '__name__', kind)}")
 
 
 @dataclass(frozen=True)
 class TransformerSpec(_Numbers):
-    """FluxTransformer2DModel: `num_layers` double and `num_single_layers` single blocks."""
+    """FluxTransformer2DModel or, of generation 2, Flux2Transformer2DModel: double (`num_layers`) and single blocks.
+
+    Generation 2 has no pooled embedding, one modulation for all blocks of a kind, SwiGLU, and no biases.
+    """
 
     num_layers: int
     num_single_layers: int
     num_attention_heads: int
     attention_head_dim: int
     joint_attention_dim: int
-    pooled_projection_dim: int
     guidance_embeds: bool
+    pooled_projection_dim: int | None = None
     in_channels: int = 64
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    generation: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +60,10 @@ class TransformerSpec(_Numbers):
 
 @dataclass(frozen=True)
 class VaeSpec(_Numbers):
-    """AutoencoderKL: `downscale` pixels to a latent pixel; latents are (z - shift) * scaling."""
+    """AutoencoderKL: `downscale` pixels to a latent pixel; latents are (z - shift) * scaling.
+
+    AutoencoderKLFlux2 scales by statistics that are among its weights: its factors are 1 and 0 here.
+    """
 
     latent_channels: int
     downscale: int
@@ -65,7 +73,10 @@ class VaeSpec(_Numbers):
 
 @dataclass(frozen=True)
 class ScheduleSpec(_Numbers):
-    """FlowMatchEulerDiscreteScheduler: a static `shift`, or one that grows with the number of image tokens."""
+    """FlowMatchEulerDiscreteScheduler: a static `shift`, or one that grows with the number of image tokens.
+
+    With `empirical_shift` the latter is Flux2Pipeline's, which depends on the number of steps as well.
+    """
 
     use_dynamic_shifting: bool
     shift: float = 1.0
@@ -74,6 +85,7 @@ class ScheduleSpec(_Numbers):
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
     num_train_timesteps: int = 1000
+    empirical_shift: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +97,8 @@ class ScheduleSpec(_Numbers):
 class EncoderSpec:
     """A text encoder: the folders of its weights and of its tokenizer, and how many words it knows.
 
-    A prompt is always padded to `tokens`.
+    A prompt is always padded to `tokens`. With `layers` it is a language model: it reads the prompt as a chat's turn,
+    is told which tokens are padding, and gives the hidden states after so many layers, one behind the other.
     """
 
     name: str
@@ -93,6 +106,7 @@ class EncoderSpec:
     tokenizer: str
     tokens: int
     vocabulary: int
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,11 @@ class ModelSpec:
         return (*(encoder.name for encoder in self.text.encoders), "transformer", "vae_encoder", "vae_decoder")
 
     @property
+    def redraws_images(self) -> bool:
+        """Whether it starts from an input image and noise (image-to-image with a strength), as FLUX.1 does."""
+        return self.transformer.generation == 1
+
+    @property
     def size_multiple(self) -> int:
         """Pixels a side must be a multiple of: one token."""
         return self.vae.downscale * PATCH
@@ -211,6 +230,37 @@ FLUX1_SCHNELL = ModelSpec(
     defaults=Defaults(side=1024, num_inference_steps=4, guidance_scale=0.0),
     limits=_FLUX1_LIMITS,
 )
+
+# A klein is distilled to 4 steps, beyond twice as many it gains nothing; and guidance has no input to go to.
+_KLEIN_4B = TransformerSpec(
+    num_layers=5,
+    num_single_layers=20,
+    num_attention_heads=24,
+    attention_head_dim=128,
+    joint_attention_dim=7680,
+    guidance_embeds=False,
+    in_channels=128,
+    axes_dims_rope=(32, 32, 32, 32),
+    generation=2,
+)
+_QWEN3 = EncoderSpec("qwen3", "text_encoder", "tokenizer", tokens=512, vocabulary=151936, layers=(9, 18, 27))
+
+FLUX2_KLEIN_4B = ModelSpec(
+    name="flux.2-klein-4b",
+    transformer=_KLEIN_4B,
+    vae=VaeSpec(latent_channels=32, downscale=8, scaling_factor=1.0, shift_factor=0.0),
+    schedule=ScheduleSpec(use_dynamic_shifting=True, shift=3.0, empirical_shift=True),
+    text=TextSpec((_QWEN3,)),
+    defaults=Defaults(side=1024, num_inference_steps=4, guidance_scale=1.0),
+    limits=replace(_FLUX1_LIMITS, max_inference_steps=8, max_guidance_scale=1.0),
+)
+FLUX2_KLEIN_9B = replace(
+    FLUX2_KLEIN_4B,
+    name="flux.2-klein-9b",
+    transformer=replace(
+        _KLEIN_4B, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288
+    ),
+)
 TINY = ModelSpec(
     name="tiny",
     transformer=TransformerSpec(
@@ -229,7 +279,7 @@ TINY = ModelSpec(
     limits=Limits(min_side=64, max_side=512, max_pixels=512 * 512),
 )
 
-FAMILY: tuple[ModelSpec, ...] = (FLUX1_DEV, FLUX1_SCHNELL, TINY)
+FAMILY: tuple[ModelSpec, ...] = (FLUX1_DEV, FLUX1_SCHNELL, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, TINY)
 
 
 def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> ModelSpec:
@@ -237,7 +287,7 @@ def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], schedul
 
     A fine-tune keeps its base's transformer shape, and with it the base's defaults and limits; the VAE's scale and
     the schedule are always the folder's own. A shape nobody published gets FLUX.1-dev's or -schnell's defaults,
-    by whether it has a guidance embedding.
+    by whether it has a guidance embedding; one of generation 2 those of FLUX.2-klein.
 
     Raises:
         ValueError: the numbers contradict each other.
@@ -246,24 +296,31 @@ def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], schedul
     for name, neutral in _NOT_IMPLEMENTED.items():
         if scheduler.get(name, neutral) != neutral:
             raise ValueError(f"scheduler {name}: got {scheduler[name]!r}; expected {neutral!r}")
-    shape = TransformerSpec(**_pick(TransformerSpec, transformer))
+    shape = _transformer(transformer)
     base = next((m for m in FAMILY if m.transformer == shape), None)
     if base is None:
-        base = replace(FLUX1_DEV if shape.guidance_embeds else FLUX1_SCHNELL, name="custom")
+        base = FLUX2_KLEIN_4B if shape.generation == 2 else FLUX1_DEV if shape.guidance_embeds else FLUX1_SCHNELL
+        base = replace(base, name="custom")
+    factors = (1.0, 0.0) if shape.generation == 2 else (vae["scaling_factor"], vae["shift_factor"])
+    downscale = 2 ** (len(vae["block_out_channels"]) - 1)
+    schedule = ScheduleSpec(**_pick(ScheduleSpec, scheduler))
     return replace(
         base,
         transformer=shape,
-        vae=VaeSpec(
-            latent_channels=vae["latent_channels"],
-            downscale=2 ** (len(vae["block_out_channels"]) - 1),
-            scaling_factor=vae["scaling_factor"],
-            shift_factor=vae["shift_factor"],
-        ),
-        schedule=ScheduleSpec(**_pick(ScheduleSpec, scheduler)),
+        vae=VaeSpec(vae["latent_channels"], downscale, *factors),
+        schedule=replace(schedule, empirical_shift=shape.generation == 2),
     )
 
 
-# Options of FlowMatchEulerDiscreteScheduler that FLUX.1 does not use and flow.py lacks, and their neutral values.
+def _transformer(config: Mapping[str, Any]) -> TransformerSpec:
+    generation = 2 if config.get("_class_name") == "Flux2Transformer2DModel" else 1
+    needed = "axes_dims_rope" if generation == 2 else "pooled_projection_dim"  # without a default that would fit
+    if config.get(needed) is None:
+        raise KeyError(needed)
+    return replace(TransformerSpec(**_pick(TransformerSpec, config)), generation=generation)
+
+
+# Options of FlowMatchEulerDiscreteScheduler that FLUX does not use and flow.py lacks, and their neutral values.
 _NOT_IMPLEMENTED = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,

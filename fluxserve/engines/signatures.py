@@ -1,4 +1,4 @@
-"""The signature of each component of FLUX.1: what every engine, whatever it runs on, takes and gives."""
+"""The signature of each component of FLUX: what every engine, whatever it runs on, takes and gives."""
 
 from fluxserve.artifact import Component
 from fluxserve.engines.base import FLOATING, Dim, Signature, TensorSpec
@@ -6,7 +6,6 @@ from fluxserve.spec import PATCH, ModelSpec
 
 MAX_ROWS = 64
 _RGB = 3
-_AXES = 3
 
 
 def _rows(most: int = MAX_ROWS) -> Dim:
@@ -15,10 +14,11 @@ def _rows(most: int = MAX_ROWS) -> Dim:
 
 def clip(spec: ModelSpec) -> Signature:
     """Token ids → the pooled embedding, taken at the end-of-text token."""
-    tokens = Dim("tokens", 1, spec.text.named("clip").tokens)
+    tokens, width = Dim("tokens", 1, spec.text.named("clip").tokens), spec.transformer.pooled_projection_dim
+    assert width is not None, "a transformer beside CLIP has a pooled projection"
     return Signature(
         inputs=(TensorSpec("input_ids", "int64", (_rows(), tokens)),),
-        outputs=(TensorSpec("pooled", FLOATING, (_rows(), spec.transformer.pooled_projection_dim)),),
+        outputs=(TensorSpec("pooled", FLOATING, (_rows(), width)),),
     )
 
 
@@ -31,20 +31,43 @@ def t5(spec: ModelSpec) -> Signature:
     )
 
 
+def qwen3(spec: ModelSpec) -> Signature:
+    """Token ids, and 1 for each that is no padding → the hidden states of every token, padding too, after some layers.
+
+    Those of the spec's `layers` are one behind the other.
+    """
+    tokens = Dim("tokens", 1, spec.text.named("qwen3").tokens)
+    return Signature(
+        inputs=(
+            TensorSpec("input_ids", "int64", (_rows(), tokens)),
+            TensorSpec("attention_mask", "int64", (_rows(), tokens)),
+        ),
+        outputs=(TensorSpec("sequence", FLOATING, (_rows(), tokens, spec.transformer.joint_attention_dim)),),
+    )
+
+
 def transformer(spec: ModelSpec) -> Signature:
-    """Packed latents, conditioning, timestep (σ, in 0..1) → velocity. `guidance` is ignored by a model without it."""
-    shape, rows = spec.transformer, _rows()
+    """Packed latents, conditioning, timestep (σ, in 0..1) → velocity.
+
+    FLUX.1 always takes `guidance`, and ignores it if it has no embedding for it; it alone takes a pooled embedding.
+    """
+    shape, rows, axes = spec.transformer, _rows(), len(spec.transformer.axes_dims_rope)
     most = spec.limits.max_pixels // spec.size_multiple**2
     image, text = Dim("image_tokens", 1, most), Dim("text_tokens", 1, spec.text.sequence.tokens)
+    pooled, guidance = [], []
+    if shape.pooled_projection_dim is not None:
+        pooled = [TensorSpec("pooled_projections", FLOATING, (rows, shape.pooled_projection_dim))]
+    if shape.generation == 1 or shape.guidance_embeds:
+        guidance = [TensorSpec("guidance", "float32", (rows,))]
     return Signature(
         inputs=(
             TensorSpec("hidden_states", FLOATING, (rows, image, shape.in_channels)),
             TensorSpec("encoder_hidden_states", FLOATING, (rows, text, shape.joint_attention_dim)),
-            TensorSpec("pooled_projections", FLOATING, (rows, shape.pooled_projection_dim)),
+            *pooled,
             TensorSpec("timestep", FLOATING, (rows,)),
-            TensorSpec("guidance", "float32", (rows,)),
-            TensorSpec("img_ids", "float32", (image, _AXES)),
-            TensorSpec("txt_ids", "float32", (text, _AXES)),
+            *guidance,
+            TensorSpec("img_ids", "float32", (image, axes)),
+            TensorSpec("txt_ids", "float32", (text, axes)),
         ),
         outputs=(TensorSpec("velocity", FLOATING, (rows, image, shape.in_channels)),),
     )
@@ -76,6 +99,7 @@ def vae_encoder(spec: ModelSpec) -> Signature:
 BY_COMPONENT = {
     "clip": clip,
     "t5": t5,
+    "qwen3": qwen3,
     "transformer": transformer,
     "vae_encoder": vae_encoder,
     "vae_decoder": vae_decoder,

@@ -3,16 +3,21 @@
 Not fast, and not meant to be: no graph, no fused kernel, one library call per operation.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3Model
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
@@ -20,7 +25,7 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Components, Shapes, Signature, TensorSpec
 from fluxserve.errors import CheckpointError
-from fluxserve.spec import ModelSpec
+from fluxserve.spec import PATCH, ModelSpec
 
 Tensors = Mapping[str, Tensor]
 
@@ -95,6 +100,28 @@ class T5(_Wrapper):
         return sequence
 
 
+class Qwen3Layers(Qwen3Model):  # type: ignore[misc]
+    """The first `num_hidden_layers` of a Qwen3ForCausalLM's folder, without the norm that follows its last layer."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^(model\.)?(layers|norm)\.", r"^lm_head\."]
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__(config)
+        self.norm = nn.Identity()
+
+
+class Qwen3(_Wrapper):
+    """signatures.qwen3 of Qwen3Layers."""
+
+    def __init__(self, module: nn.Module, layers: tuple[int, ...]) -> None:
+        super().__init__(module)
+        self.layers = layers
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states = self.module(input_ids, attention_mask, output_hidden_states=True, use_cache=False).hidden_states
+        return torch.cat([states[layer] for layer in self.layers], dim=-1)
+
+
 class Transformer(_Wrapper):
     """signatures.transformer of a FluxTransformer2DModel; one without guidance ignores it."""
 
@@ -122,6 +149,30 @@ class Transformer(_Wrapper):
         return velocity
 
 
+class Transformer2(_Wrapper):
+    """signatures.transformer of a Flux2Transformer2DModel."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        velocity: Tensor = self.module(
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=timestep,
+            guidance=guidance,
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            return_dict=False,
+        )[0]
+        return velocity
+
+
 class VaeEncoder(_Wrapper):
     """signatures.vae_encoder of an AutoencoderKL."""
 
@@ -138,13 +189,42 @@ class VaeDecoder(_Wrapper):
         return pixels
 
 
+class Vae2Encoder(VaeEncoder):
+    """signatures.vae_encoder of an AutoencoderKLFlux2: the latents are those that the loop has."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = super().forward(pixels)
+        shift, scale = _statistics(self.module, mean)
+        return (mean - shift) / scale, std / scale
+
+
+class Vae2Decoder(VaeDecoder):
+    """signatures.vae_decoder of an AutoencoderKLFlux2, of latents as the loop has them."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        shift, scale = _statistics(self.module, latents)
+        return super().forward(latents * scale + shift)
+
+
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents [B, C, h, w], as [C, h, w] (Flux2KleinPipeline._encode_vae_image).
+
+    There is one of each for the channels of a token, which are the places of a square of latents.
+    """
+    shift, scale = vae.bn.running_mean, torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+    squares = 1, latents.shape[2] // PATCH, latents.shape[3] // PATCH
+    return shift.view(-1, PATCH, PATCH).repeat(squares), scale.view(-1, PATCH, PATCH).repeat(squares)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Where a component's weights are in a diffusers folder, their class, and how it is called."""
 
     folder: str
     module: type[nn.Module]
-    wrapper: type[_Wrapper]
+    wrapper: Callable[[nn.Module], nn.Module]
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    """What is loaded other than the folder's config.json says."""
 
 
 ARCHITECTURES = {
@@ -154,11 +234,26 @@ ARCHITECTURES = {
     "vae_encoder": Architecture("vae", AutoencoderKL, VaeEncoder),
     "vae_decoder": Architecture("vae", AutoencoderKL, VaeDecoder),
 }
+"""Of FLUX.1."""
+
+
+def architectures(spec: ModelSpec) -> Mapping[str, Architecture]:
+    """Every component of a model."""
+    if spec.transformer.generation == 1:
+        return ARCHITECTURES
+    qwen3 = spec.text.named("qwen3")
+    reads = partial(Qwen3, layers=qwen3.layers)
+    return {
+        "qwen3": Architecture(qwen3.folder, Qwen3Layers, reads, {"num_hidden_layers": max(qwen3.layers)}),
+        "transformer": Architecture("transformer", Flux2Transformer2DModel, Transformer2),
+        "vae_encoder": Architecture("vae", AutoencoderKLFlux2, Vae2Encoder),
+        "vae_decoder": Architecture("vae", AutoencoderKLFlux2, Vae2Decoder),
+    }
 
 
 def load_module(checkpoint: Checkpoint, component: str, device: str, dtype: torch.dtype) -> nn.Module:
     """The module behind one component, without its wrapper. Raises CheckpointError."""
-    architecture = ARCHITECTURES[component]
+    architecture = architectures(checkpoint.spec)[component]
     folder = checkpoint.component(architecture.folder)
     for library in (diffusers_logging, transformers_logging):  # a server's log is no place for their progress bars
         library.disable_progress_bar()
@@ -169,6 +264,7 @@ def load_module(checkpoint: Checkpoint, component: str, device: str, dtype: torc
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **architecture.configuration,
         )
         _refuse_gaps(folder, report)
         loaded: nn.Module = module.eval().requires_grad_(False).to(device)
@@ -200,7 +296,7 @@ def from_modules(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> Component
     """Wrap modules that are loaded already, by the component's name, all on one device and of one dtype."""
     return Components.of(
         {
-            name: TorchEngine(signatures.BY_COMPONENT[name](spec), ARCHITECTURES[name].wrapper(modules[name]))
-            for name in spec.components
+            name: TorchEngine(signatures.BY_COMPONENT[name](spec), architecture.wrapper(modules[name]))
+            for name, architecture in architectures(spec).items()
         }
     )

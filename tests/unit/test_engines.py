@@ -51,24 +51,28 @@ def test_resolve_refuses(shapes: Shapes, message: str) -> None:
 @pytest.mark.parametrize("spec", FAMILY, ids=lambda m: m.name)
 def test_signatures_hold_every_size_within_the_limits(spec: ModelSpec) -> None:
     limits, t = spec.limits, spec.transformer
+    channels, axes = spec.vae.latent_channels, len(t.axes_dims_rope)
     for height, width in ((limits.min_side, limits.max_side), (limits.max_side, limits.max_side), (64, 64)):
         h, w = spec.latent_size(height, width)
-        decoded = signatures.vae_decoder(spec).resolve({"latents": (1, 16, h, w)})
+        decoded = signatures.vae_decoder(spec).resolve({"latents": (1, channels, h, w)})
         assert decoded["pixels"] == (1, 3, height, width)
         encoded = signatures.vae_encoder(spec).resolve({"pixels": (1, 3, height, width)})
-        assert encoded["mean"] == encoded["std"] == (1, 16, h, w)
+        assert encoded["mean"] == encoded["std"] == (1, channels, h, w)
         shapes = {
-            "hidden_states": (2, spec.image_tokens(height, width), 64),
+            "hidden_states": (2, spec.image_tokens(height, width), t.in_channels),
             "encoder_hidden_states": (2, spec.text.sequence.tokens, t.joint_attention_dim),
-            "pooled_projections": (2, t.pooled_projection_dim),
             "timestep": (2,),
-            "guidance": (2,),
-            "img_ids": (spec.image_tokens(height, width), 3),
-            "txt_ids": (spec.text.sequence.tokens, 3),
+            "img_ids": (spec.image_tokens(height, width), axes),
+            "txt_ids": (spec.text.sequence.tokens, axes),
         }
+        if t.generation == 1:
+            shapes |= {"pooled_projections": (2, t.pooled_projection_dim), "guidance": (2,)}
         assert signatures.transformer(spec).resolve(shapes)["velocity"] == shapes["hidden_states"]
-    assert signatures.clip(spec).resolve({"input_ids": (1, 77)})["pooled"] == (1, t.pooled_projection_dim)
-    assert signatures.t5(spec).resolve({"input_ids": (1, 9)})["sequence"] == (1, 9, t.joint_attention_dim)
+    read = signatures.BY_COMPONENT[spec.text.sequence.name](spec)
+    words = {tensor.name: (1, 9) for tensor in read.inputs}
+    assert read.resolve(words)["sequence"] == (1, 9, t.joint_attention_dim)
+    if t.generation == 1:
+        assert signatures.clip(spec).resolve({"input_ids": (1, 77)})["pooled"] == (1, t.pooled_projection_dim)
 
 
 def test_signatures_refuse_a_larger_picture() -> None:
