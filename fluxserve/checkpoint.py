@@ -14,13 +14,20 @@ from fluxserve import spec as specs
 from fluxserve.errors import CheckpointError, UnsafeWeights, UnsupportedArchitecture
 from fluxserve.spec import ModelSpec
 
-_PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
-_COMPONENTS = {
+_FLUX1 = {
     "transformer": "FluxTransformer2DModel",
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "T5EncoderModel",
 }
+_KLEIN = {
+    "transformer": "Flux2Transformer2DModel",
+    "vae": "AutoencoderKLFlux2",
+    "text_encoder": "Qwen3ForCausalLM",
+}
+_PIPELINES = {"FluxPipeline": _FLUX1, "FluxImg2ImgPipeline": _FLUX1, "Flux2KleinPipeline": _KLEIN}
+"""Pipeline → the classes of its components, by their folders."""
+
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -54,7 +61,7 @@ def read(path: Path, weights: bool = True) -> Checkpoint:
     Raises:
         CheckpointError: missing, unreadable, incomplete or truncated.
         UnsafeWeights: weights only as pickles.
-        UnsupportedArchitecture: not a FLUX.1 pipeline.
+        UnsupportedArchitecture: not a pipeline of FLUX.1 or FLUX.2-klein.
     """
     try:
         return _read(path, weights)
@@ -66,10 +73,14 @@ def _read(path: Path, weights: bool) -> Checkpoint:
     if not path.is_dir():
         hint = "--checkpoint and FLUXSERVE_CHECKPOINT name one"
         raise CheckpointError(f"{path}: no such folder; expected a diffusers-format checkpoint ({hint})")
-    pipeline = _json(path / "model_index.json").get("_class_name")
+    index = _json(path / "model_index.json")
+    pipeline = str(index.get("_class_name"))
     if pipeline not in _PIPELINES:
         raise UnsupportedArchitecture(f"{path / 'model_index.json'}: _class_name", pipeline, " or ".join(_PIPELINES))
-    for name, architecture in _COMPONENTS.items():
+    if _PIPELINES[pipeline] is _KLEIN and index.get("is_distilled") is not True:
+        allowed = "true: a base model takes a second pass per step for its guidance, which the loop lacks"
+        raise UnsupportedArchitecture(f"{path / 'model_index.json'}: is_distilled", index.get("is_distilled"), allowed)
+    for name, architecture in _PIPELINES[pipeline].items():
         _check_architecture(path / name, architecture)
         if weights:
             _check_weights(path / name)
@@ -85,14 +96,18 @@ def _spec(path: Path) -> ModelSpec:
         raise UnsupportedArchitecture(where, scheduler.get("_class_name"), _SCHEDULER)
     try:
         spec = specs.from_configs(transformer, vae, scheduler)
-        text = spec.text
+        text, width = spec.text, spec.transformer.joint_attention_dim
         for encoder in text.encoders:
-            text = text.changed(encoder.name, vocabulary=_json(path / encoder.folder / "config.json")["vocab_size"])
+            config = _json(path / encoder.folder / "config.json")
+            if encoder.layers and config["hidden_size"] * len(encoder.layers) != width:
+                got = f"{encoder.folder}: {len(encoder.layers)} states of {config['hidden_size']}"
+                raise ValueError(f"{got} must be the {width} that the transformer reads")
+            text = text.changed(encoder.name, vocabulary=config["vocab_size"])
         return replace(spec, text=text)
     except KeyError as error:
         raise CheckpointError(f"{path}: a config.json lacks {error}") from error
     except (TypeError, ValueError) as error:
-        raise UnsupportedArchitecture(str(path), str(error), "the dimensions of a FLUX.1 model") from error
+        raise UnsupportedArchitecture(str(path), str(error), "the dimensions of a FLUX model") from error
 
 
 def _check_architecture(folder: Path, architecture: str) -> None:

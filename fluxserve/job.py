@@ -1,6 +1,6 @@
 """A Request as the arrays that cross to the GPU worker: what `prepare` makes and `generate` draws."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,12 @@ from fluxserve.text import Tokenizers
 
 TEXT_TO_IMAGE_CHANNELS = 0
 RGB_CHANNELS = 3
-_CHANNELS = (TEXT_TO_IMAGE_CHANNELS, RGB_CHANNELS)
+
+Ids = npt.NDArray[np.int64]
+
+
+def _no_ids() -> Ids:
+    return np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -24,16 +29,17 @@ class Job:
     carries the size, so that requests Triton may batch are exactly those whose shapes are equal.
     """
 
-    token_ids: npt.NDArray[np.int64]  # [tokens] of the first text encoder
-    token_ids_2: npt.NDArray[np.int64]  # [tokens] of the second
+    token_ids: Ids  # [tokens] of the first text encoder
+    token_ids_2: Ids  # [tokens] of the second; [0] where there is none
     pixels: npt.NDArray[np.uint8]  # [height, width, 0 or 3]
     sigmas: npt.NDArray[np.float32]  # [steps + 1], falling to 0
     guidance: float
     noise_seeds: tuple[int, ...]
+    token_mask: Ids = field(default_factory=_no_ids)  # [tokens] of the first, 0 at padding; [0] if it is not told
 
     @property
-    def ids(self) -> tuple[npt.NDArray[np.int64], ...]:
-        """Of every text encoder, in the spec's order."""
+    def ids(self) -> tuple[Ids, Ids]:
+        """Of the text encoders, in the spec's order."""
         return self.token_ids, self.token_ids_2
 
     @property
@@ -63,13 +69,11 @@ class Job:
             if not limits.min_side <= side <= limits.max_side or side % multiple:
                 allowed = f"sides that are multiples of {multiple} from {limits.min_side} to {limits.max_side}"
                 raise InvalidRequest("pixels", f"{self.height} x {self.width}", allowed)
-        if self.height * self.width > limits.max_pixels or self.pixels.shape[2] not in _CHANNELS:
-            allowed = f"at most {limits.max_pixels} pixels of {' or '.join(map(str, _CHANNELS))} channels"
+        channels = (TEXT_TO_IMAGE_CHANNELS, RGB_CHANNELS)[: 2 if spec.redraws_images else 1]
+        if self.height * self.width > limits.max_pixels or self.pixels.shape[2] not in channels:
+            allowed = f"at most {limits.max_pixels} pixels of {' or '.join(map(str, channels))} channels"
             raise InvalidRequest("pixels", " x ".join(map(str, self.pixels.shape)), allowed)
-        for name, ids, encoder in zip(("token_ids", "token_ids_2"), self.ids, spec.text.encoders, strict=False):
-            most, known = encoder.tokens, encoder.vocabulary
-            if not 0 < len(ids) <= most or ids.min() < 0 or ids.max() >= known:
-                raise InvalidRequest(name, f"{len(ids)} ids", f"1 to {most} ids from 0 to {known - 1}")
+        self._check_tokens(spec)
         if not 0 < self.steps <= limits.max_inference_steps or not ((self.sigmas >= 0) & (self.sigmas <= 1)).all():
             allowed = f"2 to {limits.max_inference_steps + 1} numbers from 0 to 1"
             raise InvalidRequest("sigmas", f"{len(self.sigmas)} numbers", allowed)
@@ -79,6 +83,17 @@ class Job:
             allowed = f"1 to {limits.max_images}, none negative"
             raise InvalidRequest("noise_seeds", f"{len(self.noise_seeds)} seeds", allowed)
 
+    def _check_tokens(self, spec: ModelSpec) -> None:
+        for name, ids, encoder in zip(("token_ids", "token_ids_2"), self.ids, spec.text.encoders, strict=False):
+            most, known = encoder.tokens, encoder.vocabulary
+            if not 0 < len(ids) <= most or ids.min() < 0 or ids.max() >= known:
+                raise InvalidRequest(name, f"{len(ids)} ids", f"1 to {most} ids from 0 to {known - 1}")
+        mask = self.token_mask
+        told = len(self.token_ids) if spec.text.encoders[0].layers else 0
+        # A row that attends to nothing has no softmax; each attends to those before it, and so to the first.
+        if len(mask) != told or (told and (mask[0] != 1 or not np.isin(mask, (0, 1)).all())):
+            raise InvalidRequest("token_mask", f"{len(mask)} numbers", f"{told} numbers, a 1 and then 0 or 1")
+
     @property
     def likeness(self) -> tuple[object, ...]:
         """What two jobs must share to go through the loop together."""
@@ -87,13 +102,22 @@ class Job:
 
 def plan(request: Request, spec: ModelSpec, tokenizers: Tokenizers) -> Job:
     """Tokenise the prompt, lay out the schedule, scale the input image."""
-    first, second = tokenizers(request.prompt).values()
-    tokens = spec.image_tokens(request.height, request.width)
-    sigmas = flow.sigmas(request.num_inference_steps, tokens, spec.schedule)
+    words = tokenizers(request.prompt)
+    tokens = [words[encoder.name] for encoder in spec.text.encoders]
+    image_tokens = spec.image_tokens(request.height, request.width)
+    sigmas = flow.sigmas(request.num_inference_steps, image_tokens, spec.schedule)
     if request.image is None or request.strength is None:
         pixels = np.empty((request.height, request.width, TEXT_TO_IMAGE_CHANNELS), dtype=np.uint8)
     else:
         pixels = request.image.resized(request.height, request.width)
         start = flow.image_to_image_start(request.num_inference_steps, request.strength)
         sigmas = sigmas[min(start, request.num_inference_steps - 1) :]
-    return Job(first, second, pixels, sigmas, request.guidance_scale, request.seeds)
+    return Job(
+        token_ids=tokens[0].ids,
+        token_ids_2=tokens[1].ids if len(tokens) > 1 else _no_ids(),
+        pixels=pixels,
+        sigmas=sigmas,
+        guidance=request.guidance_scale,
+        noise_seeds=request.seeds,
+        token_mask=tokens[0].mask if spec.text.encoders[0].layers else _no_ids(),
+    )

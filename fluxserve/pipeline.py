@@ -19,8 +19,8 @@ from fluxserve import flow
 from fluxserve.device import DeviceClock, Pacer
 from fluxserve.engines.base import Bound, Components, Engine, Foreseeing, Shapes
 from fluxserve.errors import SettingsError
-from fluxserve.job import RGB_CHANNELS, Job
-from fluxserve.spec import ModelSpec
+from fluxserve.job import RGB_CHANNELS, TEXT_TO_IMAGE_CHANNELS, Job
+from fluxserve.spec import PATCH, ModelSpec
 
 Watch = Callable[[int], bool]
 """Called with a job's index after each of its steps; False says that nobody wants the job any more."""
@@ -40,17 +40,19 @@ class Drawing:
 class Conditioning:
     """What the prompts say.
 
-    pooled [rows, pooled_projection_dim], sequence [rows, tokens, joint_attention_dim], guidance float32 [rows].
+    pooled [rows, pooled_projection_dim] where the model has one, sequence [rows, tokens, joint_attention_dim],
+    guidance float32 [rows].
     """
 
-    pooled: Tensor
+    pooled: Tensor | None
     sequence: Tensor
     guidance: Tensor
 
     @staticmethod
     def stack(rows: Sequence["Conditioning"]) -> "Conditioning":
+        pooled = [r.pooled for r in rows if r.pooled is not None]
         return Conditioning(
-            torch.cat([r.pooled for r in rows]),
+            torch.cat(pooled) if pooled else None,
             torch.cat([r.sequence for r in rows]),
             torch.cat([r.guidance for r in rows]),
         )
@@ -76,7 +78,7 @@ class Pipeline:
         self._bounds: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
 
     def warm_up(self) -> None:
-        """One step of image-to-image through every component, at the default size twice: engines capture the second.
+        """One step through every component, at the default size twice: engines capture the second.
 
         So that no first request pays for what is loaded, compiled or captured late, and that what can't run fails now.
         Then the smallest size: libraries have kernels for multiples of something, and others for all other sizes.
@@ -86,12 +88,14 @@ class Pipeline:
             self.draw([self._nothing(height, width)])
 
     def _nothing(self, height: int, width: int) -> Job:
-        """A job of no words and a black picture."""
-        first, second = (np.zeros(encoder.tokens, dtype=np.int64) for encoder in self.spec.text.encoders)
+        """A job of no words and, where one can be redrawn, a black picture."""
+        first, *rest = self.spec.text.encoders
+        channels = RGB_CHANNELS if self.spec.redraws_images else TEXT_TO_IMAGE_CHANNELS
         return Job(
-            token_ids=first,
-            token_ids_2=second,
-            pixels=np.zeros((height, width, RGB_CHANNELS), dtype=np.uint8),
+            token_ids=np.zeros(first.tokens, dtype=np.int64),
+            token_ids_2=np.zeros(rest[0].tokens if rest else 0, dtype=np.int64),
+            token_mask=np.ones(first.tokens if first.layers else 0, dtype=np.int64),
+            pixels=np.zeros((height, width, channels), dtype=np.uint8),
             sigmas=np.array([1.0, 0.0], dtype=np.float32),
             guidance=self.spec.defaults.guidance_scale,
             noise_seeds=(0,),
@@ -143,26 +147,33 @@ class Pipeline:
     def encode(self, job: Job) -> Conditioning:
         """Prompt tokens → embeddings of one row."""
         outputs: dict[str, Tensor] = {}
-        for encoder, ids in zip(self.spec.text.encoders, job.ids, strict=True):
-            bound = self._bind(self._engines.text[encoder.name], {"input_ids": (1, len(ids))})
-            bound.inputs["input_ids"].copy_(torch.from_numpy(ids)[None])
+        for encoder, ids in zip(self.spec.text.encoders, job.ids, strict=False):  # one or both
+            given = {"input_ids": ids, "attention_mask": job.token_mask} if encoder.layers else {"input_ids": ids}
+            bound = self._bind(self._engines.text[encoder.name], {name: (1, len(a)) for name, a in given.items()})
+            for name, array in given.items():
+                bound.inputs[name].copy_(torch.from_numpy(array)[None])
             bound.run()
             outputs |= {name: value.clone() for name, value in bound.outputs.items()}
         guidance = torch.full((1,), job.guidance, dtype=torch.float32, device=self.device)
-        return Conditioning(outputs["pooled"], outputs["sequence"], guidance)
+        return Conditioning(outputs.get("pooled"), outputs["sequence"], guidance)
 
     def start(self, job: Job, seed: int) -> Tensor:
         """Where the loop begins: noise, or noise mixed with the input image; packed, float32 [1, image_tokens, C].
 
         The generator's order is diffusers': with an input image it first draws the sample of the VAE's posterior.
+        FLUX.2's noise is drawn with the channels of tokens.
         """
         height, width = self.spec.latent_size(job.height, job.width)
-        shape = (1, self.spec.vae.latent_channels, height, width)
+        folded = self.spec.transformer.generation == 2
+        places = (height // PATCH, width // PATCH) if folded else (height, width)
+        channels = self.spec.transformer.in_channels if folded else self.spec.vae.latent_channels
         generator = torch.Generator("cpu").manual_seed(seed)
 
         def draw() -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.device)
+            return torch.randn(1, channels, *places, generator=generator, dtype=torch.float32).to(self.device)
 
+        if folded:
+            return flow.pack(draw(), patch=1)
         if not job.is_image_to_image:
             return flow.pack(draw())
         clean = self._encode_pixels(job, draw())
@@ -212,17 +223,19 @@ class Pipeline:
 
     def _bind_transformer(self, latents: Tensor, conditioning: Conditioning, size: tuple[int, int]) -> Bound:
         """Bind for these rows and write everything that stays the same from step to step."""
-        image, text = flow.image_ids(*size), flow.text_ids(conditioning.sequence.shape[1])
-        fixed = {
+        engine, axes = self._engines.transformer, len(self.spec.transformer.axes_dims_rope)
+        known = {
             "encoder_hidden_states": conditioning.sequence,
             "pooled_projections": conditioning.pooled,
             "guidance": conditioning.guidance,
-            "img_ids": torch.from_numpy(image),
-            "txt_ids": torch.from_numpy(text),
+            "img_ids": torch.from_numpy(flow.image_ids(*size, axes)),
+            "txt_ids": torch.from_numpy(flow.text_ids(conditioning.sequence.shape[1], axes)),
         }
+        taken = {tensor.name for tensor in engine.signature.inputs}
+        fixed = {name: value for name, value in known.items() if name in taken and value is not None}
         shapes = {name: tuple(value.shape) for name, value in fixed.items()}
         shapes |= {"hidden_states": tuple(latents.shape), "timestep": (latents.shape[0],)}
-        bound = self._bind(self._engines.transformer, shapes)
+        bound = self._bind(engine, shapes)
         for name, value in fixed.items():
             bound.inputs[name].copy_(value)
         return bound

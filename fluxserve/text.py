@@ -1,23 +1,40 @@
-"""Prompt → token ids, with the checkpoint's own two tokenizers, of the classes that its model_index.json names.
+"""Prompt → token ids, with the checkpoint's own tokenizers, of the classes that its model_index.json names.
 
 CLIP reads at most 77 tokens and gives the pooled embedding; T5 reads the longer sequence that the blocks attend to.
 Both are padded to their full length and neither is masked: FLUX.1 was trained so (FluxPipeline._get_t5_prompt_embeds).
+
+FLUX.2-klein's Qwen3 reads the prompt as what a user said in a chat, with an empty thought as the answer's beginning
+(Flux2KleinPipeline._get_qwen3_prompt_embeds). It is told which tokens are padding. Words of a prompt that spell a
+special token become it; one that is too long is cut, and with it what the chat says after it.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import transformers
+from jinja2 import TemplateError
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.errors import CheckpointError, UnsupportedArchitecture
 from fluxserve.spec import EncoderSpec
 
-_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast")
+_CLASSES = (
+    *("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"),
+    *("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast"),
+)
 
 Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one text encoder is given, int64 [tokens] each; `mask` is 0 where an id is padding, else 1."""
+
+    ids: Ids
+    mask: Ids
 
 
 class Tokenizers:
@@ -26,8 +43,8 @@ class Tokenizers:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._tokenizers = [(encoder, _load(checkpoint, encoder)) for encoder in checkpoint.spec.text.encoders]
 
-    def __call__(self, prompt: str) -> Mapping[str, Ids]:
-        """Name of a text encoder → its ids, int64 [tokens]."""
+    def __call__(self, prompt: str) -> Mapping[str, Tokens]:
+        """By the name of the text encoder."""
         return {encoder.name: _encode(tokenizer, prompt, encoder) for encoder, tokenizer in self._tokenizers}
 
 
@@ -49,9 +66,18 @@ def _load(checkpoint: Checkpoint, encoder: EncoderSpec) -> Any:
     if not vocabulary / 2 < len(tokenizer) <= vocabulary:
         got = f"{len(tokenizer)} words for an encoder that knows {vocabulary}"
         raise CheckpointError(f"{folder}: no usable tokenizer ({got})")
+    try:
+        _encode(tokenizer, "", encoder)
+    except (ValueError, TemplateError) as error:
+        raise CheckpointError(f"{folder}: no usable chat template ({error})") from error
     return tokenizer
 
 
-def _encode(tokenizer: Any, prompt: str, encoder: EncoderSpec) -> Ids:
-    ids = tokenizer(prompt, padding="max_length", max_length=encoder.tokens, truncation=True)["input_ids"]
-    return np.asarray(ids, dtype=np.int64)
+def _encode(tokenizer: Any, prompt: str, encoder: EncoderSpec) -> Tokens:
+    if encoder.layers:
+        turn = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    read = tokenizer(
+        prompt, padding="max_length", max_length=encoder.tokens, truncation=True, return_attention_mask=True
+    )
+    return Tokens(np.asarray(read["input_ids"], np.int64), np.asarray(read["attention_mask"], np.int64))

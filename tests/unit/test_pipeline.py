@@ -10,13 +10,14 @@ import torch
 
 from fluxserve import checkpoint, flow
 from fluxserve.engines.base import Bound, Shapes
+from fluxserve.errors import InvalidRequest
 from fluxserve.imaging import read_image, write_image
 from fluxserve.job import Job, plan
 from fluxserve.pipeline import _BOUNDS_KEPT, Conditioning, Pipeline
 from fluxserve.request import Request
 from fluxserve.settings import default_checkpoint
 from fluxserve.text import Tokenizers
-from tests.support import random_flux
+from tests.support import random_flux, random_klein
 
 STEPS = 4
 FLUX = random_flux.make
@@ -225,8 +226,8 @@ def test_plan(tokenizers: Tokenizers) -> None:
     assert (job.height, job.width, job.steps, job.guidance, job.noise_seeds) == (64, 64, 8, 3.5, (40, 41))
     assert not job.is_image_to_image and job.pixels.nbytes == 0
     assert np.array_equal(job.sigmas, flow.sigmas(8, 16, FLUX().spec.schedule))
-    assert np.array_equal(job.token_ids, tokenizers("a fox")["clip"])
-    assert np.array_equal(job.token_ids_2, tokenizers("a fox")["t5"])
+    assert np.array_equal(job.token_ids, tokenizers("a fox")["clip"].ids)
+    assert np.array_equal(job.token_ids_2, tokenizers("a fox")["t5"].ids)
 
 
 @pytest.mark.parametrize(
@@ -271,3 +272,27 @@ def test_strength_decides_how_much_of_the_image_stays(pipeline: Pipeline) -> Non
     generator = torch.Generator().manual_seed(7)
     torch.randn((1, 16, 8, 8), generator=generator)
     assert torch.equal(noise, flow.pack(torch.randn((1, 16, 8, 8), generator=generator))), "the generator's second draw"
+
+
+# --- what `generate` checks of a job that nobody planned --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mask", [np.zeros(64), np.ones(63), np.r_[0, np.ones(63)], np.full(64, 2), np.empty(0)], ids=str
+)
+def test_a_mask_that_hides_a_row_from_itself(mask: np.ndarray) -> None:
+    """Attention over nothing is no number, and spreads."""
+    spec = random_klein.make().checkpoint(64).spec
+    blank, ids = np.empty((64, 64, 0), np.uint8), np.zeros(64, np.int64)
+    good = Job(ids, ids[:0], blank, np.array([1, 0], np.float32), 1.0, (0,), token_mask=np.ones(64, np.int64))
+    good.check(spec)
+    with pytest.raises(InvalidRequest, match="token_mask"):
+        replace(good, token_mask=mask.astype(np.int64)).check(spec)
+
+
+def test_a_klein_redraws_no_image() -> None:
+    spec = random_klein.make().checkpoint(64).spec
+    ids, mask = np.zeros(64, np.int64), np.ones(64, np.int64)
+    job = Job(ids, ids[:0], IMAGE, np.array([1, 0], np.float32), 1.0, (0,), token_mask=mask)
+    with pytest.raises(InvalidRequest, match="pixels of 0 channels"):
+        job.check(spec)

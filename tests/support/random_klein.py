@@ -1,0 +1,113 @@
+"""A FLUX.2-klein of random weights, small enough for a CPU, saved as diffusers does: two double, three single blocks.
+
+What would hide a mistake is not as it would be by default: the language model is deeper than what is read of it, its
+heads are together wider than its states, no norm's weight is 1, and the VAE's batch norm changes something.
+"""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
+from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from fluxserve import checkpoint
+from fluxserve.checkpoint import Checkpoint
+from tests.support.random_flux import SCHEDULER
+
+VOCABULARY = 512
+TOKENS = 64
+TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+
+
+class RandomKlein:
+    """diffusers' pipeline, and the folder it was saved to."""
+
+    def __init__(self, pipe: Flux2KleinPipeline) -> None:
+        self.pipe = pipe
+        self._folder = TemporaryDirectory()
+        pipe.save_pretrained(self._folder.name)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self._folder.name)
+
+    def checkpoint(self, tokens: int = TOKENS) -> Checkpoint:
+        """As it is read, but with fewer tokens: 512 would take most of the time, and most of them are padding."""
+        read = checkpoint.read(self.folder)
+        text = read.spec.text.changed("qwen3", tokens=tokens)
+        return replace(read, spec=replace(read.spec, text=text, defaults=replace(read.spec.defaults, side=64)))
+
+
+@cache
+def make(tied: bool = True, seed: int = 0) -> RandomKlein:
+    """The same weights for the same arguments; `tied` embeddings as in klein-4B, or not, as in klein-9B."""
+    torch.manual_seed(seed)
+    transformer = Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 48,
+        axes_dims_rope=(8, 8, 8, 8),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(16, 16, 32, 32), latent_channels=32, layers_per_block=1, norm_num_groups=8
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    text = _qwen3(tied)
+    for norm in (p for module in (text, transformer) for p in module.parameters() if p.ndim == 1):
+        torch.nn.init.uniform_(norm, 0.5, 1.5)
+    text, transformer, vae = (m.eval().requires_grad_(False) for m in (text, transformer, vae))
+    scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
+    pipe = Flux2KleinPipeline(scheduler, vae, text, tokenizer(), transformer, is_distilled=True)
+    pipe.set_progress_bar_config(disable=True)
+    return RandomKlein(pipe)
+
+
+def _qwen3(tied: bool) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=30,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def tokenizer() -> Qwen2TokenizerFast:
+    """A word for each byte, Qwen's special tokens, and what of its chat template a prompt passes through."""
+    words = {character: index for index, character in enumerate(bytes_to_unicode().values())}
+    made = Qwen2TokenizerFast(
+        vocab=words,
+        merges=[],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    made.add_tokens(["<think>", "</think>"])
+    made.chat_template = TEMPLATE
+    return made
