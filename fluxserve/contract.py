@@ -64,8 +64,8 @@ REQUEST_INPUTS = (
     _tensor("prompt", "BYTES", [1], "required: UTF-8, 1 to 4,096 bytes", optional=True),
     _tensor("height", "INT32", [1], "pixels, a multiple of 16", optional=True),
     _tensor("width", "INT32", [1], "pixels, a multiple of 16", optional=True),
-    _tensor("num_inference_steps", "INT32", [1], "1 to 100", optional=True),
-    _tensor("guidance_scale", "FP32", [1], "distilled guidance", optional=True),
+    _tensor("num_inference_steps", "INT32", [1], "1 to the model's limit", optional=True),
+    _tensor("guidance_scale", "FP32", [1], "distilled guidance, where the model has it", optional=True),
     _tensor("seed", "INT64", [1], "-1 draws one; image k gets seed + k", optional=True),
     _tensor("num_images", "INT32", [1], "1 to 8", optional=True),
     _tensor("image", "BYTES", [1], "image-to-image: a PNG, JPEG or WebP file", optional=True),
@@ -87,7 +87,8 @@ FLUX = ModelContract("flux", REQUEST_INPUTS, _ANSWER)
 # in a batch is a shape here: the size and the task (channels) in `pixels`, the number of steps in `sigmas`.
 _JOB = (
     _tensor("token_ids", "INT64", [ANY], "the first text encoder's tokens"),
-    _tensor("token_ids_2", "INT64", [ANY], "the second's"),
+    _tensor("token_ids_2", "INT64", [ANY], "the second's; none where a model has no second"),
+    _tensor("token_mask", "INT64", [ANY], "0 at the first's padding, else 1; none for one that is not told"),
     _tensor("pixels", "UINT8", [ANY, ANY, ANY], "[height, width, channels]: 0 channels for text-to-image, else 3"),
     _tensor("sigmas", "FP32", [ANY], "noise levels, one more than there are steps to run"),
     _tensor("guidance", "FP32", [1], "distilled guidance"),

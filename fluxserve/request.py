@@ -128,7 +128,10 @@ def _guidance(fields: Mapping[str, Any], spec: ModelSpec) -> float:
     value = float(fields.get("guidance_scale", spec.defaults.guidance_scale))
     most = spec.limits.max_guidance_scale
     if not (math.isfinite(value) and 0.0 <= value <= most):
-        raise InvalidRequest("guidance_scale", str(value), f"a finite number from 0 to {most:g}")
+        allowed = f"a finite number from 0 to {most:g}"
+        if not spec.takes_guidance:
+            allowed = f"nothing, or {most:g} for none: {spec.name} is distilled to be drawn without"
+        raise InvalidRequest("guidance_scale", str(value), allowed)
     return value
 
 

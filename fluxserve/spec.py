@@ -180,6 +180,11 @@ class ModelSpec:
         return self.transformer.generation == 1
 
     @property
+    def takes_guidance(self) -> bool:
+        """FLUX.1-schnell takes any, and ignores it, as its pipeline does."""
+        return self.transformer.generation == 1 or self.transformer.guidance_embeds
+
+    @property
     def size_multiple(self) -> int:
         """Pixels a side must be a multiple of: one token."""
         return self.vae.downscale * PATCH

@@ -86,6 +86,7 @@ class GenerateModel(ServedModel):
             sigmas=arrays["sigmas"][0],
             guidance=float(arrays["guidance"][0, 0]),
             noise_seeds=tuple(int(seed) for seed in arrays["noise_seeds"][0]),
+            token_mask=arrays["token_mask"][0],
         )
         job.check(self._spec)
         return _Asked(request, job, int(arrays["ticket"][0, 0]))

@@ -59,6 +59,7 @@ def _job_tensors(job: Job, ticket: int) -> dict[str, Any]:
     return {
         "token_ids": job.token_ids[None],
         "token_ids_2": job.token_ids_2[None],
+        "token_mask": job.token_mask[None],
         "pixels": job.pixels[None],
         "sigmas": job.sigmas[None],
         "guidance": [[job.guidance]],

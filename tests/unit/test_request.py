@@ -12,7 +12,7 @@ from PIL import Image
 from fluxserve.errors import InvalidRequest
 from fluxserve.imaging import write_image
 from fluxserve.request import DRAWN_SEEDS, MAX_SEED, Request, _fit, parse
-from fluxserve.spec import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, TINY, ModelSpec
+from fluxserve.spec import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, TINY, ModelSpec
 
 PNG = write_image(np.zeros((96, 160, 3), np.uint8), "png", 90)
 
@@ -29,7 +29,7 @@ def refusal(spec: ModelSpec = TINY, **fields: Any) -> InvalidRequest:
 
 @pytest.mark.parametrize(
     ("spec", "side", "steps", "guidance"),
-    [(FLUX1_DEV, 1024, 28, 3.5), (FLUX1_SCHNELL, 1024, 4, 0.0), (TINY, 128, 20, 3.0)],
+    [(FLUX1_DEV, 1024, 28, 3.5), (FLUX1_SCHNELL, 1024, 4, 0.0), (FLUX2_KLEIN_4B, 1024, 4, 1.0), (TINY, 128, 20, 3.0)],
 )
 def test_defaults(spec: ModelSpec, side: int, steps: int, guidance: float) -> None:
     r = ask(spec)
@@ -52,6 +52,17 @@ EDGES = [
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in EDGES for v in values])
 def test_edges_are_taken(field: str, value: float) -> None:
     assert getattr(ask(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize("spec", [FLUX2_KLEIN_4B, FLUX2_KLEIN_9B], ids=lambda m: m.name)
+def test_what_makes_no_sense_for_a_klein(spec: ModelSpec) -> None:
+    for scale in (0.0, 1.0):
+        assert ask(spec, guidance_scale=scale).guidance_scale == scale, "both say: none"
+    allowed = f"nothing, or 1 for none: {spec.name} is distilled to be drawn without"
+    assert str(refusal(spec, guidance_scale=3.5)) == f"guidance_scale: got 3.5; allowed: {allowed}"
+    assert ask(spec, num_inference_steps=8).num_inference_steps == 8
+    assert str(refusal(spec, num_inference_steps=50)) == "num_inference_steps: got 50; allowed: 1 to 8"
+    assert refusal(spec, strength=0.5).field == "strength"
 
 
 BAD: list[tuple[str, list[Any], str]] = [
