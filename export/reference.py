@@ -76,7 +76,7 @@ class Asked:
         fields = {name: value for name, value in asdict(self).items() if value is not None}
         if self.strength is not None:
             assert first is not None
-            fields["image"] = write_image(first, "png", DEFAULT_QUALITY)
+            fields["image"] = [write_image(first, "png", DEFAULT_QUALITY)]
         return plan(parse({**fields, "prompt": self.prompt.encode()}, spec), spec, tokenizers)
 
 

@@ -7,6 +7,7 @@ Everything below is either NumPy on the host or methods of the tensors that come
 """
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FloatArray = npt.NDArray[np.float32]
+
+_REFERENCE_TIME = 10
+"""Between a picture and its first reference image, and between two of them (Flux2KleinPipeline._prepare_image_ids)."""
 
 _LARGE = 4300
 """Image tokens above which FLUX.2's shift does not depend on the number of steps."""
@@ -103,14 +107,22 @@ def unpack(tokens: "Tensor", height: int, width: int) -> "Tensor":
     return squares.permute(0, 3, 1, 4, 2, 5).reshape(b, c // (PATCH * PATCH), height, width)
 
 
-def image_ids(height: int, width: int, axes: int = 3) -> FloatArray:
-    """Positions (0, y, x) of the image tokens, float32 [(h/2)(w/2), axes]; `height`, `width` in latent pixels.
+def image_ids(height: int, width: int, axes: int = 3, time: int = 0) -> FloatArray:
+    """Positions (time, y, x) of the image tokens, float32 [(h/2)(w/2), axes]; `height`, `width` in latent pixels.
 
     FLUX.2 has a fourth axis, on which all image tokens are at 0.
     """
     ids = np.zeros((height // PATCH, width // PATCH, axes), dtype=np.float32)
+    ids[..., 0] = time
     ids[..., 1], ids[..., 2] = np.mgrid[0 : height // PATCH, 0 : width // PATCH]
     return ids.reshape(-1, axes)
+
+
+def reference_ids(sizes: Sequence[tuple[int, int]], axes: int) -> FloatArray:
+    """Positions of the tokens of reference images, one behind the other, each at a time of its own."""
+    times = (_REFERENCE_TIME * (index + 1) for index in range(len(sizes)))
+    ids = [image_ids(height, width, axes, time) for (height, width), time in zip(sizes, times, strict=True)]
+    return np.concatenate([np.empty((0, axes), dtype=np.float32), *ids])
 
 
 def text_ids(tokens: int, axes: int = 3) -> FloatArray:

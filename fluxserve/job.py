@@ -1,5 +1,6 @@
 """A Request as the arrays that cross to the GPU worker: what `prepare` makes and `generate` draws."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy.typing as npt
 
 from fluxserve import flow
 from fluxserve.errors import InvalidRequest
+from fluxserve.imaging import Pixels
 from fluxserve.request import Request
 from fluxserve.spec import ModelSpec
 from fluxserve.text import Tokenizers
@@ -15,6 +17,7 @@ TEXT_TO_IMAGE_CHANNELS = 0
 RGB_CHANNELS = 3
 
 Ids = npt.NDArray[np.int64]
+Sizes = npt.NDArray[np.int32]
 
 
 def _no_ids() -> Ids:
@@ -36,6 +39,7 @@ class Job:
     guidance: float
     noise_seeds: tuple[int, ...]
     token_mask: Ids = field(default_factory=_no_ids)  # [tokens] of the first, 0 at padding; [0] if it is not told
+    references: tuple[Pixels, ...] = ()  # [height, width, 3] each
 
     @property
     def ids(self) -> tuple[Ids, Ids]:
@@ -69,11 +73,12 @@ class Job:
             if not limits.min_side <= side <= limits.max_side or side % multiple:
                 allowed = f"sides that are multiples of {multiple} from {limits.min_side} to {limits.max_side}"
                 raise InvalidRequest("pixels", f"{self.height} x {self.width}", allowed)
-        channels = (TEXT_TO_IMAGE_CHANNELS, RGB_CHANNELS)[: 2 if spec.redraws_images else 1]
+        channels = (TEXT_TO_IMAGE_CHANNELS, RGB_CHANNELS)[: 1 if spec.takes_references else 2]
         if self.height * self.width > limits.max_pixels or self.pixels.shape[2] not in channels:
             allowed = f"at most {limits.max_pixels} pixels of {' or '.join(map(str, channels))} channels"
             raise InvalidRequest("pixels", " x ".join(map(str, self.pixels.shape)), allowed)
         self._check_tokens(spec)
+        self._check_references(spec)
         if not 0 < self.steps <= limits.max_inference_steps or not ((self.sigmas >= 0) & (self.sigmas <= 1)).all():
             allowed = f"2 to {limits.max_inference_steps + 1} numbers from 0 to 1"
             raise InvalidRequest("sigmas", f"{len(self.sigmas)} numbers", allowed)
@@ -94,22 +99,54 @@ class Job:
         if len(mask) != told or (told and (mask[0] != 1 or not np.isin(mask, (0, 1)).all())):
             raise InvalidRequest("token_mask", f"{len(mask)} numbers", f"{told} numbers, a 1 and then 0 or 1")
 
+    def _check_references(self, spec: ModelSpec) -> None:
+        limits, multiple = spec.limits, spec.size_multiple
+        if len(self.references) > limits.max_references:
+            raise InvalidRequest("references", f"{len(self.references)}", f"at most {limits.max_references}")
+        for height, width, _ in (reference.shape for reference in self.references):
+            unfit = min(height, width) < limits.min_reference_side or height % multiple or width % multiple
+            if unfit or height * width > limits.max_reference_pixels:
+                allowed = f"sides that are multiples of {multiple} from {limits.min_reference_side}"
+                allowed += f", at most {limits.max_reference_pixels} pixels"
+                raise InvalidRequest("references", f"{height} x {width}", allowed)
+
     @property
     def likeness(self) -> tuple[object, ...]:
         """What two jobs must share to go through the loop together."""
-        return self.pixels.shape, self.sigmas.tobytes(), len(self.token_ids), len(self.token_ids_2)
+        sizes = tuple(reference.shape for reference in self.references)
+        return self.pixels.shape, self.sigmas.tobytes(), len(self.token_ids), len(self.token_ids_2), sizes
+
+
+def join(references: Sequence[Pixels]) -> tuple[Pixels, Sizes]:
+    """References as two arrays: all their bytes, one behind the other, and their heights and widths [n, 2]."""
+    sizes = np.array([reference.shape[:2] for reference in references], dtype=np.int32).reshape(-1, 2)
+    return np.concatenate([np.empty(0, np.uint8), *(reference.ravel() for reference in references)]), sizes
+
+
+def split(pixels: Pixels, sizes: Sizes) -> tuple[Pixels, ...]:
+    """Inverse of `join`.
+
+    Raises:
+        InvalidRequest: the bytes are not those of images of these sizes.
+    """
+    shapes = [(int(height), int(width), RGB_CHANNELS) for height, width in sizes]
+    lengths = [height * width * channels for height, width, channels in shapes]
+    if any(min(shape) <= 0 for shape in shapes) or sum(lengths) != pixels.size:
+        allowed = f"{sum(lengths)} bytes, of {len(shapes)} images of the sizes that came with them"
+        raise InvalidRequest("references", f"{pixels.size} bytes", allowed)
+    parts = np.split(pixels, np.cumsum(lengths)[:-1]) if shapes else []
+    return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def plan(request: Request, spec: ModelSpec, tokenizers: Tokenizers) -> Job:
-    """Tokenise the prompt, lay out the schedule, scale the input image."""
-    words = tokenizers(request.prompt)
+    """Tokenise the prompt, lay out the schedule, scale the input image or the references."""
+    words, most = tokenizers(request.prompt), spec.limits.max_reference_pixels
     tokens = [words[encoder.name] for encoder in spec.text.encoders]
     image_tokens = spec.image_tokens(request.height, request.width)
     sigmas = flow.sigmas(request.num_inference_steps, image_tokens, spec.schedule)
-    if request.image is None or request.strength is None:
-        pixels = np.empty((request.height, request.width, TEXT_TO_IMAGE_CHANNELS), dtype=np.uint8)
-    else:
-        pixels = request.image.resized(request.height, request.width)
+    pixels = np.empty((request.height, request.width, TEXT_TO_IMAGE_CHANNELS), dtype=np.uint8)
+    if request.strength is not None:
+        pixels = request.images[0].resized(request.height, request.width)
         start = flow.image_to_image_start(request.num_inference_steps, request.strength)
         sigmas = sigmas[min(start, request.num_inference_steps - 1) :]
     return Job(
@@ -120,4 +157,7 @@ def plan(request: Request, spec: ModelSpec, tokenizers: Tokenizers) -> Job:
         guidance=request.guidance_scale,
         noise_seeds=request.seeds,
         token_mask=tokens[0].mask if spec.text.encoders[0].layers else _no_ids(),
+        references=tuple(
+            image.reference(most, spec.size_multiple) for image in request.images if spec.takes_references
+        ),
     )

@@ -139,7 +139,10 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for. Sides and areas are in pixels."""
+    """What a request may ask for. Sides and areas are in pixels.
+
+    References are images that a picture is drawn after. A larger one than `max_reference_pixels` is scaled down.
+    """
 
     min_side: int
     max_side: int
@@ -150,6 +153,10 @@ class Limits:
     max_prompt_bytes: int = 4096
     max_image_bytes: int = 32 * 2**20
     max_image_pixels: int = 64 * 10**6
+    max_references: int = 0
+    max_reference_pixels: int = 1024 * 1024
+    min_reference_side: int = 64
+    max_reference_aspect: int = 8
 
 
 @dataclass(frozen=True)
@@ -175,9 +182,9 @@ class ModelSpec:
         return (*(encoder.name for encoder in self.text.encoders), "transformer", "vae_encoder", "vae_decoder")
 
     @property
-    def redraws_images(self) -> bool:
-        """Whether it starts from an input image and noise (image-to-image with a strength), as FLUX.1 does."""
-        return self.transformer.generation == 1
+    def takes_references(self) -> bool:
+        """Whether input images are tokens beside the picture's, or else what the picture is redrawn from."""
+        return self.limits.max_references > 0
 
     @property
     def takes_guidance(self) -> bool:
@@ -257,7 +264,7 @@ FLUX2_KLEIN_4B = ModelSpec(
     schedule=ScheduleSpec(use_dynamic_shifting=True, shift=3.0, empirical_shift=True),
     text=TextSpec((_QWEN3,)),
     defaults=Defaults(side=1024, num_inference_steps=4, guidance_scale=1.0),
-    limits=replace(_FLUX1_LIMITS, max_inference_steps=8, max_guidance_scale=1.0),
+    limits=replace(_FLUX1_LIMITS, max_inference_steps=8, max_guidance_scale=1.0, max_references=4),
 )
 FLUX2_KLEIN_9B = replace(
     FLUX2_KLEIN_4B,

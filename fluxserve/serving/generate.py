@@ -12,7 +12,7 @@ import triton_python_backend_utils as pb_utils
 
 from fluxserve import contract, source
 from fluxserve.errors import Cancelled, InvalidRequest
-from fluxserve.job import Job
+from fluxserve.job import Job, split
 from fluxserve.pipeline import Drawing, Pipeline
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
@@ -87,6 +87,7 @@ class GenerateModel(ServedModel):
             guidance=float(arrays["guidance"][0, 0]),
             noise_seeds=tuple(int(seed) for seed in arrays["noise_seeds"][0]),
             token_mask=arrays["token_mask"][0],
+            references=split(arrays["references"][0], arrays["reference_sizes"][0]),
         )
         job.check(self._spec)
         return _Asked(request, job, int(arrays["ticket"][0, 0]))

@@ -6,8 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from fluxserve import flow
 from fluxserve.engines.open import open_components
+from fluxserve.imaging import write_image
 from fluxserve.job import Job, plan
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
@@ -28,30 +31,40 @@ def opened(klein: RandomKlein, tokens: int = TOKENS, max_rows: int = 1) -> Pipel
 
 def job_of(
     klein: RandomKlein,
-    size: tuple[int, int] = (64, 64),
+    size: tuple[int, int] | None = (64, 64),
     steps: int = 4,
     seeds: Sequence[int] = (0,),
     prompt: str = PROMPT,
     tokens: int = TOKENS,
+    images: Sequence[np.ndarray] = (),
 ) -> Job:
     """As `prepare` makes it."""
     folder = klein.checkpoint(tokens)
-    fields = {"height": size[0], "width": size[1], "num_inference_steps": steps, "num_images": len(seeds)}
-    request = parse({**fields, "prompt": prompt.encode(), "seed": seeds[0]}, folder.spec)
+    fields: dict[str, object] = {"num_inference_steps": steps, "num_images": len(seeds), "seed": seeds[0]}
+    fields |= {"height": size[0], "width": size[1]} if size else {}
+    fields |= {"image": [write_image(image, "png", 90) for image in images]} if images else {}
+    request = parse({**fields, "prompt": prompt.encode()}, folder.spec)
     job = replace(plan(request, folder.spec, Tokenizers(folder)), noise_seeds=tuple(seeds))
     job.check(folder.spec)
     return job
 
 
 def their_run(
-    klein: RandomKlein, job: Job, steps: int, prompt: str = PROMPT, tokens: int = TOKENS
+    klein: RandomKlein,
+    job: Job,
+    steps: int,
+    prompt: str = PROMPT,
+    tokens: int = TOKENS,
+    images: Sequence[np.ndarray] = (),
+    size: tuple[int, int] | None = (64, 64),
 ) -> tuple[list[torch.Tensor], np.ndarray]:
     """diffusers' pipeline from the prompt: latents after every step, images [n, h, w, 3]."""
     seen: list[torch.Tensor] = []
-    images = klein.pipe(
+    drawn = klein.pipe(
         prompt=prompt,
-        height=job.height,
-        width=job.width,
+        image=[Image.fromarray(image) for image in images] or None,
+        height=job.height if size else None,
+        width=job.width if size else None,
         num_inference_steps=steps,
         guidance_scale=1.0,
         num_images_per_prompt=len(job.noise_seeds),
@@ -60,7 +73,7 @@ def their_run(
         callback_on_step_end=parity.noting(seen),
         output_type="np",
     ).images
-    return seen, images
+    return seen, drawn
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -102,6 +115,52 @@ def test_rows_together() -> None:
     parity.agree(opened(klein, max_rows=3), job, *their_run(klein, job, 4))
 
 
+def references(*sizes: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
+    """Of smooth colours: after noise, every reference would be the same grey."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for height, width in sizes:
+        small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        images.append(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)))
+    return images
+
+
+@pytest.mark.parametrize(
+    ("sizes", "size", "steps", "seeds"),
+    [
+        ([(64, 64)], (64, 64), 4, [1]),
+        ([(64, 80)], (96, 64), 1, [2, 3]),
+        ([(64, 96), (80, 64)], (64, 80), 5, [4]),
+        ([(64, 96), (80, 96), (96, 64)], (80, 64), 4, [5, 6]),
+        ([(64, 64), (64, 64), (70, 91), (64, 512)], (64, 64), 3, [7]),
+        ([(100, 70)], None, 4, [8]),
+    ],
+)
+def test_editing(sizes: list[tuple[int, int]], size: tuple[int, int] | None, steps: int, seeds: list[int]) -> None:
+    """One to four references, of several sizes, some no multiples of 16, for one picture or two of another size."""
+    klein, images = random_klein.make(), references(*sizes)
+    job = job_of(klein, size, steps, seeds, images=images)
+    assert len(job.references) == len(sizes)
+    parity.agree(opened(klein), job, *their_run(klein, job, steps, images=images, size=size))
+
+
+def test_editing_with_a_reference_that_is_scaled_down() -> None:
+    klein, images = random_klein.make(), references((900, 1300), (64, 64))
+    job = job_of(klein, steps=2, images=images)
+    assert job.references[0].shape == (848, 1216, 3)
+    parity.agree(opened(klein), job, *their_run(klein, job, 2, images=images))
+
+
+def test_references_of_a_row_are_its_own() -> None:
+    """Two requests of one shape in one pass through the transformer, each after its own image."""
+    klein = random_klein.make()
+    jobs = [job_of(klein, images=references((64, 80), seed=k)) for k in (1, 2)]
+    together = [drawing.images for drawing in opened(klein, max_rows=2).draw(jobs) if drawing]
+    alone = [drawing.images for job in jobs for drawing in opened(klein).draw([job]) if drawing]
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(together, alone, strict=True))
+    assert np.abs(together[0].astype(int) - together[1]).max() > 1
+
+
 def wrong_schedule(job: Job) -> Job:
     return replace(job, sigmas=job.sigmas * np.array([1, 1.01, 1, 1, 1], np.float32))
 
@@ -112,6 +171,36 @@ def unmasked(job: Job) -> Job:
 
 def other_padding(job: Job) -> Job:
     return replace(job, token_ids=np.where(job.token_mask == 1, job.token_ids, 5))
+
+
+def other_order(job: Job) -> Job:
+    return replace(job, references=job.references[::-1])
+
+
+def other_picture(job: Job) -> Job:
+    return replace(job, references=(job.references[0], 255 - job.references[1]))
+
+
+def one_less(job: Job) -> Job:
+    return replace(job, references=job.references[:1])
+
+
+@pytest.mark.parametrize("spoil", [other_order, other_picture, one_less])
+def test_the_judge_sees_wrong_references(spoil: object) -> None:
+    klein, images = random_klein.make(), references((64, 64), (64, 64))
+    job = job_of(klein, images=images)
+    theirs, _ = their_run(klein, job, 4, images=images)
+    wrong = parity.our_steps(opened(klein), spoil(job))  # type: ignore[operator]
+    assert relative(wrong[-1], theirs[-1]) > RELATIVE
+
+
+def test_the_judge_sees_a_wrong_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """References that are 11 apart, and not 10."""
+    klein, images = random_klein.make(), references((64, 64))
+    job = job_of(klein, images=images)
+    theirs, _ = their_run(klein, job, 4, images=images)
+    monkeypatch.setattr(flow, "_REFERENCE_TIME", 11)
+    assert relative(parity.our_steps(opened(klein), job)[-1], theirs[-1]) > RELATIVE
 
 
 @pytest.mark.parametrize("spoil", [wrong_schedule, unmasked, other_padding])

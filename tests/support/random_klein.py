@@ -1,7 +1,8 @@
 """A FLUX.2-klein of random weights, small enough for a CPU, saved as diffusers does: two double, three single blocks.
 
 What would hide a mistake is not as it would be by default: the language model is deeper than what is read of it, its
-heads are together wider than its states, no norm's weight is 1, and the VAE's batch norm changes something.
+heads are together wider than its states, no norm's weight is 1, the VAE's batch norm changes something, and what goes
+into a block's layers comes out as large: were it smaller, what the blocks do would be lost beside the noise.
 """
 
 from dataclasses import replace
@@ -75,6 +76,8 @@ def make(tied: bool = True, seed: int = 0) -> RandomKlein:
     text = _qwen3(tied)
     for norm in (p for module in (text, transformer) for p in module.parameters() if p.ndim == 1):
         torch.nn.init.uniform_(norm, 0.5, 1.5)
+    for linear in (p for p in transformer.parameters() if p.ndim == 2):
+        torch.nn.init.normal_(linear, std=linear.shape[1] ** -0.5)
     text, transformer, vae = (m.eval().requires_grad_(False) for m in (text, transformer, vae))
     scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULER)
     pipe = Flux2KleinPipeline(scheduler, vae, text, tokenizer(), transformer, is_distilled=True)

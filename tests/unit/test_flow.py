@@ -138,6 +138,15 @@ def test_ids_are_those_of_flux2(height: int, width: int) -> None:
     )
 
 
+@pytest.mark.parametrize("sizes", [[], SIZES[:1], SIZES[1:3], SIZES[:4]], ids=str)
+def test_reference_ids_are_those_of_flux2(sizes: list[tuple[int, int]]) -> None:
+    ours = flow.reference_ids(sizes, 4)
+    assert ours.shape == (sum(h * w // 4 for h, w in sizes), 4) and ours.dtype == np.float32
+    if sizes:
+        latents = [torch.empty(1, 128, h // 2, w // 2) for h, w in sizes]
+        assert np.array_equal(ours, Flux2KleinPipeline._prepare_image_ids(latents)[0].numpy())
+
+
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_image_ids_are_those_of_diffusers(height: int, width: int) -> None:
     theirs = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32)
