@@ -115,16 +115,6 @@ def test_rows_together() -> None:
     parity.agree(opened(klein, max_rows=3), job, *their_run(klein, job, 4))
 
 
-def references(*sizes: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
-    """Of smooth colours: after noise, every reference would be the same grey."""
-    rng = np.random.default_rng(seed)
-    images = []
-    for height, width in sizes:
-        small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-        images.append(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)))
-    return images
-
-
 @pytest.mark.parametrize(
     ("sizes", "size", "steps", "seeds"),
     [
@@ -138,14 +128,14 @@ def references(*sizes: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
 )
 def test_editing(sizes: list[tuple[int, int]], size: tuple[int, int] | None, steps: int, seeds: list[int]) -> None:
     """One to four references, of several sizes, some no multiples of 16, for one picture or two of another size."""
-    klein, images = random_klein.make(), references(*sizes)
+    klein, images = random_klein.make(), random_klein.pictures(*sizes)
     job = job_of(klein, size, steps, seeds, images=images)
     assert len(job.references) == len(sizes)
     parity.agree(opened(klein), job, *their_run(klein, job, steps, images=images, size=size))
 
 
 def test_editing_with_a_reference_that_is_scaled_down() -> None:
-    klein, images = random_klein.make(), references((900, 1300), (64, 64))
+    klein, images = random_klein.make(), random_klein.pictures((900, 1300), (64, 64))
     job = job_of(klein, steps=2, images=images)
     assert job.references[0].shape == (848, 1216, 3)
     parity.agree(opened(klein), job, *their_run(klein, job, 2, images=images))
@@ -154,7 +144,7 @@ def test_editing_with_a_reference_that_is_scaled_down() -> None:
 def test_references_of_a_row_are_its_own() -> None:
     """Two requests of one shape in one pass through the transformer, each after its own image."""
     klein = random_klein.make()
-    jobs = [job_of(klein, images=references((64, 80), seed=k)) for k in (1, 2)]
+    jobs = [job_of(klein, images=random_klein.pictures((64, 80), seed=k)) for k in (1, 2)]
     together = [drawing.images for drawing in opened(klein, max_rows=2).draw(jobs) if drawing]
     alone = [drawing.images for job in jobs for drawing in opened(klein).draw([job]) if drawing]
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(together, alone, strict=True))
@@ -187,7 +177,7 @@ def one_less(job: Job) -> Job:
 
 @pytest.mark.parametrize("spoil", [other_order, other_picture, one_less])
 def test_the_judge_sees_wrong_references(spoil: object) -> None:
-    klein, images = random_klein.make(), references((64, 64), (64, 64))
+    klein, images = random_klein.make(), random_klein.pictures((64, 64), (64, 64))
     job = job_of(klein, images=images)
     theirs, _ = their_run(klein, job, 4, images=images)
     wrong = parity.our_steps(opened(klein), spoil(job))  # type: ignore[operator]
@@ -196,7 +186,7 @@ def test_the_judge_sees_wrong_references(spoil: object) -> None:
 
 def test_the_judge_sees_a_wrong_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """References that are 11 apart, and not 10."""
-    klein, images = random_klein.make(), references((64, 64))
+    klein, images = random_klein.make(), random_klein.pictures((64, 64))
     job = job_of(klein, images=images)
     theirs, _ = their_run(klein, job, 4, images=images)
     monkeypatch.setattr(flow, "_REFERENCE_TIME", 11)

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
@@ -17,6 +18,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
+from PIL import Image
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -113,4 +115,14 @@ def tokenizer() -> Qwen2TokenizerFast:
     )
     made.add_tokens(["<think>", "</think>"])
     made.chat_template = TEMPLATE
+    return made
+
+
+def pictures(*sizes: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
+    """uint8 [height, width, 3] of smooth colours: of mere noise, all would be the same grey."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for height, width in sizes:
+        small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        made.append(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)))
     return made
