@@ -25,7 +25,13 @@ _KLEIN = {
     "vae": "AutoencoderKLFlux2",
     "text_encoder": "Qwen3ForCausalLM",
 }
-_PIPELINES = {"FluxPipeline": _FLUX1, "FluxImg2ImgPipeline": _FLUX1, "Flux2KleinPipeline": _KLEIN}
+_FLUX2 = {**_KLEIN, "text_encoder": "Mistral3ForConditionalGeneration"}
+_PIPELINES = {
+    "FluxPipeline": _FLUX1,
+    "FluxImg2ImgPipeline": _FLUX1,
+    "Flux2KleinPipeline": _KLEIN,
+    "Flux2Pipeline": _FLUX2,
+}
 """Pipeline → the classes of its components, by their folders."""
 
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -61,7 +67,7 @@ def read(path: Path, weights: bool = True) -> Checkpoint:
     Raises:
         CheckpointError: missing, unreadable, incomplete or truncated.
         UnsafeWeights: weights only as pickles.
-        UnsupportedArchitecture: not a pipeline of FLUX.1 or FLUX.2-klein.
+        UnsupportedArchitecture: not a pipeline of FLUX.1 or FLUX.2.
     """
     try:
         return _read(path, weights)
@@ -99,6 +105,7 @@ def _spec(path: Path) -> ModelSpec:
         text, width = spec.text, spec.transformer.joint_attention_dim
         for encoder in text.encoders:
             config = _json(path / encoder.folder / "config.json")
+            config = config.get("text_config", config)  # of a model that has eyes as well
             if encoder.layers and config["hidden_size"] * len(encoder.layers) != width:
                 got = f"{encoder.folder}: {len(encoder.layers)} states of {config['hidden_size']}"
                 raise ValueError(f"{got} must be the {width} that the transformer reads")

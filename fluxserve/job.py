@@ -95,9 +95,8 @@ class Job:
                 raise InvalidRequest(name, f"{len(ids)} ids", f"1 to {most} ids from 0 to {known - 1}")
         mask = self.token_mask
         told = len(self.token_ids) if spec.text.encoders[0].layers else 0
-        # A row that attends to nothing has no softmax; each attends to those before it, and so to the first.
-        if len(mask) != told or (told and (mask[0] != 1 or not np.isin(mask, (0, 1)).all())):
-            raise InvalidRequest("token_mask", f"{len(mask)} numbers", f"{told} numbers, a 1 and then 0 or 1")
+        if len(mask) != told or (told and (not mask.any() or not np.isin(mask, (0, 1)).all())):
+            raise InvalidRequest("token_mask", f"{len(mask)} numbers", f"{told} numbers, 0 or 1, not all of them 0")
 
     def _check_references(self, spec: ModelSpec) -> None:
         limits, multiple = spec.limits, spec.size_multiple

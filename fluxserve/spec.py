@@ -1,7 +1,7 @@
 """What a model IS: frozen facts about each member of the FLUX family. No I/O, no torch.
 
 The numbers are those of the published diffusers configurations (transformer/config.json, vae/config.json,
-scheduler/scheduler_config.json of FLUX.1-dev, FLUX.1-schnell and FLUX.2-klein) and of the pipelines' defaults.
+scheduler/scheduler_config.json of FLUX.1-dev and -schnell, FLUX.2-klein and -dev) and of the pipelines' defaults.
 """
 
 import math
@@ -98,7 +98,8 @@ class EncoderSpec:
     """A text encoder: the folders of its weights and of its tokenizer, and how many words it knows.
 
     A prompt is always padded to `tokens`. With `layers` it is a language model: it reads the prompt as a chat's turn,
-    is told which tokens are padding, and gives the hidden states after so many layers, one behind the other.
+    is told which tokens are padding, and gives the hidden states after so many layers, one behind the other. With
+    `system` that is what the chat begins with, and nothing of an answer is begun.
     """
 
     name: str
@@ -107,6 +108,7 @@ class EncoderSpec:
     tokens: int
     vocabulary: int
     layers: tuple[int, ...] = ()
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,32 @@ FLUX2_KLEIN_9B = replace(
         _KLEIN_4B, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288
     ),
 )
+# The words that the model was trained behind (diffusers' flux2/system_messages.py); the line break is one of them.
+_MISTRAL3 = EncoderSpec(
+    name="mistral3",
+    folder="text_encoder",
+    tokenizer="tokenizer",
+    tokens=512,
+    vocabulary=131072,
+    layers=(10, 20, 30),
+    system="You are an AI that reasons about image descriptions. You give structured responses focusing on object"
+    " relationships, object\nattribution and actions without speculation.",
+)
+FLUX2_DEV = replace(
+    FLUX2_KLEIN_4B,
+    name="flux.2-dev",
+    transformer=replace(
+        _KLEIN_4B,
+        num_layers=8,
+        num_single_layers=48,
+        num_attention_heads=48,
+        joint_attention_dim=15360,
+        guidance_embeds=True,
+    ),
+    text=TextSpec((_MISTRAL3,)),
+    defaults=Defaults(side=1024, num_inference_steps=28, guidance_scale=4.0),
+    limits=replace(_FLUX1_LIMITS, max_references=4),
+)
 TINY = ModelSpec(
     name="tiny",
     transformer=TransformerSpec(
@@ -291,7 +319,7 @@ TINY = ModelSpec(
     limits=Limits(min_side=64, max_side=512, max_pixels=512 * 512),
 )
 
-FAMILY: tuple[ModelSpec, ...] = (FLUX1_DEV, FLUX1_SCHNELL, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, TINY)
+FAMILY: tuple[ModelSpec, ...] = (FLUX1_DEV, FLUX1_SCHNELL, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV, TINY)
 
 
 def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> ModelSpec:
@@ -299,7 +327,7 @@ def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], schedul
 
     A fine-tune keeps its base's transformer shape, and with it the base's defaults and limits; the VAE's scale and
     the schedule are always the folder's own. A shape nobody published gets FLUX.1-dev's or -schnell's defaults,
-    by whether it has a guidance embedding; one of generation 2 those of FLUX.2-klein.
+    by whether it has a guidance embedding; one of generation 2 FLUX.2-dev's or -klein's.
 
     Raises:
         ValueError: the numbers contradict each other.
@@ -311,8 +339,8 @@ def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], schedul
     shape = _transformer(transformer)
     base = next((m for m in FAMILY if m.transformer == shape), None)
     if base is None:
-        base = FLUX2_KLEIN_4B if shape.generation == 2 else FLUX1_DEV if shape.guidance_embeds else FLUX1_SCHNELL
-        base = replace(base, name="custom")
+        guided, unguided = (FLUX2_DEV, FLUX2_KLEIN_4B) if shape.generation == 2 else (FLUX1_DEV, FLUX1_SCHNELL)
+        base = replace(guided if shape.guidance_embeds else unguided, name="custom")
     factors = (1.0, 0.0) if shape.generation == 2 else (vae["scaling_factor"], vae["shift_factor"])
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
     schedule = ScheduleSpec(**_pick(ScheduleSpec, scheduler))

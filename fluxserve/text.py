@@ -5,7 +5,8 @@ Both are padded to their full length and neither is masked: FLUX.1 was trained s
 
 FLUX.2-klein's Qwen3 reads the prompt as what a user said in a chat, with an empty thought as the answer's beginning
 (Flux2KleinPipeline._get_qwen3_prompt_embeds). It is told which tokens are padding. Words of a prompt that spell a
-special token become it; one that is too long is cut, and with it what the chat says after it.
+special token become it; one that is too long is cut, and with it what the chat says after it. FLUX.2-dev's Mistral
+reads a system message before it, and begins no answer (Flux2Pipeline._get_mistral_3_small_prompt_embeds).
 """
 
 from collections.abc import Mapping
@@ -21,9 +22,10 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.errors import CheckpointError, UnsupportedArchitecture
 from fluxserve.spec import EncoderSpec
 
+_PROCESSOR, _IMAGE = "PixtralProcessor", "[IMG]"
 _CLASSES = (
     *("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"),
-    *("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast"),
+    *("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", _PROCESSOR),
 )
 
 Ids = npt.NDArray[np.int64]
@@ -58,6 +60,8 @@ def _load(checkpoint: Checkpoint, encoder: EncoderSpec) -> Any:
         raise UnsupportedArchitecture(
             f"{checkpoint.path / 'model_index.json'}: {name}", class_name, ", ".join(_CLASSES)
         )
+    if class_name == _PROCESSOR:  # words need no more of it than its tokenizer; the rest would want torchvision
+        class_name = "AutoTokenizer"
     try:
         tokenizer = getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -74,10 +78,19 @@ def _load(checkpoint: Checkpoint, encoder: EncoderSpec) -> Any:
 
 
 def _encode(tokenizer: Any, prompt: str, encoder: EncoderSpec) -> Tokens:
-    if encoder.layers:
+    if encoder.system:
+        said = {"system": encoder.system, "user": prompt.replace(_IMAGE, "")}
+        turns = [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in said.items()]
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
+    elif encoder.layers:
         turn = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     read = tokenizer(
-        prompt, padding="max_length", max_length=encoder.tokens, truncation=True, return_attention_mask=True
+        prompt,
+        padding="max_length",
+        max_length=encoder.tokens,
+        truncation=True,
+        return_attention_mask=True,
+        add_special_tokens=not encoder.layers,  # a chat has its own
     )
     return Tokens(np.asarray(read["input_ids"], np.int64), np.asarray(read["attention_mask"], np.int64))

@@ -33,12 +33,12 @@ def t5(spec: ModelSpec) -> Signature:
     )
 
 
-def qwen3(spec: ModelSpec) -> Signature:
+def language_model(spec: ModelSpec) -> Signature:
     """Token ids, and 1 for each that is no padding → the hidden states of every token, padding too, after some layers.
 
     Those of the spec's `layers` are one behind the other.
     """
-    tokens = Dim("tokens", 1, spec.text.named("qwen3").tokens)
+    tokens = Dim("tokens", 1, spec.text.sequence.tokens)
     return Signature(
         inputs=(
             TensorSpec("input_ids", "int64", (_rows(), tokens)),
@@ -105,7 +105,8 @@ def vae_encoder(spec: ModelSpec) -> Signature:
 BY_COMPONENT = {
     "clip": clip,
     "t5": t5,
-    "qwen3": qwen3,
+    "qwen3": language_model,
+    "mistral3": language_model,
     "transformer": transformer,
     "vae_encoder": vae_encoder,
     "vae_decoder": vae_decoder,

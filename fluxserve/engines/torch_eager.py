@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.mistral3.modeling_mistral3 import Mistral3ForConditionalGeneration
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3Model
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 from transformers.utils import logging as transformers_logging
@@ -110,15 +111,16 @@ class Qwen3Layers(Qwen3Model):  # type: ignore[misc]
         self.norm = nn.Identity()
 
 
-class Qwen3(_Wrapper):
-    """signatures.qwen3 of Qwen3Layers."""
+class LanguageModel(_Wrapper):
+    """signatures.language_model of a model of transformers."""
 
     def __init__(self, module: nn.Module, layers: tuple[int, ...]) -> None:
         super().__init__(module)
         self.layers = layers
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        states = self.module(input_ids, attention_mask, output_hidden_states=True, use_cache=False).hidden_states
+        read = {"input_ids": input_ids, "attention_mask": attention_mask}
+        states = self.module(**read, output_hidden_states=True, use_cache=False).hidden_states
         return torch.cat([states[layer] for layer in self.layers], dim=-1)
 
 
@@ -241,10 +243,14 @@ def architectures(spec: ModelSpec) -> Mapping[str, Architecture]:
     """Every component of a model."""
     if spec.transformer.generation == 1:
         return ARCHITECTURES
-    qwen3 = spec.text.named("qwen3")
-    reads = partial(Qwen3, layers=qwen3.layers)
+    encoder = spec.text.sequence
+    reads, folder = partial(LanguageModel, layers=encoder.layers), encoder.folder
+    texts = {
+        "qwen3": Architecture(folder, Qwen3Layers, reads, {"num_hidden_layers": max(encoder.layers)}),
+        "mistral3": Architecture(folder, Mistral3ForConditionalGeneration, reads),
+    }
     return {
-        "qwen3": Architecture(qwen3.folder, Qwen3Layers, reads, {"num_hidden_layers": max(qwen3.layers)}),
+        encoder.name: texts[encoder.name],
         "transformer": Architecture("transformer", Flux2Transformer2DModel, Transformer2),
         "vae_encoder": Architecture("vae", AutoencoderKLFlux2, Vae2Encoder),
         "vae_decoder": Architecture("vae", AutoencoderKLFlux2, Vae2Decoder),

@@ -10,7 +10,7 @@ import pytest
 from fluxserve.imaging import write_image
 from fluxserve.installation import bundled
 from fluxserve.server import Ports, TritonServer
-from tests.support import random_klein
+from tests.support import random_flux2
 from tests.triton.conftest import REPOSITORY, PlainClient, drawn_by, pixels, plain
 
 pytestmark = pytest.mark.xdist_group("klein")
@@ -21,7 +21,7 @@ FIELDS: dict[str, object] = {"prompt": "a fox on a blue background", "seed": 11,
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return random_klein.make().folder
+    return random_flux2.klein().folder
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def files(*images: np.ndarray) -> np.ndarray:
 
 def test_a_picture_is_drawn_after_images(client: PlainClient, folder: Path) -> None:
     """Over the wire as in this process; of the first one's size; and not as it is without, or in another order."""
-    shown = files(*random_klein.pictures((80, 112), (96, 64)))
+    shown = files(*random_flux2.pictures((80, 112), (96, 64)))
     fields = {"prompt": FIELDS["prompt"], "seed": 11}
     answer = client.draw(**fields, image=shown)
     assert answer["image_size"].tolist() == [80, 112]
@@ -82,7 +82,7 @@ def test_a_picture_is_drawn_after_images(client: PlainClient, folder: Path) -> N
 
 def test_requests_of_other_references_are_drawn_apart(client: PlainClient) -> None:
     """Triton may batch only what has equal shapes."""
-    images = [files(*random_klein.pictures(*sizes)) for sizes in ([(64, 64)], [(64, 80)], [(80, 64), (64, 64)])]
+    images = [files(*random_flux2.pictures(*sizes)) for sizes in ([(64, 64)], [(64, 80)], [(80, 64), (64, 64)])]
     fields = {"prompt": "a fox", "seed": 3, "height": 64, "width": 64}
     alone = [client.draw(**fields, image=shown)["images"][0] for shown in images]
     with ThreadPoolExecutor(6) as pool:
@@ -91,7 +91,7 @@ def test_requests_of_other_references_are_drawn_apart(client: PlainClient) -> No
 
 
 def test_too_many_images(client: PlainClient) -> None:
-    five = files(*random_klein.pictures(*[(64, 64)] * 5))
+    five = files(*random_flux2.pictures(*[(64, 64)] * 5))
     status, message = client.refused(lambda: client.draw(**FIELDS, image=five))
     assert status == "INVALID_ARGUMENT"
     assert "image: got 5 images; allowed: 1 to 4 of them" in message

@@ -17,8 +17,8 @@ from fluxserve.engines.open import open_components
 from fluxserve.errors import CheckpointError, EngineError, UnsafeWeights, UnsupportedArchitecture
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.settings import default_checkpoint
-from fluxserve.spec import FLUX2_KLEIN_4B, TINY
-from tests.support import random_klein
+from fluxserve.spec import FLUX2_DEV, FLUX2_KLEIN_4B, TINY
+from tests.support import random_flux2
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
@@ -242,7 +242,7 @@ def test_another_scheduler(folder: Path) -> None:
 @pytest.fixture
 def klein(tmp_path: Path) -> Path:
     """A random klein's JSON files with weights of no tensor."""
-    source, target = random_klein.make().folder, tmp_path / "klein"
+    source, target = random_flux2.klein().folder, tmp_path / "klein"
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
     for file in source.glob("*/*.safetensors"):
         write_header(target / file.relative_to(source), {})
@@ -254,8 +254,16 @@ def test_klein(klein: Path) -> None:
     assert read.spec.name == "custom"
     assert (read.spec.defaults, read.spec.limits) == (FLUX2_KLEIN_4B.defaults, FLUX2_KLEIN_4B.limits)
     (encoder,) = read.spec.text.encoders
-    assert (encoder.name, encoder.vocabulary, encoder.layers) == ("qwen3", random_klein.VOCABULARY, (9, 18, 27))
+    assert (encoder.name, encoder.vocabulary, encoder.layers) == ("qwen3", random_flux2.VOCABULARY, (9, 18, 27))
     assert read.spec.schedule.empirical_shift
+
+
+def test_flux2_dev() -> None:
+    """Its language model can see, and says so in a configuration of its own."""
+    read = checkpoint.read(random_flux2.dev().folder)
+    assert (read.spec.defaults, read.spec.limits) == (FLUX2_DEV.defaults, FLUX2_DEV.limits)
+    (encoder,) = read.spec.text.encoders
+    assert (encoder.name, encoder.vocabulary, encoder.layers) == ("mistral3", random_flux2.VOCABULARY, (10, 20, 30))
 
 
 @pytest.mark.parametrize("is_distilled", [False, None, "remove", 1])
@@ -286,14 +294,14 @@ def test_the_fused_engine_has_no_blocks_for_it() -> None:
     from fluxserve.engines.fused import open as fused
 
     with pytest.raises(EngineError, match=r"fused: got custom; expected a FLUX\.1 model"):
-        fused.assemble(random_klein.make().checkpoint(), torch.device("cpu"), fused.BF16, None, PLAIN)
+        fused.assemble(random_flux2.klein().checkpoint(), torch.device("cpu"), fused.BF16, None, PLAIN)
 
 
 @pytest.mark.parametrize("lost", ["model.layers.26.mlp.up_proj.weight", "model.embed_tokens.weight"])
 def test_a_language_model_that_lacks_a_layer(tmp_path: Path, lost: str) -> None:
     """What is after the last layer that is read may be missing, and only that."""
     target = tmp_path / "klein"
-    shutil.copytree(random_klein.make().folder, target)
+    shutil.copytree(random_flux2.klein().folder, target)
     (file,) = (target / "text_encoder").glob("*.safetensors")
     tensors = load_file(file)
     beyond = re.compile(r"model\.(layers\.(27|28|29)\.|norm\.)|lm_head\.")

@@ -19,7 +19,7 @@ from fluxserve.request import Request
 from fluxserve.settings import default_checkpoint
 from fluxserve.spec import ModelSpec
 from fluxserve.text import Tokenizers
-from tests.support import random_flux, random_klein
+from tests.support import random_flux, random_flux2
 
 STEPS = 4
 FLUX = random_flux.make
@@ -284,14 +284,11 @@ def test_strength_decides_how_much_of_the_image_stays(pipeline: Pipeline) -> Non
 def klein_job(**changed: Any) -> tuple[ModelSpec, Job]:
     blank, ids = np.empty((64, 64, 0), np.uint8), np.zeros(64, np.int64)
     job = Job(ids, ids[:0], blank, np.array([1, 0], np.float32), 1.0, (0,), token_mask=np.ones(64, np.int64))
-    return random_klein.make().checkpoint(64).spec, replace(job, **changed)
+    return random_flux2.klein().checkpoint(64).spec, replace(job, **changed)
 
 
-@pytest.mark.parametrize(
-    "mask", [np.zeros(64), np.ones(63), np.r_[0, np.ones(63)], np.full(64, 2), np.empty(0)], ids=str
-)
-def test_a_mask_that_hides_a_row_from_itself(mask: np.ndarray) -> None:
-    """Attention over nothing is no number, and spreads."""
+@pytest.mark.parametrize("mask", [np.zeros(64), np.ones(63), np.full(64, 2), np.empty(0)], ids=str)
+def test_a_mask_that_can_not_be(mask: np.ndarray) -> None:
     spec, good = klein_job()
     good.check(spec)
     with pytest.raises(InvalidRequest, match="token_mask"):

@@ -12,7 +12,7 @@ from PIL import Image
 from fluxserve.errors import InvalidRequest
 from fluxserve.imaging import write_image
 from fluxserve.request import DRAWN_SEEDS, MAX_SEED, Request, _fit, parse
-from fluxserve.spec import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, TINY, ModelSpec
+from fluxserve.spec import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, TINY, ModelSpec
 
 PNG = write_image(np.zeros((96, 160, 3), np.uint8), "png", 90)
 
@@ -242,6 +242,12 @@ def test_a_reference_gives_the_size(reference: tuple[int, int], size: tuple[int,
 )
 def test_images_that_are_refused(spec: ModelSpec, images: list[bytes], message: str) -> None:
     assert str(refusal(spec, image=images)).startswith(f"image: {message}")
+
+
+def test_flux2_dev_takes_guidance_and_references() -> None:
+    r = ask(FLUX2_DEV, image=[PNG], guidance_scale=2.5, num_inference_steps=50)
+    assert (r.guidance_scale, r.num_inference_steps, len(r.images)) == (2.5, 50, 1)
+    assert (ask(FLUX2_DEV).guidance_scale, ask(FLUX2_DEV).num_inference_steps) == (4.0, 28)
 
 
 def test_a_picture_that_is_redrawn_may_be_smaller_than_a_reference() -> None:

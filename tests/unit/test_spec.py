@@ -4,9 +4,10 @@ from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
 from fluxserve import spec
-from fluxserve.spec import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, TINY, ModelSpec
+from fluxserve.spec import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, TINY, ModelSpec
 
 # What the published folders say.
 DEV = {
@@ -46,6 +47,14 @@ KLEIN_9B = {
     "num_layers": 8,
     "num_single_layers": 24,
 }
+FLUX2 = {
+    **KLEIN_4B,
+    "guidance_embeds": True,
+    "joint_attention_dim": 15360,
+    "num_attention_heads": 48,
+    "num_layers": 8,
+    "num_single_layers": 48,
+}
 KLEIN_VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 32}
 VAE = {
     "block_out_channels": [128, 256, 512, 512],
@@ -76,6 +85,7 @@ def without(config: dict[str, Any], name: str) -> dict[str, Any]:
         (SCHNELL, VAE, SCHNELL_SCHEDULE, FLUX1_SCHNELL),
         (KLEIN_4B, KLEIN_VAE, DEV_SCHEDULE, FLUX2_KLEIN_4B),
         (KLEIN_9B, KLEIN_VAE, DEV_SCHEDULE, FLUX2_KLEIN_9B),
+        (FLUX2, KLEIN_VAE, DEV_SCHEDULE, FLUX2_DEV),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -95,7 +105,7 @@ def test_the_family() -> None:
     assert FLUX1_DEV.defaults == spec.Defaults(1024, 28, 3.5)
     assert FLUX1_SCHNELL.defaults == spec.Defaults(1024, 4, 0.0)
     assert FLUX2_KLEIN_4B.defaults == FLUX2_KLEIN_9B.defaults == spec.Defaults(1024, 4, 1.0)
-    assert len({m.name for m in spec.FAMILY}) == len({m.transformer for m in spec.FAMILY}) == 5
+    assert len({m.name for m in spec.FAMILY}) == len({m.transformer for m in spec.FAMILY}) == 6
 
 
 @pytest.mark.parametrize("model", spec.FAMILY, ids=lambda m: m.name)
@@ -111,9 +121,13 @@ def test_defaults_are_within_the_limits(model: ModelSpec) -> None:
 
 
 def test_the_text_is_as_wide_as_the_blocks_expect() -> None:
-    """Qwen3-4B's and Qwen3-8B's hidden states, three of them one behind the other."""
-    for model, width in ((FLUX2_KLEIN_4B, 2560), (FLUX2_KLEIN_9B, 4096)):
+    """Qwen3-4B's, Qwen3-8B's and Mistral Small's hidden states, three of them one behind the other."""
+    for model, width in ((FLUX2_KLEIN_4B, 2560), (FLUX2_KLEIN_9B, 4096), (FLUX2_DEV, 5120)):
         assert model.transformer.joint_attention_dim == width * len(model.text.sequence.layers)
+
+
+def test_the_system_message_is_that_of_diffusers() -> None:
+    assert FLUX2_DEV.text.sequence.system == SYSTEM_MESSAGE
 
 
 def test_sizes() -> None:
@@ -130,9 +144,11 @@ def test_a_fine_tune_keeps_its_bases_defaults_but_has_its_own_vae_and_schedule()
     assert model.schedule.shift == 2.0
 
 
-@pytest.mark.parametrize(("base", "like"), [(DEV, FLUX1_DEV), (SCHNELL, FLUX1_SCHNELL), (KLEIN_9B, FLUX2_KLEIN_9B)])
+@pytest.mark.parametrize(
+    ("base", "like"), [(DEV, FLUX1_DEV), (SCHNELL, FLUX1_SCHNELL), (KLEIN_9B, FLUX2_KLEIN_9B), (FLUX2, FLUX2_DEV)]
+)
 def test_a_shape_nobody_published(base: dict[str, Any], like: ModelSpec) -> None:
-    vae = KLEIN_VAE if base is KLEIN_9B else VAE
+    vae = KLEIN_VAE if base in (KLEIN_9B, FLUX2) else VAE
     model = spec.from_configs({**base, "num_layers": 9}, vae, DEV_SCHEDULE)
     assert model.name == "custom"
     assert model.transformer == replace(like.transformer, num_layers=9)

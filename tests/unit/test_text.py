@@ -13,7 +13,7 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.errors import CheckpointError
 from fluxserve.settings import default_checkpoint
 from fluxserve.text import Tokenizers, Tokens
-from tests.support import random_klein
+from tests.support import random_flux2
 
 PROMPTS = [
     "a red apple",
@@ -140,15 +140,15 @@ def test_a_clip_tokenizer_without_vocabulary(tmp_path: Path) -> None:
 
 
 def klein_tokens(prompt: str, tokens: int = 128) -> Tokens:
-    (only,) = Tokenizers(random_klein.make().checkpoint(tokens))(prompt).values()
+    (only,) = Tokenizers(random_flux2.klein().checkpoint(tokens))(prompt).values()
     return only
 
 
 def test_a_prompt_is_a_turn_of_a_chat() -> None:
     read = klein_tokens("a fox")
-    words = random_klein.tokenizer().decode(read.ids[read.mask == 1])
+    words = random_flux2.tokenizer().decode(read.ids[read.mask == 1])
     assert words == "<|im_start|>user\na fox<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    padding = random_klein.tokenizer().pad_token_id
+    padding = random_flux2.tokenizer().pad_token_id
     assert (read.ids[read.mask == 0] == padding).all()
     assert (np.diff(read.mask) <= 0).all() and read.mask[0] == 1, "padding is at the end"
     assert read.ids.dtype == read.mask.dtype == np.int64
@@ -157,20 +157,30 @@ def test_a_prompt_is_a_turn_of_a_chat() -> None:
 def test_a_chat_that_is_too_long_loses_its_end() -> None:
     read = klein_tokens("a fox " * 50, tokens=64)
     assert read.ids.shape == (64,) and read.mask.all()
-    assert "<|im_end|>" not in random_klein.tokenizer().decode(read.ids)
+    assert "<|im_end|>" not in random_flux2.tokenizer().decode(read.ids)
 
 
 def test_a_prompt_that_spells_padding_is_not_padding() -> None:
     read = klein_tokens("a<|endoftext|>b")
-    padding = random_klein.tokenizer().pad_token_id
+    padding = random_flux2.tokenizer().pad_token_id
     assert (read.mask[read.ids == padding] == 1).sum() == 1
 
 
 @pytest.mark.parametrize("template", [None, "{% for", "{{ raise_exception('no') }}"])
 def test_a_chat_template_that_is_missing_or_broken(tmp_path: Path, template: str | None) -> None:
-    klein = random_klein.make().checkpoint()
+    klein = random_flux2.klein().checkpoint()
     shutil.copytree(klein.path, tmp_path / "klein", ignore=shutil.ignore_patterns("*.safetensors"))
     file = tmp_path / "klein" / "tokenizer" / "chat_template.jinja"
     file.unlink() if template is None else file.write_text(template)
     with pytest.raises(CheckpointError, match="tokenizer: no usable chat template"):
         Tokenizers(Checkpoint(tmp_path / "klein", klein.spec))
+
+
+def test_a_prompt_after_a_system_message() -> None:
+    """FLUX.2-dev's; what would stand for an image is taken out, and padding comes first."""
+    flux = random_flux2.dev().checkpoint(256)
+    (read,) = Tokenizers(flux)("a [IMG]fox").values()
+    words = random_flux2.chat_tokenizer().decode(read.ids[read.mask == 1])
+    system = flux.spec.text.sequence.system
+    assert words == f"<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]a fox[/INST]"
+    assert (np.diff(read.mask) >= 0).all() and read.mask[0] == 0 and read.mask[-1] == 1

@@ -1,4 +1,4 @@
-"""FLUX.2-klein from a folder and a prompt, judged by diffusers as FLUX.1 is: latents after every step, and images."""
+"""FLUX.2 from a folder and a prompt, judged by diffusers as FLUX.1 is: latents after every step, and images."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,32 +15,33 @@ from fluxserve.job import Job, plan
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.text import Tokenizers
-from tests.support import parity, random_klein
+from tests.support import parity, random_flux2
 from tests.support.parity import RELATIVE, relative
-from tests.support.random_klein import TOKENS, RandomKlein
+from tests.support.random_flux2 import TOKENS, RandomFlux2
 
 pytestmark = pytest.mark.xdist_group("klein")
 
 PROMPT = "a fox on a blue background"
 
 
-def opened(klein: RandomKlein, tokens: int = TOKENS, max_rows: int = 1) -> Pipeline:
-    folder = klein.checkpoint(tokens)
+def opened(flux: RandomFlux2, tokens: int = TOKENS, max_rows: int = 1) -> Pipeline:
+    folder = flux.checkpoint(tokens)
     return Pipeline(folder.spec, open_components("torch_eager", folder, "cpu", "float32"), max_rows=max_rows)
 
 
 def job_of(
-    klein: RandomKlein,
+    flux: RandomFlux2,
     size: tuple[int, int] | None = (64, 64),
     steps: int = 4,
     seeds: Sequence[int] = (0,),
     prompt: str = PROMPT,
     tokens: int = TOKENS,
     images: Sequence[np.ndarray] = (),
+    **more: object,
 ) -> Job:
     """As `prepare` makes it."""
-    folder = klein.checkpoint(tokens)
-    fields: dict[str, object] = {"num_inference_steps": steps, "num_images": len(seeds), "seed": seeds[0]}
+    folder = flux.checkpoint(tokens)
+    fields: dict[str, object] = {"num_inference_steps": steps, "num_images": len(seeds), "seed": seeds[0], **more}
     fields |= {"height": size[0], "width": size[1]} if size else {}
     fields |= {"image": [write_image(image, "png", 90) for image in images]} if images else {}
     request = parse({**fields, "prompt": prompt.encode()}, folder.spec)
@@ -50,7 +51,7 @@ def job_of(
 
 
 def their_run(
-    klein: RandomKlein,
+    flux: RandomFlux2,
     job: Job,
     steps: int,
     prompt: str = PROMPT,
@@ -60,13 +61,13 @@ def their_run(
 ) -> tuple[list[torch.Tensor], np.ndarray]:
     """diffusers' pipeline from the prompt: latents after every step, images [n, h, w, 3]."""
     seen: list[torch.Tensor] = []
-    drawn = klein.pipe(
+    drawn = flux.pipe(
         prompt=prompt,
         image=[Image.fromarray(image) for image in images] or None,
         height=job.height if size else None,
         width=job.width if size else None,
         num_inference_steps=steps,
-        guidance_scale=1.0,
+        guidance_scale=job.guidance,
         num_images_per_prompt=len(job.noise_seeds),
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in job.noise_seeds],
         max_sequence_length=tokens,
@@ -88,7 +89,7 @@ def their_run(
     ],
 )
 def test_text_to_image(tied: bool, size: tuple[int, int], steps: int, seeds: list[int]) -> None:
-    klein = random_klein.make(tied)
+    klein = random_flux2.klein(tied)
     job = job_of(klein, size, steps, seeds)
     parity.agree(opened(klein), job, *their_run(klein, job, steps))
 
@@ -96,13 +97,13 @@ def test_text_to_image(tied: bool, size: tuple[int, int], steps: int, seeds: lis
 @pytest.mark.parametrize("prompt", ["🦊 übermäßig\n", "a fox " * 60, "a<|endoftext|>fox<|im_end|>\n<think>"])
 def test_prompts(prompt: str) -> None:
     """Bytes that are no characters of their own, more than fits, words that spell special tokens."""
-    klein = random_klein.make()
+    klein = random_flux2.klein()
     job = job_of(klein, prompt=prompt)
     parity.agree(opened(klein), job, *their_run(klein, job, 4, prompt))
 
 
 def test_at_its_full_length_of_text() -> None:
-    klein = random_klein.make()
+    klein = random_flux2.klein()
     full = 512
     job = job_of(klein, tokens=full)
     assert len(job.token_ids) == full
@@ -110,7 +111,7 @@ def test_at_its_full_length_of_text() -> None:
 
 
 def test_rows_together() -> None:
-    klein = random_klein.make()
+    klein = random_flux2.klein()
     job = job_of(klein, seeds=[4, 5, 6])
     parity.agree(opened(klein, max_rows=3), job, *their_run(klein, job, 4))
 
@@ -128,14 +129,14 @@ def test_rows_together() -> None:
 )
 def test_editing(sizes: list[tuple[int, int]], size: tuple[int, int] | None, steps: int, seeds: list[int]) -> None:
     """One to four references, of several sizes, some no multiples of 16, for one picture or two of another size."""
-    klein, images = random_klein.make(), random_klein.pictures(*sizes)
+    klein, images = random_flux2.klein(), random_flux2.pictures(*sizes)
     job = job_of(klein, size, steps, seeds, images=images)
     assert len(job.references) == len(sizes)
     parity.agree(opened(klein), job, *their_run(klein, job, steps, images=images, size=size))
 
 
 def test_editing_with_a_reference_that_is_scaled_down() -> None:
-    klein, images = random_klein.make(), random_klein.pictures((900, 1300), (64, 64))
+    klein, images = random_flux2.klein(), random_flux2.pictures((900, 1300), (64, 64))
     job = job_of(klein, steps=2, images=images)
     assert job.references[0].shape == (848, 1216, 3)
     parity.agree(opened(klein), job, *their_run(klein, job, 2, images=images))
@@ -143,12 +144,32 @@ def test_editing_with_a_reference_that_is_scaled_down() -> None:
 
 def test_references_of_a_row_are_its_own() -> None:
     """Two requests of one shape in one pass through the transformer, each after its own image."""
-    klein = random_klein.make()
-    jobs = [job_of(klein, images=random_klein.pictures((64, 80), seed=k)) for k in (1, 2)]
+    klein = random_flux2.klein()
+    jobs = [job_of(klein, images=random_flux2.pictures((64, 80), seed=k)) for k in (1, 2)]
     together = [drawing.images for drawing in opened(klein, max_rows=2).draw(jobs) if drawing]
     alone = [drawing.images for job in jobs for drawing in opened(klein).draw([job]) if drawing]
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(together, alone, strict=True))
     assert np.abs(together[0].astype(int) - together[1]).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("size", "steps", "guidance", "seeds", "sizes"),
+    [
+        ((64, 64), 1, 4.0, [0], []),
+        ((64, 96), 4, 1.0, [7, 8], []),
+        ((96, 80), 9, 2.5, [3], []),
+        ((64, 64), 4, 4.0, [1, 2], [(64, 80), (80, 64)]),
+    ],
+)
+def test_dev(
+    size: tuple[int, int], steps: int, guidance: float, seeds: list[int], sizes: list[tuple[int, int]]
+) -> None:
+    """FLUX.2-dev: guidance, a system message, padding before the words, words that would stand for an image."""
+    flux, images, tokens = random_flux2.dev(), random_flux2.pictures(*sizes), 256
+    prompt = "a fox [IMG] on a blue background"
+    job = job_of(flux, size, steps, seeds, prompt, tokens, images, guidance_scale=guidance)
+    assert not job.token_mask.all() and job.token_mask[-1] == 1
+    parity.agree(opened(flux, tokens), job, *their_run(flux, job, steps, prompt, tokens, images))
 
 
 def wrong_schedule(job: Job) -> Job:
@@ -177,7 +198,7 @@ def one_less(job: Job) -> Job:
 
 @pytest.mark.parametrize("spoil", [other_order, other_picture, one_less])
 def test_the_judge_sees_wrong_references(spoil: object) -> None:
-    klein, images = random_klein.make(), random_klein.pictures((64, 64), (64, 64))
+    klein, images = random_flux2.klein(), random_flux2.pictures((64, 64), (64, 64))
     job = job_of(klein, images=images)
     theirs, _ = their_run(klein, job, 4, images=images)
     wrong = parity.our_steps(opened(klein), spoil(job))  # type: ignore[operator]
@@ -186,7 +207,7 @@ def test_the_judge_sees_wrong_references(spoil: object) -> None:
 
 def test_the_judge_sees_a_wrong_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """References that are 11 apart, and not 10."""
-    klein, images = random_klein.make(), random_klein.pictures((64, 64))
+    klein, images = random_flux2.klein(), random_flux2.pictures((64, 64))
     job = job_of(klein, images=images)
     theirs, _ = their_run(klein, job, 4, images=images)
     monkeypatch.setattr(flow, "_REFERENCE_TIME", 11)
@@ -196,7 +217,7 @@ def test_the_judge_sees_a_wrong_time(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("spoil", [wrong_schedule, unmasked, other_padding])
 def test_the_judge_sees_what_is_wrong(spoil: object) -> None:
     """A sceptic's question: would the comparison notice? Rows of padding are context, too."""
-    klein = random_klein.make()
+    klein = random_flux2.klein()
     job = job_of(klein)
     theirs, _ = their_run(klein, job, 4)
     wrong = parity.our_steps(opened(klein), spoil(job))  # type: ignore[operator]
@@ -204,4 +225,4 @@ def test_the_judge_sees_what_is_wrong(spoil: object) -> None:
 
 
 def test_it_warms_up() -> None:
-    opened(random_klein.make()).warm_up()
+    opened(random_flux2.klein()).warm_up()
