@@ -16,6 +16,7 @@ DRAWN_SEEDS = 2**32
 
 MAX_SEED = 2**63 - 1
 DEFAULT_QUALITY = 90
+_NO_GUIDANCE = (0.0, 1.0)  # callers and model cards write either
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,11 @@ def _fit(height: int, width: int, spec: ModelSpec) -> tuple[int, int]:
 def _guidance(fields: Mapping[str, Any], spec: ModelSpec) -> float:
     value = float(fields.get("guidance_scale", spec.defaults.guidance_scale))
     most = spec.limits.max_guidance_scale
-    if not (math.isfinite(value) and 0.0 <= value <= most):
-        allowed = f"a finite number from 0 to {most:g}"
-        if not spec.takes_guidance:
-            allowed = f"nothing, or {most:g} for none: {spec.name} is distilled to be drawn without"
+    if not spec.takes_guidance and value not in _NO_GUIDANCE:
+        allowed = f"1, or nothing: {spec.name} is distilled to be drawn without"
         raise InvalidRequest("guidance_scale", str(value), allowed)
+    if not (math.isfinite(value) and 0.0 <= value <= most):
+        raise InvalidRequest("guidance_scale", str(value), f"a finite number from 0 to {most:g}")
     return value
 
 

@@ -50,7 +50,7 @@ def test_a_prompt_becomes_a_picture(client: PlainClient, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("guidance_scale", 3.5, "nothing, or 1 for none: custom is distilled to be drawn without"),
+        ("guidance_scale", 3.5, "1, or nothing: custom is distilled to be drawn without"),
         ("num_inference_steps", 50, "1 to 8"),
         ("strength", 0.5, "nothing: custom draws after its images and redraws none of them"),
     ],

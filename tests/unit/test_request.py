@@ -58,8 +58,9 @@ def test_edges_are_taken(field: str, value: float) -> None:
 def test_what_makes_no_sense_for_a_klein(spec: ModelSpec) -> None:
     for scale in (0.0, 1.0):
         assert ask(spec, guidance_scale=scale).guidance_scale == scale, "both say: none"
-    allowed = f"nothing, or 1 for none: {spec.name} is distilled to be drawn without"
-    assert str(refusal(spec, guidance_scale=3.5)) == f"guidance_scale: got 3.5; allowed: {allowed}"
+    allowed = f"1, or nothing: {spec.name} is distilled to be drawn without"
+    for scale in (3.5, 0.5, -1.0, math.nan, math.inf):
+        assert str(refusal(spec, guidance_scale=scale)) == f"guidance_scale: got {scale}; allowed: {allowed}"
     assert ask(spec, num_inference_steps=8).num_inference_steps == 8
     assert str(refusal(spec, num_inference_steps=50)) == "num_inference_steps: got 50; allowed: 1 to 8"
     for fields in ({}, {"image": [PNG]}):
