@@ -36,7 +36,7 @@ def components(folder: checkpoint.Checkpoint, precision: str, size: tuple[int, i
     spec, p = folder.spec, PRECISIONS[precision]
     height, width = spec.latent_size(*size)
     latents, pixels = (1, spec.vae.latent_channels, height, width), (1, 3, *size)
-    t5, clip = (1, spec.text.t5_tokens), (1, spec.text.clip_tokens)
+    t5, clip = (1, spec.text.sequence.tokens), (1, spec.text.named("clip").tokens)
     return {
         "t5": lambda: FusedT5(folder, _DEVICE, p, LAUNCHED).bind({"input_ids": t5}),
         "clip": lambda: FusedClip(folder, _DEVICE, p).bind({"input_ids": clip}),

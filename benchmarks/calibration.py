@@ -56,7 +56,7 @@ class Model:
         self.modules["vae_encoder"] = self.modules["vae_decoder"]
         self.wrappers = {name: ARCHITECTURES[name].wrapper(module) for name, module in self.modules.items()}
         engines = {name: TorchEngine(BY_COMPONENT[name](self.spec), w) for name, w in self.wrappers.items()}
-        self.pipeline = Pipeline(self.spec, Components(**engines), max_rows=rows)
+        self.pipeline = Pipeline(self.spec, Components.of(engines), max_rows=rows)
 
     def draw(self, prompts: Sequence[str], steps: int, first_seed: int = FIRST_SEED) -> Tensor:
         """uint8 [N, H, W, 3], prompt k from first_seed + k."""

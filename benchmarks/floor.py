@@ -114,7 +114,9 @@ def measure(spec: TransformerSpec, tokens: int, steps: int, repeats: int = 5) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument("--text", type=int, default=FLUX1_DEV.text.t5_tokens, help="text tokens; default: %(default)s")
+    parser.add_argument(
+        "--text", type=int, default=FLUX1_DEV.text.sequence.tokens, help="text tokens; default: %(default)s"
+    )
     parser.add_argument("--size", default="1024x1024")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -32,7 +32,7 @@ from fluxserve.kernels.norm import norm
 from fluxserve.kernels.operations import LAUNCHED
 from fluxserve.spec import FLUX1_DEV
 
-TEXT = FLUX1_DEV.text.t5_tokens
+TEXT = FLUX1_DEV.text.sequence.tokens
 ROWS = TEXT + FLUX1_DEV.image_tokens(1024, 1024)
 D, DIM = FLUX1_DEV.transformer.hidden_size, FLUX1_DEV.transformer.attention_head_dim
 HEADS = FLUX1_DEV.transformer.num_attention_heads

@@ -54,7 +54,7 @@ class Peer:
                 num_inference_steps=steps,
                 guidance_scale=self._spec.defaults.guidance_scale,
                 generator=torch.Generator("cpu").manual_seed(seed),
-                max_sequence_length=self._spec.text.t5_tokens,
+                max_sequence_length=self._spec.text.sequence.tokens,
                 callback_on_step_end=self._mark,
             ).images
         image.save(io.BytesIO(), "png")

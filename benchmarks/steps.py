@@ -79,7 +79,7 @@ def bound_of(engine: FusedTransformer, size: tuple[int, int]) -> FusedBound:
     """Bound and filled with one image's random inputs."""
     spec, generator = FLUX1_DEV, torch.Generator(_DEVICE).manual_seed(0)
     image = torch.from_numpy(flow.image_ids(*spec.latent_size(*size)))
-    text = torch.from_numpy(flow.text_ids(spec.text.t5_tokens))
+    text = torch.from_numpy(flow.text_ids(spec.text.sequence.tokens))
     shape = spec.transformer
 
     def draw(*sizes: int) -> Tensor:
@@ -104,7 +104,7 @@ def measure(name: str, precision: Precision, size: tuple[int, int], steps: int, 
     """One set's loop: milliseconds, memory, its first velocity."""
     spec, begun = FLUX1_DEV, time.perf_counter()
     scales = usual_scales(spec.transformer) if precision.quantised else None
-    most = (spec.image_tokens(*size), spec.text.t5_tokens, 1)
+    most = (spec.image_tokens(*size), spec.text.sequence.tokens, 1)
     read = RandomReader(spec.transformer)
     engine = FusedTransformer(spec, read, _DEVICE, precision, scales, SETS[name], most)
     torch.cuda.synchronize()
@@ -154,7 +154,7 @@ def main() -> None:
     if args.precision == "bf16" and args.sets != ["triton"]:
         parser.error("--precision bf16 is for --sets triton: CUDA's products are FP8 alone")
     height, width = (int(side) for side in args.size.split("x"))
-    tokens = FLUX1_DEV.text.t5_tokens + FLUX1_DEV.image_tokens(height, width)
+    tokens = FLUX1_DEV.text.sequence.tokens + FLUX1_DEV.image_tokens(height, width)
     under = floor.measure(FLUX1_DEV.transformer, tokens, args.steps)
     print(f"floor     {under['total_ms']:>8.1f} ms  {under['step_ms']:>6.2f} a step", flush=True)
     found: list[dict[str, Any]] = []

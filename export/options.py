@@ -101,6 +101,8 @@ class Options:
 
     def check(self, spec: ModelSpec) -> None:
         """Raises ExportError."""
+        if spec.transformer.generation != 1:
+            raise ExportError(f"checkpoint: got {spec.name}; expected a FLUX.1 model. torch_eager runs FLUX.2 as it is")
         self.sizes.check(spec)
         if self.engine == ONNXRUNTIME and self.precision == "bf16":
             raise ExportError("precision: got bf16; ONNX Runtime on a CPU computes in fp32, fp16 or (simulated) fp8")
@@ -120,13 +122,13 @@ def ranges(component: str, spec: ModelSpec, sizes: Sizes) -> dict[str, Range]:
     Text is always padded to its full length, so that its dimension does not vary.
     """
     rows = (1, 1, sizes.max_batch)
-    if component in ("clip", "t5"):
-        tokens = spec.text.clip_tokens if component == "clip" else spec.text.t5_tokens
+    if component in (encoder.name for encoder in spec.text.encoders):
+        tokens = spec.text.named(component).tokens
         return {"rows": rows, "tokens": (tokens,) * 3}
     if component == "transformer":
         least = min(sizes.min_size)
         image = tuple(spec.image_tokens(*size) for size in ((least, least), sizes.opt_size, sizes.max_size))
-        return {"rows": rows, "image_tokens": image, "text_tokens": (spec.text.t5_tokens,) * 3}  # type: ignore[dict-item]
+        return {"rows": rows, "image_tokens": image, "text_tokens": (spec.text.sequence.tokens,) * 3}  # type: ignore[dict-item]
     least, most = min(sizes.min_size) // spec.vae.downscale, max(sizes.max_size) // spec.vae.downscale
     height, width = spec.latent_size(*sizes.opt_size)
     return {"rows": rows, "latent_height": (least, height, most), "latent_width": (least, width, most)}

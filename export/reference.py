@@ -27,7 +27,6 @@ from export.fp8 import simulated
 from export.metrics import cosine, outputs_of, psnr, relative_error
 from export.options import Sizes
 from fluxserve.artifact import Scales
-from fluxserve.engines import signatures
 from fluxserve.engines.base import Bound, Components, Engine, Shapes, Signature
 from fluxserve.engines.torch_eager import ARCHITECTURES
 from fluxserve.errors import ExportError
@@ -77,7 +76,7 @@ class Asked:
         fields = {name: value for name, value in asdict(self).items() if value is not None}
         if self.strength is not None:
             assert first is not None
-            fields["image"] = write_image(first, "png", DEFAULT_QUALITY)
+            fields["image"] = [write_image(first, "png", DEFAULT_QUALITY)]
         return plan(parse({**fields, "prompt": self.prompt.encode()}, spec), spec, tokenizers)
 
 
@@ -153,12 +152,12 @@ def record(
     """Draw with the reference's components; their calls and the images."""
     steps = asked[0].num_inference_steps
     calls = {"transformer": (0, steps // 2, steps - 1, steps)}  # the last: the first step of the second picture
-    noted = {name: _Noted(getattr(components, name), calls.get(name, (0, 1))) for name in signatures.BY_COMPONENT}
+    noted = {name: _Noted(engine, calls.get(name, (0, 1))) for name, engine in components.by_name().items()}
     rows = rows_of(asked)
-    images = draw(asked, Pipeline(spec, Components(**noted), device, rows), tokenizers)
+    images = draw(asked, Pipeline(spec, Components.of(noted), device, rows), tokenizers)
     for name in ("clip", "t5", "vae_encoder"):  # the pipeline calls these for one row at a time
         if rows > 1:
-            noted[name].cases.append(_together(getattr(components, name), noted[name].cases, rows))
+            noted[name].cases.append(_together(components.by_name()[name], noted[name].cases, rows))
     return {name: engine.cases for name, engine in noted.items()}, images
 
 

@@ -312,8 +312,7 @@ class Stages:
         return {**modules, "vae_encoder": modules["vae_decoder"]}
 
     def _components(self, modules: Mapping[str, nn.Module]) -> Components:
-        own = {name: modules[name] for name in ("clip", "t5", "transformer")}
-        return torch_eager.from_modules(self.checkpoint.spec, **own, vae=modules["vae_decoder"])
+        return torch_eager.from_modules(self.checkpoint.spec, modules)
 
     def _pipeline(self, modules: Mapping[str, nn.Module], rows: int = 1) -> Pipeline:
         return Pipeline(self.checkpoint.spec, self._components(modules), self.calibration.device, rows)

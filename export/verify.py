@@ -37,7 +37,7 @@ def verify(artifact: Artifact, device: str) -> dict[str, Any]:
         rows = []
         for name in COMPONENTS:
             cases = reference.load_cases(files[name])
-            results = [reference.call(getattr(components, name), case.inputs) for case in cases]
+            results = [reference.call(components.by_name()[name], case.inputs) for case in cases]
             rows += [{"component": name, **row} for row in reference.compare(cases, results)]
         images = _images(artifact, components, device, files)
     finally:

@@ -14,14 +14,26 @@ from fluxserve import spec as specs
 from fluxserve.errors import CheckpointError, UnsafeWeights, UnsupportedArchitecture
 from fluxserve.spec import ModelSpec
 
-_PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline")
-_COMPONENTS = {
+_FLUX1 = {
     "transformer": "FluxTransformer2DModel",
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "T5EncoderModel",
 }
-_TEXT_ENCODERS = {"clip": "text_encoder", "t5": "text_encoder_2"}
+_KLEIN = {
+    "transformer": "Flux2Transformer2DModel",
+    "vae": "AutoencoderKLFlux2",
+    "text_encoder": "Qwen3ForCausalLM",
+}
+_FLUX2 = {**_KLEIN, "text_encoder": "Mistral3ForConditionalGeneration"}
+_PIPELINES = {
+    "FluxPipeline": _FLUX1,
+    "FluxImg2ImgPipeline": _FLUX1,
+    "Flux2KleinPipeline": _KLEIN,
+    "Flux2Pipeline": _FLUX2,
+}
+"""Pipeline → the classes of its components, by their folders."""
+
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -55,7 +67,7 @@ def read(path: Path, weights: bool = True) -> Checkpoint:
     Raises:
         CheckpointError: missing, unreadable, incomplete or truncated.
         UnsafeWeights: weights only as pickles.
-        UnsupportedArchitecture: not a FLUX.1 pipeline.
+        UnsupportedArchitecture: not a pipeline of FLUX.1 or FLUX.2.
     """
     try:
         return _read(path, weights)
@@ -67,10 +79,14 @@ def _read(path: Path, weights: bool) -> Checkpoint:
     if not path.is_dir():
         hint = "--checkpoint and FLUXSERVE_CHECKPOINT name one"
         raise CheckpointError(f"{path}: no such folder; expected a diffusers-format checkpoint ({hint})")
-    pipeline = _json(path / "model_index.json").get("_class_name")
+    index = _json(path / "model_index.json")
+    pipeline = str(index.get("_class_name"))
     if pipeline not in _PIPELINES:
         raise UnsupportedArchitecture(f"{path / 'model_index.json'}: _class_name", pipeline, " or ".join(_PIPELINES))
-    for name, architecture in _COMPONENTS.items():
+    if _PIPELINES[pipeline] is _KLEIN and index.get("is_distilled") is not True:
+        allowed = "true: a base model takes a second pass per step for its guidance, which the loop lacks"
+        raise UnsupportedArchitecture(f"{path / 'model_index.json'}: is_distilled", index.get("is_distilled"), allowed)
+    for name, architecture in _PIPELINES[pipeline].items():
         _check_architecture(path / name, architecture)
         if weights:
             _check_weights(path / name)
@@ -86,12 +102,19 @@ def _spec(path: Path) -> ModelSpec:
         raise UnsupportedArchitecture(where, scheduler.get("_class_name"), _SCHEDULER)
     try:
         spec = specs.from_configs(transformer, vae, scheduler)
-        words = {f"{n}_vocabulary": _json(path / f / "config.json")["vocab_size"] for n, f in _TEXT_ENCODERS.items()}
-        return replace(spec, text=replace(spec.text, **words))
+        text, width = spec.text, spec.transformer.joint_attention_dim
+        for encoder in text.encoders:
+            config = _json(path / encoder.folder / "config.json")
+            config = config.get("text_config", config)  # of a model that has eyes as well
+            if encoder.layers and config["hidden_size"] * len(encoder.layers) != width:
+                got = f"{encoder.folder}: {len(encoder.layers)} states of {config['hidden_size']}"
+                raise ValueError(f"{got} must be the {width} that the transformer reads")
+            text = text.changed(encoder.name, vocabulary=config["vocab_size"])
+        return replace(spec, text=text)
     except KeyError as error:
         raise CheckpointError(f"{path}: a config.json lacks {error}") from error
     except (TypeError, ValueError) as error:
-        raise UnsupportedArchitecture(str(path), str(error), "the dimensions of a FLUX.1 model") from error
+        raise UnsupportedArchitecture(str(path), str(error), "the dimensions of a FLUX model") from error
 
 
 def _check_architecture(folder: Path, architecture: str) -> None:

@@ -64,12 +64,12 @@ REQUEST_INPUTS = (
     _tensor("prompt", "BYTES", [1], "required: UTF-8, 1 to 4,096 bytes", optional=True),
     _tensor("height", "INT32", [1], "pixels, a multiple of 16", optional=True),
     _tensor("width", "INT32", [1], "pixels, a multiple of 16", optional=True),
-    _tensor("num_inference_steps", "INT32", [1], "1 to 100", optional=True),
-    _tensor("guidance_scale", "FP32", [1], "distilled guidance", optional=True),
+    _tensor("num_inference_steps", "INT32", [1], "1 to the model's limit", optional=True),
+    _tensor("guidance_scale", "FP32", [1], "distilled guidance, where the model has it", optional=True),
     _tensor("seed", "INT64", [1], "-1 draws one; image k gets seed + k", optional=True),
     _tensor("num_images", "INT32", [1], "1 to 8", optional=True),
-    _tensor("image", "BYTES", [1], "image-to-image: a PNG, JPEG or WebP file", optional=True),
-    _tensor("strength", "FP32", [1], "image-to-image: 0 < strength <= 1, how much is redrawn", optional=True),
+    _tensor("image", "BYTES", [ANY], "a PNG, JPEG or WebP file to redraw, or up to 4 to draw after", optional=True),
+    _tensor("strength", "FP32", [1], "of an image to redraw: 0 < strength <= 1, how much is redrawn", optional=True),
     _tensor("output_format", "BYTES", [1], "png, jpeg, webp or raw (height x width x 3 bytes)", optional=True),
     _tensor("quality", "INT32", [1], "1 to 100, of jpeg and webp", optional=True),
 )
@@ -86,9 +86,12 @@ FLUX = ModelContract("flux", REQUEST_INPUTS, _ANSWER)
 # What crosses from `prepare` to `generate`. Triton batches requests whose shapes are equal, so whatever has to be equal
 # in a batch is a shape here: the size and the task (channels) in `pixels`, the number of steps in `sigmas`.
 _JOB = (
-    _tensor("clip_ids", "INT64", [ANY], "CLIP's tokens"),
-    _tensor("t5_ids", "INT64", [ANY], "T5's tokens"),
+    _tensor("token_ids", "INT64", [ANY], "the first text encoder's tokens"),
+    _tensor("token_ids_2", "INT64", [ANY], "the second's; none where a model has no second"),
+    _tensor("token_mask", "INT64", [ANY], "0 at the first's padding, else 1; none for one that is not told"),
     _tensor("pixels", "UINT8", [ANY, ANY, ANY], "[height, width, channels]: 0 channels for text-to-image, else 3"),
+    _tensor("references", "UINT8", [ANY], "RGB pixels of all reference images, one behind the other"),
+    _tensor("reference_sizes", "INT32", [ANY, 2], "height and width of each"),
     _tensor("sigmas", "FP32", [ANY], "noise levels, one more than there are steps to run"),
     _tensor("guidance", "FP32", [1], "distilled guidance"),
     _tensor("noise_seeds", "INT64", [ANY], "one for each image"),

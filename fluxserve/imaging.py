@@ -4,6 +4,7 @@ PNG is written by png.py, on several threads; JPEG and WebP go through Pillow.
 """
 
 import io
+import math
 import struct
 import warnings
 from dataclasses import dataclass
@@ -40,6 +41,26 @@ class InputImage:
         if (self.height, self.width) == (height, width):
             return np.asarray(self.picture)
         return np.asarray(self.picture.resize((width, height), Image.Resampling.LANCZOS))
+
+    def reference_size(self, most: int, multiple: int) -> tuple[int, int]:
+        """Height and width of `reference`."""
+        height, width = self._capped(most)
+        return height // multiple * multiple, width // multiple * multiple
+
+    def reference(self, most: int, multiple: int) -> Pixels:
+        """uint8 [height, width, 3]: scaled down to at most `most` pixels, then its middle, of sides that are multiples.
+
+        As Flux2KleinPipeline.__call__ and Flux2ImageProcessor prepare one: never stretched, never enlarged.
+        """
+        capped, (height, width) = self.resized(*self._capped(most)), self.reference_size(most, multiple)
+        top, left = (capped.shape[0] - height) // 2, (capped.shape[1] - width) // 2
+        return np.ascontiguousarray(capped[top : top + height, left : left + width])
+
+    def _capped(self, most: int) -> tuple[int, int]:
+        if self.height * self.width <= most:
+            return self.height, self.width
+        scale = math.sqrt(most / (self.width * self.height))
+        return int(self.height * scale), int(self.width * scale)
 
 
 def read_image(data: bytes, limits: Limits) -> InputImage:

@@ -19,8 +19,9 @@ from fluxserve import flow
 from fluxserve.device import DeviceClock, Pacer
 from fluxserve.engines.base import Bound, Components, Engine, Foreseeing, Shapes
 from fluxserve.errors import SettingsError
-from fluxserve.job import RGB_CHANNELS, Job
-from fluxserve.spec import ModelSpec
+from fluxserve.imaging import Pixels
+from fluxserve.job import RGB_CHANNELS, TEXT_TO_IMAGE_CHANNELS, Job
+from fluxserve.spec import PATCH, ModelSpec
 
 Watch = Callable[[int], bool]
 """Called with a job's index after each of its steps; False says that nobody wants the job any more."""
@@ -38,21 +39,27 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the prompts say.
+    """What the prompts and the reference images say.
 
-    pooled [rows, pooled_projection_dim], sequence [rows, t5_tokens, joint_attention_dim], guidance float32 [rows].
+    pooled [rows, pooled_projection_dim] where the model has one, sequence [rows, tokens, joint_attention_dim],
+    guidance float32 [rows], references float32 [rows, their tokens, C], reference_sizes in latent pixels.
     """
 
-    pooled: Tensor
+    pooled: Tensor | None
     sequence: Tensor
     guidance: Tensor
+    references: Tensor
+    reference_sizes: tuple[tuple[int, int], ...] = ()
 
     @staticmethod
     def stack(rows: Sequence["Conditioning"]) -> "Conditioning":
+        pooled = [r.pooled for r in rows if r.pooled is not None]
         return Conditioning(
-            torch.cat([r.pooled for r in rows]),
+            torch.cat(pooled) if pooled else None,
             torch.cat([r.sequence for r in rows]),
             torch.cat([r.guidance for r in rows]),
+            torch.cat([r.references for r in rows]),
+            rows[0].reference_sizes,
         )
 
 
@@ -76,7 +83,7 @@ class Pipeline:
         self._bounds: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
 
     def warm_up(self) -> None:
-        """One step of image-to-image through every component, at the default size twice: engines capture the second.
+        """One step through every component, at the default size twice: engines capture the second.
 
         So that no first request pays for what is loaded, compiled or captured late, and that what can't run fails now.
         Then the smallest size: libraries have kernels for multiples of something, and others for all other sizes.
@@ -86,15 +93,20 @@ class Pipeline:
             self.draw([self._nothing(height, width)])
 
     def _nothing(self, height: int, width: int) -> Job:
-        """A job of no words and a black picture."""
-        text = self.spec.text
+        """A job of no words and a black image."""
+        first, *rest = self.spec.text.encoders
+        channels = TEXT_TO_IMAGE_CHANNELS if self.spec.takes_references else RGB_CHANNELS
+        side = self.spec.limits.min_reference_side
+        black = np.zeros((side, side, RGB_CHANNELS), dtype=np.uint8)
         return Job(
-            clip_ids=np.zeros(text.clip_tokens, dtype=np.int64),
-            t5_ids=np.zeros(text.t5_tokens, dtype=np.int64),
-            pixels=np.zeros((height, width, RGB_CHANNELS), dtype=np.uint8),
+            token_ids=np.zeros(first.tokens, dtype=np.int64),
+            token_ids_2=np.zeros(rest[0].tokens if rest else 0, dtype=np.int64),
+            token_mask=np.ones(first.tokens if first.layers else 0, dtype=np.int64),
+            pixels=np.zeros((height, width, channels), dtype=np.uint8),
             sigmas=np.array([1.0, 0.0], dtype=np.float32),
             guidance=self.spec.defaults.guidance_scale,
             noise_seeds=(0,),
+            references=(black,) if self.spec.takes_references else (),
         )
 
     def close(self) -> None:
@@ -143,40 +155,52 @@ class Pipeline:
         return latents
 
     def encode(self, job: Job) -> Conditioning:
-        """Prompt tokens → embeddings of one row."""
-        clip = self._bind(self._engines.clip, {"input_ids": (1, len(job.clip_ids))})
-        t5 = self._bind(self._engines.t5, {"input_ids": (1, len(job.t5_ids))})
-        for bound, ids in ((clip, job.clip_ids), (t5, job.t5_ids)):
-            bound.inputs["input_ids"].copy_(torch.from_numpy(ids)[None])
+        """Prompt tokens and reference images → what conditions one row."""
+        outputs: dict[str, Tensor] = {}
+        for encoder, ids in zip(self.spec.text.encoders, job.ids, strict=False):  # one or both
+            given = {"input_ids": ids, "attention_mask": job.token_mask} if encoder.layers else {"input_ids": ids}
+            bound = self._bind(self._engines.text[encoder.name], {name: (1, len(a)) for name, a in given.items()})
+            for name, array in given.items():
+                bound.inputs[name].copy_(torch.from_numpy(array)[None])
             bound.run()
+            outputs |= {name: value.clone() for name, value in bound.outputs.items()}
         guidance = torch.full((1,), job.guidance, dtype=torch.float32, device=self.device)
-        return Conditioning(clip.outputs["pooled"].clone(), t5.outputs["sequence"].clone(), guidance)
+        references = [torch.empty(1, 0, self.spec.transformer.in_channels, device=self.device)]
+        references += [flow.pack(self._encode_pixels(pixels)) for pixels in job.references]
+        sizes = tuple(self.spec.latent_size(*pixels.shape[:2]) for pixels in job.references)
+        return Conditioning(outputs.get("pooled"), outputs["sequence"], guidance, torch.cat(references, dim=1), sizes)
 
     def start(self, job: Job, seed: int) -> Tensor:
         """Where the loop begins: noise, or noise mixed with the input image; packed, float32 [1, image_tokens, C].
 
         The generator's order is diffusers': with an input image it first draws the sample of the VAE's posterior.
+        FLUX.2's noise is drawn with the channels of tokens.
         """
         height, width = self.spec.latent_size(job.height, job.width)
-        shape = (1, self.spec.vae.latent_channels, height, width)
+        folded = self.spec.transformer.generation == 2
+        places = (height // PATCH, width // PATCH) if folded else (height, width)
+        channels = self.spec.transformer.in_channels if folded else self.spec.vae.latent_channels
         generator = torch.Generator("cpu").manual_seed(seed)
 
         def draw() -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float32).to(self.device)
+            return torch.randn(1, channels, *places, generator=generator, dtype=torch.float32).to(self.device)
 
+        if folded:
+            return flow.pack(draw(), patch=1)
         if not job.is_image_to_image:
             return flow.pack(draw())
-        clean = self._encode_pixels(job, draw())
+        clean = self._encode_pixels(job.pixels, draw())
         return flow.pack(flow.blend_(clean, draw(), float(job.sigmas[0])))
 
-    def _encode_pixels(self, job: Job, sample: Tensor) -> Tensor:
-        """The input image as latents, float32 [1, C, h, w]: mean + std·sample, shifted and scaled."""
-        bound = self._bind(self._engines.vae_encoder, {"pixels": (1, 3, job.height, job.width)})
-        pixels = torch.tensor(job.pixels).to(self.device, torch.float32) / 255.0
+    def _encode_pixels(self, image: Pixels, sample: Tensor | None = None) -> Tensor:
+        """An image as latents, float32 [1, C, h, w]: mean + std·sample, or the mean alone, shifted and scaled."""
+        bound = self._bind(self._engines.vae_encoder, {"pixels": (1, 3, *image.shape[:2])})
+        pixels = torch.tensor(image).to(self.device, torch.float32) / 255.0
         bound.inputs["pixels"].copy_((2.0 * pixels - 1.0).permute(2, 0, 1)[None])
         bound.run()
         mean, std = bound.outputs["mean"].float(), bound.outputs["std"].float()
-        return (mean + std * sample - self.spec.vae.shift_factor) * self.spec.vae.scaling_factor
+        latents = mean if sample is None else mean + std * sample
+        return (latents - self.spec.vae.shift_factor) * self.spec.vae.scaling_factor
 
     def denoise(
         self,
@@ -191,11 +215,11 @@ class Pipeline:
             latents: packed, float32 [rows, image_tokens, C]; overwritten.
             size: height and width in latent pixels.
         """
-        bound = self._bind_transformer(latents, conditioning, size)
+        bound, own = self._bind_transformer(latents, conditioning, size), latents.shape[1]
         x, timestep, velocity = (
-            bound.inputs["hidden_states"],
+            bound.inputs["hidden_states"][:, :own],
             bound.inputs["timestep"],
-            bound.outputs["velocity"],
+            bound.outputs["velocity"][:, :own],
         )
         levels = torch.from_numpy(sigmas).to(self.device)
         times = flow.timesteps(levels, self.spec.schedule, timestep.dtype)
@@ -213,19 +237,25 @@ class Pipeline:
 
     def _bind_transformer(self, latents: Tensor, conditioning: Conditioning, size: tuple[int, int]) -> Bound:
         """Bind for these rows and write everything that stays the same from step to step."""
-        image, text = flow.image_ids(*size), flow.text_ids(conditioning.sequence.shape[1])
-        fixed = {
+        engine, axes = self._engines.transformer, len(self.spec.transformer.axes_dims_rope)
+        references = conditioning.references
+        ids = [flow.image_ids(*size, axes), flow.reference_ids(conditioning.reference_sizes, axes)]
+        known = {
             "encoder_hidden_states": conditioning.sequence,
             "pooled_projections": conditioning.pooled,
             "guidance": conditioning.guidance,
-            "img_ids": torch.from_numpy(image),
-            "txt_ids": torch.from_numpy(text),
+            "img_ids": torch.from_numpy(np.concatenate(ids)),
+            "txt_ids": torch.from_numpy(flow.text_ids(conditioning.sequence.shape[1], axes)),
         }
+        taken = {tensor.name for tensor in engine.signature.inputs}
+        fixed = {name: value for name, value in known.items() if name in taken and value is not None}
         shapes = {name: tuple(value.shape) for name, value in fixed.items()}
-        shapes |= {"hidden_states": tuple(latents.shape), "timestep": (latents.shape[0],)}
-        bound = self._bind(self._engines.transformer, shapes)
+        rows, own, channels = latents.shape
+        shapes |= {"hidden_states": (rows, own + references.shape[1], channels), "timestep": (rows,)}
+        bound = self._bind(engine, shapes)
         for name, value in fixed.items():
             bound.inputs[name].copy_(value)
+        bound.inputs["hidden_states"][:, own:].copy_(references)
         return bound
 
     def decode(self, latents: Tensor, height: int, width: int) -> Tensor:

@@ -2,25 +2,29 @@
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fluxserve.contract import OUTPUT_FORMATS
 from fluxserve.errors import InvalidRequest
 from fluxserve.imaging import InputImage, read_image
-from fluxserve.spec import ModelSpec
+from fluxserve.spec import Limits, ModelSpec
 
 DRAWN_SEEDS = 2**32
 """A seed that is drawn is below this: short enough to read out and to type again."""
 
 MAX_SEED = 2**63 - 1
 DEFAULT_QUALITY = 90
+_NO_GUIDANCE = (0.0, 1.0)  # callers and model cards write either
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request with nothing left to default. Sizes in pixels; `image` is decoded when present."""
+    """One request with nothing left to default. Sizes in pixels; `images` are decoded.
+
+    With a `strength` the one image is what the picture is redrawn from; without, images are references.
+    """
 
     prompt: str
     height: int
@@ -29,7 +33,7 @@ class Request:
     guidance_scale: float
     seed: int
     num_images: int
-    image: InputImage | None
+    images: tuple[InputImage, ...]
     strength: float | None
     output_format: str
     quality: int
@@ -44,7 +48,8 @@ def parse(fields: Mapping[str, Any], spec: ModelSpec) -> Request:
     """Validate the fields of one request against a model.
 
     Args:
-        fields: by contract name: bytes for BYTES inputs, int and float for the rest; absent ones get their default.
+        fields: by contract name: bytes for BYTES inputs, a sequence of them for `image`, int and float for the rest;
+            absent ones get their default.
         spec: the model that will draw it.
 
     Raises:
@@ -60,14 +65,14 @@ def parse(fields: Mapping[str, Any], spec: ModelSpec) -> Request:
         "guidance_scale": _guidance(fields, spec),
         "seed": _seed(fields, num_images),
         "num_images": num_images,
-        "strength": _strength(fields, defaults.strength),
+        "strength": _strength(fields, spec),
         "output_format": _format(fields),
         "quality": _integer(fields, "quality", DEFAULT_QUALITY, 1, 100),
     }
     # Decoding an image costs up to a second: it comes when nothing else can be wrong but the size that it may decide.
-    image = read_image(fields["image"], limits) if "image" in fields else None
-    height, width = _size(fields, spec, image)
-    return Request(height=height, width=width, image=image, **cheap)
+    images = _images(fields["image"], spec) if "image" in fields else ()
+    height, width = _size(fields, spec, images)
+    return Request(height=height, width=width, images=images, **cheap)
 
 
 def _prompt(raw: bytes | None, most: int) -> str:
@@ -94,10 +99,41 @@ def _integer(fields: Mapping[str, Any], name: str, default: int, least: int, mos
     return value
 
 
-def _size(fields: Mapping[str, Any], spec: ModelSpec, image: InputImage | None) -> tuple[int, int]:
-    """Height and width; one that is missing comes from the input image, or else from the model's default."""
+def _images(given: Sequence[bytes], spec: ModelSpec) -> tuple[InputImage, ...]:
+    """The input images; those of a model that takes references must be fit to be one."""
+    most = max(spec.limits.max_references, 1)
+    if not 1 <= len(given) <= most:
+        allowed = f"1 to {most} of them" if most > 1 else "one"
+        raise InvalidRequest("image", f"{len(given)} images", allowed)
+    images = []
+    for index, data in enumerate(given):
+        try:
+            image = read_image(data, spec.limits)
+            if spec.takes_references:
+                _check_reference(image, spec.limits)
+        except InvalidRequest as error:
+            which = f" as number {index + 1} of {len(given)}" if len(given) > 1 else ""
+            raise InvalidRequest("image", error.got + which, error.allowed) from error
+        images.append(image)
+    return tuple(images)
+
+
+def _check_reference(image: InputImage, limits: Limits) -> None:
+    """diffusers' bounds (Flux2ImageProcessor.check_image_input), on the size as it came."""
+    short, long = sorted((image.height, image.width))
+    if short < limits.min_reference_side or long > limits.max_reference_aspect * short:
+        allowed = f"sides from {limits.min_reference_side}, at most {limits.max_reference_aspect} times as long as wide"
+        raise InvalidRequest("image", f"an image of {image.width} x {image.height} pixels", allowed)
+
+
+def _size(fields: Mapping[str, Any], spec: ModelSpec, images: Sequence[InputImage]) -> tuple[int, int]:
+    """Height and width; one that is missing comes from the first image, or else from the model's default."""
     limits, multiple = spec.limits, spec.size_multiple
-    natural = (spec.defaults.side, spec.defaults.side) if image is None else _fit(image, spec)
+    natural = (spec.defaults.side, spec.defaults.side)
+    if images and spec.takes_references:
+        natural = _fit(*images[0].reference_size(limits.max_reference_pixels, multiple), spec)
+    elif images:
+        natural = _fit(images[0].height, images[0].width, spec)
     size = []
     for name, default in zip(("height", "width"), natural, strict=True):
         value = int(fields.get(name, default))
@@ -112,21 +148,23 @@ def _size(fields: Mapping[str, Any], spec: ModelSpec, image: InputImage | None) 
     return height, width
 
 
-def _fit(image: InputImage, spec: ModelSpec) -> tuple[int, int]:
-    """The image's own size, scaled into the model's limits and rounded down to its multiple.
+def _fit(height: int, width: int, spec: ModelSpec) -> tuple[int, int]:
+    """An image's own size, scaled into the model's limits and rounded down to its multiple.
 
     An image smaller than the limits, or longer than they allow, is stretched to the least side.
     """
     limits, multiple = spec.limits, spec.size_multiple
-    area = image.height * image.width
-    scale = min(1.0, limits.max_side / max(image.height, image.width), math.sqrt(limits.max_pixels / area))
-    height, width = (int(side * scale + 1e-6) // multiple * multiple for side in (image.height, image.width))
+    scale = min(1.0, limits.max_side / max(height, width), math.sqrt(limits.max_pixels / (height * width)))
+    height, width = (int(side * scale + 1e-6) // multiple * multiple for side in (height, width))
     return max(height, limits.min_side), max(width, limits.min_side)
 
 
 def _guidance(fields: Mapping[str, Any], spec: ModelSpec) -> float:
     value = float(fields.get("guidance_scale", spec.defaults.guidance_scale))
     most = spec.limits.max_guidance_scale
+    if not spec.takes_guidance and value not in _NO_GUIDANCE:
+        allowed = f"1, or nothing: {spec.name} is distilled to be drawn without"
+        raise InvalidRequest("guidance_scale", str(value), allowed)
     if not (math.isfinite(value) and 0.0 <= value <= most):
         raise InvalidRequest("guidance_scale", str(value), f"a finite number from 0 to {most:g}")
     return value
@@ -140,12 +178,17 @@ def _seed(fields: Mapping[str, Any], num_images: int) -> int:
     return secrets.randbelow(DRAWN_SEEDS) if seed == -1 else seed
 
 
-def _strength(fields: Mapping[str, Any], default: float) -> float | None:
+def _strength(fields: Mapping[str, Any], spec: ModelSpec) -> float | None:
+    if spec.takes_references:
+        if "strength" in fields:
+            allowed = f"nothing: {spec.name} draws after its images and redraws none of them"
+            raise InvalidRequest("strength", str(fields["strength"]), allowed)
+        return None
     if "image" not in fields:
         if "strength" in fields:
             raise InvalidRequest("strength", str(fields["strength"]), "only beside an image")
         return None
-    value = float(fields.get("strength", default))
+    value = float(fields.get("strength", spec.defaults.strength))
     if not (math.isfinite(value) and 0.0 < value <= 1.0):
         raise InvalidRequest("strength", str(value), "0 < strength <= 1")
     return value

@@ -1,49 +1,57 @@
-"""Prompt → token ids, with the checkpoint's own two tokenizers, of the classes that its model_index.json names.
+"""Prompt → token ids, with the checkpoint's own tokenizers, of the classes that its model_index.json names.
 
 CLIP reads at most 77 tokens and gives the pooled embedding; T5 reads the longer sequence that the blocks attend to.
 Both are padded to their full length and neither is masked: FLUX.1 was trained so (FluxPipeline._get_t5_prompt_embeds).
+
+FLUX.2-klein's Qwen3 reads the prompt as what a user said in a chat, with an empty thought as the answer's beginning
+(Flux2KleinPipeline._get_qwen3_prompt_embeds). It is told which tokens are padding. Words of a prompt that spell a
+special token become it; one that is too long is cut, and with it what the chat says after it. FLUX.2-dev's Mistral
+reads a system message before it, and begins no answer (Flux2Pipeline._get_mistral_3_small_prompt_embeds).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import transformers
+from jinja2 import TemplateError
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.errors import CheckpointError, UnsupportedArchitecture
-from fluxserve.spec import TextSpec
+from fluxserve.spec import EncoderSpec
 
-_CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast")
+_PROCESSOR, _IMAGE = "PixtralProcessor", "[IMG]"
+_CLASSES = (
+    *("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"),
+    *("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", _PROCESSOR),
+)
 
 Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class TokenIds:
-    """clip: int64 [clip_tokens]; t5: int64 [t5_tokens]."""
+class Tokens:
+    """What one text encoder is given, int64 [tokens] each; `mask` is 0 where an id is padding, else 1."""
 
-    clip: Ids
-    t5: Ids
+    ids: Ids
+    mask: Ids
 
 
 class Tokenizers:
-    """Both tokenizers of a checkpoint, loaded from its folder alone."""
+    """The tokenizers of a checkpoint, loaded from its folder alone."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._lengths: TextSpec = checkpoint.spec.text
-        self._clip = _load(checkpoint, "tokenizer", self._lengths.clip_vocabulary)
-        self._t5 = _load(checkpoint, "tokenizer_2", self._lengths.t5_vocabulary)
+        self._tokenizers = [(encoder, _load(checkpoint, encoder)) for encoder in checkpoint.spec.text.encoders]
 
-    def __call__(self, prompt: str) -> TokenIds:
-        return TokenIds(
-            clip=_encode(self._clip, prompt, self._lengths.clip_tokens),
-            t5=_encode(self._t5, prompt, self._lengths.t5_tokens),
-        )
+    def __call__(self, prompt: str) -> Mapping[str, Tokens]:
+        """By the name of the text encoder."""
+        return {encoder.name: _encode(tokenizer, prompt, encoder) for encoder, tokenizer in self._tokenizers}
 
 
-def _load(checkpoint: Checkpoint, name: str, vocabulary: int) -> Any:
+def _load(checkpoint: Checkpoint, encoder: EncoderSpec) -> Any:
+    name, vocabulary = encoder.tokenizer, encoder.vocabulary
     folder = checkpoint.component(name)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: missing; expected a tokenizer")
@@ -52,6 +60,8 @@ def _load(checkpoint: Checkpoint, name: str, vocabulary: int) -> Any:
         raise UnsupportedArchitecture(
             f"{checkpoint.path / 'model_index.json'}: {name}", class_name, ", ".join(_CLASSES)
         )
+    if class_name == _PROCESSOR:  # words need no more of it than its tokenizer; the rest would want torchvision
+        class_name = "AutoTokenizer"
     try:
         tokenizer = getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -60,9 +70,27 @@ def _load(checkpoint: Checkpoint, name: str, vocabulary: int) -> Any:
     if not vocabulary / 2 < len(tokenizer) <= vocabulary:
         got = f"{len(tokenizer)} words for an encoder that knows {vocabulary}"
         raise CheckpointError(f"{folder}: no usable tokenizer ({got})")
+    try:
+        _encode(tokenizer, "", encoder)
+    except (ValueError, TemplateError) as error:
+        raise CheckpointError(f"{folder}: no usable chat template ({error})") from error
     return tokenizer
 
 
-def _encode(tokenizer: Any, prompt: str, length: int) -> Ids:
-    ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)["input_ids"]
-    return np.asarray(ids, dtype=np.int64)
+def _encode(tokenizer: Any, prompt: str, encoder: EncoderSpec) -> Tokens:
+    if encoder.system:
+        said = {"system": encoder.system, "user": prompt.replace(_IMAGE, "")}
+        turns = [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in said.items()]
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
+    elif encoder.layers:
+        turn = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    read = tokenizer(
+        prompt,
+        padding="max_length",
+        max_length=encoder.tokens,
+        truncation=True,
+        return_attention_mask=True,
+        add_special_tokens=not encoder.layers,  # a chat has its own
+    )
+    return Tokens(np.asarray(read["input_ids"], np.int64), np.asarray(read["attention_mask"], np.int64))

@@ -144,14 +144,24 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Components:
-    """The engines of one model, opened together on one device."""
+    """The engines of one model, opened together on one device; `text` by the encoder's name in the spec."""
 
-    clip: Engine
-    t5: Engine
+    text: Mapping[str, Engine]
     transformer: Engine
     vae_encoder: Engine
     vae_decoder: Engine
 
+    @staticmethod
+    def of(engines: Mapping[str, Engine]) -> "Components":
+        """From engines by the names of ModelSpec.components."""
+        rest = {name: engines[name] for name in ("transformer", "vae_encoder", "vae_decoder")}
+        return Components(text={name: engine for name, engine in engines.items() if name not in rest}, **rest)
+
+    def by_name(self) -> dict[str, Engine]:
+        """Inverse of `of`."""
+        rest = {"transformer": self.transformer, "vae_encoder": self.vae_encoder, "vae_decoder": self.vae_decoder}
+        return {**self.text, **rest}
+
     def close(self) -> None:
-        for engine in (self.clip, self.t5, self.transformer, self.vae_encoder, self.vae_decoder):
+        for engine in self.by_name().values():
             engine.close()

@@ -83,7 +83,7 @@ def open_artifact(artifact: Artifact, device: str) -> Components:
         file = artifact.path / component.engines[ANYWHERE]
         return OrtEngine(_signature(artifact, component), str(file), component.compute_dtype)
 
-    return Components(**{name: load(name) for name in signatures.BY_COMPONENT})
+    return Components.of({name: load(name) for name in artifact.spec.components})
 
 
 def _signature(artifact: Artifact, component: Component) -> Signature:

@@ -1,4 +1,6 @@
-"""The signature of each component of FLUX.1: what every engine, whatever it runs on, takes and gives."""
+"""The signature of each component of FLUX: what every engine, whatever it runs on, takes and gives."""
+
+from math import isqrt
 
 from fluxserve.artifact import Component
 from fluxserve.engines.base import FLOATING, Dim, Signature, TensorSpec
@@ -6,7 +8,6 @@ from fluxserve.spec import PATCH, ModelSpec
 
 MAX_ROWS = 64
 _RGB = 3
-_AXES = 3
 
 
 def _rows(most: int = MAX_ROWS) -> Dim:
@@ -15,44 +16,72 @@ def _rows(most: int = MAX_ROWS) -> Dim:
 
 def clip(spec: ModelSpec) -> Signature:
     """Token ids → the pooled embedding, taken at the end-of-text token."""
-    tokens = Dim("tokens", 1, spec.text.clip_tokens)
+    tokens, width = Dim("tokens", 1, spec.text.named("clip").tokens), spec.transformer.pooled_projection_dim
+    assert width is not None, "a transformer beside CLIP has a pooled projection"
     return Signature(
         inputs=(TensorSpec("input_ids", "int64", (_rows(), tokens)),),
-        outputs=(TensorSpec("pooled", FLOATING, (_rows(), spec.transformer.pooled_projection_dim)),),
+        outputs=(TensorSpec("pooled", FLOATING, (_rows(), width)),),
     )
 
 
 def t5(spec: ModelSpec) -> Signature:
     """Token ids → the last hidden state of every token."""
-    tokens = Dim("tokens", 1, spec.text.t5_tokens)
+    tokens = Dim("tokens", 1, spec.text.named("t5").tokens)
     return Signature(
         inputs=(TensorSpec("input_ids", "int64", (_rows(), tokens)),),
         outputs=(TensorSpec("sequence", FLOATING, (_rows(), tokens, spec.transformer.joint_attention_dim)),),
     )
 
 
+def language_model(spec: ModelSpec) -> Signature:
+    """Token ids, and 1 for each that is no padding → the hidden states of every token, padding too, after some layers.
+
+    Those of the spec's `layers` are one behind the other.
+    """
+    tokens = Dim("tokens", 1, spec.text.sequence.tokens)
+    return Signature(
+        inputs=(
+            TensorSpec("input_ids", "int64", (_rows(), tokens)),
+            TensorSpec("attention_mask", "int64", (_rows(), tokens)),
+        ),
+        outputs=(TensorSpec("sequence", FLOATING, (_rows(), tokens, spec.transformer.joint_attention_dim)),),
+    )
+
+
 def transformer(spec: ModelSpec) -> Signature:
-    """Packed latents, conditioning, timestep (σ, in 0..1) → velocity. `guidance` is ignored by a model without it."""
-    shape, rows = spec.transformer, _rows()
-    most = spec.limits.max_pixels // spec.size_multiple**2
-    image, text = Dim("image_tokens", 1, most), Dim("text_tokens", 1, spec.text.t5_tokens)
+    """Packed latents, conditioning, timestep (σ, in 0..1) → velocity; tokens of references are behind the picture's.
+
+    FLUX.1 always takes `guidance`, and ignores it if it has no embedding for it; it alone takes a pooled embedding.
+    """
+    shape, rows, axes = spec.transformer, _rows(), len(spec.transformer.axes_dims_rope)
+    limits = spec.limits
+    most = (limits.max_pixels + limits.max_references * limits.max_reference_pixels) // spec.size_multiple**2
+    image, text = Dim("image_tokens", 1, most), Dim("text_tokens", 1, spec.text.sequence.tokens)
+    pooled, guidance = [], []
+    if shape.pooled_projection_dim is not None:
+        pooled = [TensorSpec("pooled_projections", FLOATING, (rows, shape.pooled_projection_dim))]
+    if shape.generation == 1 or shape.guidance_embeds:
+        guidance = [TensorSpec("guidance", "float32", (rows,))]
     return Signature(
         inputs=(
             TensorSpec("hidden_states", FLOATING, (rows, image, shape.in_channels)),
             TensorSpec("encoder_hidden_states", FLOATING, (rows, text, shape.joint_attention_dim)),
-            TensorSpec("pooled_projections", FLOATING, (rows, shape.pooled_projection_dim)),
+            *pooled,
             TensorSpec("timestep", FLOATING, (rows,)),
-            TensorSpec("guidance", "float32", (rows,)),
-            TensorSpec("img_ids", "float32", (image, _AXES)),
-            TensorSpec("txt_ids", "float32", (text, _AXES)),
+            *guidance,
+            TensorSpec("img_ids", "float32", (image, axes)),
+            TensorSpec("txt_ids", "float32", (text, axes)),
         ),
         outputs=(TensorSpec("velocity", FLOATING, (rows, image, shape.in_channels)),),
     )
 
 
 def _sides(spec: ModelSpec, scale: int) -> tuple[Dim, Dim]:
-    """Height and width in units of a latent pixel."""
-    most = spec.limits.max_side // spec.vae.downscale
+    """Height and width in units of a latent pixel; a long reference may be longer than any picture."""
+    limits, longest = spec.limits, spec.limits.max_side
+    if spec.takes_references:
+        longest = max(longest, isqrt(limits.max_reference_pixels * limits.max_reference_aspect))
+    most = longest // spec.vae.downscale
     return Dim("latent_height", PATCH, most, scale), Dim("latent_width", PATCH, most, scale)
 
 
@@ -76,11 +105,13 @@ def vae_encoder(spec: ModelSpec) -> Signature:
 BY_COMPONENT = {
     "clip": clip,
     "t5": t5,
+    "qwen3": language_model,
+    "mistral3": language_model,
     "transformer": transformer,
     "vae_encoder": vae_encoder,
     "vae_decoder": vae_decoder,
 }
-"""Field of base.Components → its signature of a ModelSpec."""
+"""Name of a component → its signature of a ModelSpec, which says what components it has."""
 
 
 def exported(component: Component, spec: ModelSpec) -> Signature:

@@ -263,7 +263,7 @@ def open_artifact(artifact: Artifact, device: str, cache_folder: Path = CACHE_FO
     opened = []
     with cuda.active():
         runtime = library.runtime()
-        for name in signatures.BY_COMPONENT:
+        for name in artifact.spec.components:
             component = artifact.component(name)
             file = component.engines[cuda.architecture]
             plan = deserialise(library, runtime, artifact.file(file))
@@ -276,7 +276,7 @@ def open_artifact(artifact: Artifact, device: str, cache_folder: Path = CACHE_FO
             component.name: TensorRTEngine(library, plan, signature, component.compute_dtype, cuda, scratch, cache_file)
             for component, plan, signature, cache_file in opened
         }
-    return Components(**engines)
+    return Components.of(engines)
 
 
 def deserialise(library: Library, runtime: Any, file: Path) -> Any:
@@ -290,7 +290,7 @@ def deserialise(library: Library, runtime: Any, file: Path) -> Any:
 
 
 def _check_architecture(artifact: Artifact, got: str) -> None:
-    for component in map(artifact.component, signatures.BY_COMPONENT):
+    for component in map(artifact.component, artifact.spec.components):
         if got not in component.engines:
             raise ArtifactUnsuited(
                 f"{artifact.path}: this GPU is {got}; {component.name} was built for {', '.join(component.engines)}"

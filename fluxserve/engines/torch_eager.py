@@ -3,16 +3,22 @@
 Not fast, and not meant to be: no graph, no fused kernel, one library call per operation.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.mistral3.modeling_mistral3 import Mistral3ForConditionalGeneration
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3Model
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
@@ -20,7 +26,7 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Components, Shapes, Signature, TensorSpec
 from fluxserve.errors import CheckpointError
-from fluxserve.spec import ModelSpec
+from fluxserve.spec import PATCH, ModelSpec
 
 Tensors = Mapping[str, Tensor]
 
@@ -95,6 +101,29 @@ class T5(_Wrapper):
         return sequence
 
 
+class Qwen3Layers(Qwen3Model):  # type: ignore[misc]
+    """The first `num_hidden_layers` of a Qwen3ForCausalLM's folder, without the norm that follows its last layer."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^(model\.)?(layers|norm)\.", r"^lm_head\."]
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__(config)
+        self.norm = nn.Identity()
+
+
+class LanguageModel(_Wrapper):
+    """signatures.language_model of a model of transformers."""
+
+    def __init__(self, module: nn.Module, layers: tuple[int, ...]) -> None:
+        super().__init__(module)
+        self.layers = layers
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        read = {"input_ids": input_ids, "attention_mask": attention_mask}
+        states = self.module(**read, output_hidden_states=True, use_cache=False).hidden_states
+        return torch.cat([states[layer] for layer in self.layers], dim=-1)
+
+
 class Transformer(_Wrapper):
     """signatures.transformer of a FluxTransformer2DModel; one without guidance ignores it."""
 
@@ -122,6 +151,30 @@ class Transformer(_Wrapper):
         return velocity
 
 
+class Transformer2(_Wrapper):
+    """signatures.transformer of a Flux2Transformer2DModel."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        velocity: Tensor = self.module(
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            timestep=timestep,
+            guidance=guidance,
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            return_dict=False,
+        )[0]
+        return velocity
+
+
 class VaeEncoder(_Wrapper):
     """signatures.vae_encoder of an AutoencoderKL."""
 
@@ -138,13 +191,42 @@ class VaeDecoder(_Wrapper):
         return pixels
 
 
+class Vae2Encoder(VaeEncoder):
+    """signatures.vae_encoder of an AutoencoderKLFlux2: the latents are those that the loop has."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = super().forward(pixels)
+        shift, scale = _statistics(self.module, mean)
+        return (mean - shift) / scale, std / scale
+
+
+class Vae2Decoder(VaeDecoder):
+    """signatures.vae_decoder of an AutoencoderKLFlux2, of latents as the loop has them."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        shift, scale = _statistics(self.module, latents)
+        return super().forward(latents * scale + shift)
+
+
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents [B, C, h, w], as [C, h, w] (Flux2KleinPipeline._encode_vae_image).
+
+    There is one of each for the channels of a token, which are the places of a square of latents.
+    """
+    shift, scale = vae.bn.running_mean, torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+    squares = 1, latents.shape[2] // PATCH, latents.shape[3] // PATCH
+    return shift.view(-1, PATCH, PATCH).repeat(squares), scale.view(-1, PATCH, PATCH).repeat(squares)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Where a component's weights are in a diffusers folder, their class, and how it is called."""
 
     folder: str
     module: type[nn.Module]
-    wrapper: type[_Wrapper]
+    wrapper: Callable[[nn.Module], nn.Module]
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    """What is loaded other than the folder's config.json says."""
 
 
 ARCHITECTURES = {
@@ -154,11 +236,30 @@ ARCHITECTURES = {
     "vae_encoder": Architecture("vae", AutoencoderKL, VaeEncoder),
     "vae_decoder": Architecture("vae", AutoencoderKL, VaeDecoder),
 }
+"""Of FLUX.1."""
+
+
+def architectures(spec: ModelSpec) -> Mapping[str, Architecture]:
+    """Every component of a model."""
+    if spec.transformer.generation == 1:
+        return ARCHITECTURES
+    encoder = spec.text.sequence
+    reads, folder = partial(LanguageModel, layers=encoder.layers), encoder.folder
+    texts = {
+        "qwen3": Architecture(folder, Qwen3Layers, reads, {"num_hidden_layers": max(encoder.layers)}),
+        "mistral3": Architecture(folder, Mistral3ForConditionalGeneration, reads),
+    }
+    return {
+        encoder.name: texts[encoder.name],
+        "transformer": Architecture("transformer", Flux2Transformer2DModel, Transformer2),
+        "vae_encoder": Architecture("vae", AutoencoderKLFlux2, Vae2Encoder),
+        "vae_decoder": Architecture("vae", AutoencoderKLFlux2, Vae2Decoder),
+    }
 
 
 def load_module(checkpoint: Checkpoint, component: str, device: str, dtype: torch.dtype) -> nn.Module:
     """The module behind one component, without its wrapper. Raises CheckpointError."""
-    architecture = ARCHITECTURES[component]
+    architecture = architectures(checkpoint.spec)[component]
     folder = checkpoint.component(architecture.folder)
     for library in (diffusers_logging, transformers_logging):  # a server's log is no place for their progress bars
         library.disable_progress_bar()
@@ -169,6 +270,7 @@ def load_module(checkpoint: Checkpoint, component: str, device: str, dtype: torc
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **architecture.configuration,
         )
         _refuse_gaps(folder, report)
         loaded: nn.Module = module.eval().requires_grad_(False).to(device)
@@ -178,12 +280,12 @@ def load_module(checkpoint: Checkpoint, component: str, device: str, dtype: torc
 
 
 def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Components:
-    """Load all five components; see engines.open.open_components."""
+    """Load every component; see engines.open.open_components."""
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    names = ("clip", "t5", "transformer", "vae_decoder")
-    clip, t5, transformer, vae = (load_module(checkpoint, n, device, getattr(torch, dtype)) for n in names)
-    return from_modules(checkpoint.spec, clip, t5, transformer, vae)
+    names = (name for name in checkpoint.spec.components if name != "vae_encoder")  # whose module is the decoder's
+    modules = {name: load_module(checkpoint, name, device, getattr(torch, dtype)) for name in names}
+    return from_modules(checkpoint.spec, {**modules, "vae_encoder": modules["vae_decoder"]})
 
 
 def _refuse_gaps(folder: Path, report: Mapping[str, Iterable[object]]) -> None:
@@ -196,12 +298,11 @@ def _refuse_gaps(folder: Path, report: Mapping[str, Iterable[object]]) -> None:
             )
 
 
-def from_modules(spec: ModelSpec, clip: nn.Module, t5: nn.Module, transformer: nn.Module, vae: nn.Module) -> Components:
-    """Wrap modules that are loaded already, all on one device and of one dtype."""
-    modules = {"clip": clip, "t5": t5, "transformer": transformer, "vae_encoder": vae, "vae_decoder": vae}
-    return Components(
-        **{
-            name: TorchEngine(signature(spec), ARCHITECTURES[name].wrapper(modules[name]))
-            for name, signature in signatures.BY_COMPONENT.items()
+def from_modules(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> Components:
+    """Wrap modules that are loaded already, by the component's name, all on one device and of one dtype."""
+    return Components.of(
+        {
+            name: TorchEngine(signatures.BY_COMPONENT[name](spec), architecture.wrapper(modules[name]))
+            for name, architecture in architectures(spec).items()
         }
     )

@@ -19,7 +19,7 @@ import triton_python_backend_utils as pb_utils
 from fluxserve import contract, source
 from fluxserve.errors import Cancelled, InvalidRequest
 from fluxserve.imaging import write_image
-from fluxserve.job import Job
+from fluxserve.job import Job, split
 from fluxserve.pipeline import Drawing, Pipeline
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
@@ -94,12 +94,14 @@ class GenerateModel(ServedModel):
                     name, f"a batch of {len(array)}", "one request at a time; Triton forms the batches"
                 )
         job = Job(
-            clip_ids=arrays["clip_ids"][0],
-            t5_ids=arrays["t5_ids"][0],
+            token_ids=arrays["token_ids"][0],
+            token_ids_2=arrays["token_ids_2"][0],
             pixels=arrays["pixels"][0],
             sigmas=arrays["sigmas"][0],
             guidance=float(arrays["guidance"][0, 0]),
             noise_seeds=tuple(int(seed) for seed in arrays["noise_seeds"][0]),
+            token_mask=arrays["token_mask"][0],
+            references=split(arrays["references"][0], arrays["reference_sizes"][0]),
         )
         job.check(self._spec)
         output_format, quality = arrays["resolved_format"][0, 0].decode(), int(arrays["resolved_quality"][0, 0])

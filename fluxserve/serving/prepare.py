@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fluxserve import contract, errors, request, source
-from fluxserve.job import Job, plan
+from fluxserve.job import Job, join, plan
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
 from fluxserve.serving.inflight import checked_id
@@ -56,10 +56,14 @@ class PrepareModel(ServedModel):
 
 def _job_tensors(job: Job, ticket: int) -> dict[str, Any]:
     """contract.PREPARE's outputs; each with the batch dimension of 1 that `generate` takes."""
+    references, sizes = join(job.references)
     return {
-        "clip_ids": job.clip_ids[None],
-        "t5_ids": job.t5_ids[None],
+        "token_ids": job.token_ids[None],
+        "token_ids_2": job.token_ids_2[None],
+        "token_mask": job.token_mask[None],
         "pixels": job.pixels[None],
+        "references": references[None],
+        "reference_sizes": sizes[None],
         "sigmas": job.sigmas[None],
         "guidance": [[job.guidance]],
         "noise_seeds": [job.noise_seeds],

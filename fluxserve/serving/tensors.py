@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
-from fluxserve.contract import ModelContract
+from fluxserve.contract import ANY, ModelContract
 
 _NUMPY: dict[str, type] = {
     "BYTES": np.object_,
@@ -29,8 +29,10 @@ def read(request: Any, contract: ModelContract) -> dict[str, npt.NDArray[Any]]:
 
 
 def read_scalars(request: Any, contract: ModelContract) -> dict[str, Any]:
-    """The same for a model whose inputs are all of one element: bytes, int or float."""
-    return {name: _scalar(array) for name, array in read(request, contract).items()}
+    """The same for a model whose inputs are of one element: bytes, int or float; a list where one may have more."""
+    several = {tensor.name for tensor in contract.inputs if tensor.dims == (ANY,)}
+    arrays = read(request, contract)
+    return {name: list(array) if name in several else _scalar(array) for name, array in arrays.items()}
 
 
 def _scalar(array: npt.NDArray[Any]) -> Any:

@@ -48,6 +48,13 @@ def test_one_picture(fake: FakeFlux, run: Run, capsys: pytest.CaptureFixture[str
         assert part in out
 
 
+def test_several_images(fake: FakeFlux, run: Run) -> None:
+    for name in ("a.png", "b.png"):
+        Path(name).write_bytes(name.encode())
+    assert run("generate", "a fox", "-o", "fox.png", "--image", "a.png", "--image", "b.png") == 0
+    assert list(fake.requests[0][1]["image"]) == [b"a.png", b"b.png"]
+
+
 def test_every_option(fake: FakeFlux, run: Run) -> None:
     fake.pictures = (picture((1, 2, 3), "webp"),)
     Path("in.png").write_bytes(b"\x89PNGin")

@@ -29,7 +29,11 @@ def test_the_inputs_of_flux() -> None:
         output_format="png",
         quality=1,
     )
-    assert described(everything.tensors()) == {t.name: (t.dtype, t.dims) for t in server.FLUX.inputs}
+    expected = {t.name: (t.dtype, tuple(max(dim, 1) for dim in t.dims)) for t in server.FLUX.inputs}
+    assert described(everything.tensors()) == expected
+    several = described(Request(prompt="", image=[b"1", b"2", b"3"]).tensors())
+    assert several["image"] == ("BYTES", (3,)), "the only input that may have several"
+    assert [t.name for t in server.FLUX.inputs if t.dims != (1,)] == ["image"]
     assert list(Request(prompt="").tensors()) == ["prompt"]
 
 

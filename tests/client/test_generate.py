@@ -106,9 +106,11 @@ async def test_an_image_may_be_a_path_or_a_pillow_image(fake: FakeFlux, connect:
     async with connect() as client:
         await client.generate("a fox", image=tmp_path / "in.png")
         await client.generate("a fox", image=picture)
-    first, second = (inputs["image"][0] for _, inputs in fake.requests)
+        await client.generate("a fox", image=[picture, tmp_path / "in.png", b"\x00bytes\x00"])
+    (first,), (second,), several = (inputs["image"] for _, inputs in fake.requests)
     assert first == (tmp_path / "in.png").read_bytes()
     assert second.startswith(b"\x89PNG")
+    assert list(several) == [second, first, b"\x00bytes\x00"], "in their order"
 
 
 @pytest.mark.parametrize(

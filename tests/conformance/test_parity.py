@@ -11,19 +11,14 @@ from PIL import Image
 from fluxserve import flow
 from fluxserve.engines.base import Components
 from fluxserve.job import Job
-from fluxserve.pipeline import Conditioning, Pipeline
+from fluxserve.pipeline import Pipeline
 from fluxserve.spec import ModelSpec
-from tests.support import exports, random_flux
+from tests.support import exports, parity, random_flux
 from tests.support.fused import FusedOf
+from tests.support.parity import RELATIVE, our_steps, relative
 from tests.support.random_flux import RandomFlux
 
 pytestmark = pytest.mark.xdist_group("parity")
-
-RELATIVE = 1e-4
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 def job_of(
@@ -38,14 +33,14 @@ def job_of(
 ) -> Job:
     """A job with random tokens: the parity of tokenisers is another test's business."""
     rng = np.random.default_rng(prompt_seed)
-    clip_ids = rng.integers(0, random_flux.VOCABULARY - 2, spec.text.clip_tokens)
+    clip_ids = rng.integers(0, random_flux.VOCABULARY - 2, spec.text.named("clip").tokens)
     clip_ids[20:] = random_flux.VOCABULARY - 1
     sigmas = flow.sigmas(steps, spec.image_tokens(*size), spec.schedule)
     pixels = np.empty((*size, 0), dtype=np.uint8)
     if image is not None:
         pixels = image
         sigmas = sigmas[flow.image_to_image_start(steps, strength) :]
-    t5_ids = rng.integers(0, random_flux.VOCABULARY, spec.text.t5_tokens)
+    t5_ids = rng.integers(0, random_flux.VOCABULARY, spec.text.sequence.tokens)
     return Job(clip_ids, t5_ids, pixels, sigmas, guidance, tuple(seeds))
 
 
@@ -59,33 +54,21 @@ def their_run(
     rows = len(job.noise_seeds)
     seen: list[torch.Tensor] = []
 
-    def remember(pipe: object, step: int, timestep: object, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        seen.append(state["latents"].clone())
-        return {}
-
     # One image a row: given a single one, diffusers draws the posterior's sample from the first generator alone.
     task = {} if image is None else {"image": [Image.fromarray(image)] * rows, "strength": strength}
     images = pipe(
-        prompt_embeds=flux.t5(torch.from_numpy(job.t5_ids)[None]).last_hidden_state.expand(rows, -1, -1),
-        pooled_prompt_embeds=flux.clip(torch.from_numpy(job.clip_ids)[None]).pooler_output.expand(rows, -1),
+        prompt_embeds=flux.t5(torch.from_numpy(job.token_ids_2)[None]).last_hidden_state.expand(rows, -1, -1),
+        pooled_prompt_embeds=flux.clip(torch.from_numpy(job.token_ids)[None]).pooler_output.expand(rows, -1),
         height=job.height,
         width=job.width,
         num_inference_steps=steps,
         guidance_scale=job.guidance,
         generator=[torch.Generator("cpu").manual_seed(s) for s in job.noise_seeds],
-        callback_on_step_end=remember,
+        callback_on_step_end=parity.noting(seen),
         output_type="np",
         **task,
     ).images
     return seen, images
-
-
-def our_steps(pipeline: Pipeline, job: Job) -> list[torch.Tensor]:
-    with torch.inference_mode():
-        rows = Conditioning.stack([pipeline.encode(job)] * len(job.noise_seeds))
-        latents = torch.cat([pipeline.start(job, seed) for seed in job.noise_seeds])
-        size = pipeline.spec.latent_size(job.height, job.width)
-        return [x.clone() for x in pipeline.denoise(latents, rows, job.sigmas, size)]
 
 
 Open = Callable[[RandomFlux], Components]
@@ -101,16 +84,7 @@ def opened(request: pytest.FixtureRequest, onnx: exports.OnnxOf, fused: FusedOf)
 def check(
     opened: Open, flux: RandomFlux, job: Job, steps: int, image: np.ndarray | None = None, strength: float = 1.0
 ) -> None:
-    theirs, their_images = their_run(flux, job, steps, image, strength)
-    pipeline = Pipeline(flux.spec, opened(flux))
-    ours = our_steps(pipeline, job)
-    assert len(ours) == len(theirs) == job.steps
-    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert relative(a, b) < RELATIVE, f"step {step}"
-    (drawing,) = pipeline.draw([job])
-    assert drawing is not None
-    assert np.abs(drawing.images / 255.0 - their_images).max() <= 0.5 / 255 + RELATIVE
-    assert their_images.std() > 0.01, "a flat picture would prove nothing"
+    parity.agree(Pipeline(flux.spec, opened(flux)), job, *their_run(flux, job, steps, image, strength))
 
 
 @pytest.mark.parametrize(

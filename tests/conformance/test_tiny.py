@@ -47,7 +47,7 @@ def test_a_prompt_becomes_the_same_picture(theirs: FluxPipeline, ours: Pipeline,
         num_inference_steps=6,
         guidance_scale=request.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(8),
-        max_sequence_length=ours.spec.text.t5_tokens,
+        max_sequence_length=ours.spec.text.sequence.tokens,
         output_type="np",
     ).images
     assert np.abs(drawing.images[0] / 255.0 - expected).max() <= 0.5 / 255 + 1e-4

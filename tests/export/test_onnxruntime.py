@@ -46,13 +46,13 @@ def inputs_at(component: str, rows: int, side: int) -> dict[str, torch.Tensor]:
     """Random but sensible inputs of a component at a batch and a size that the export did not see."""
     spec = checkpoint.read(TINY).spec
     generator = torch.Generator().manual_seed(rows * side)
-    tokens = {"clip": spec.text.clip_tokens, "t5": spec.text.t5_tokens}.get(component, 0)
-    vocabulary = min(spec.text.clip_vocabulary, spec.text.t5_vocabulary)
+    tokens = {encoder.name: encoder.tokens for encoder in spec.text.encoders}.get(component, 0)
+    vocabulary = min(encoder.vocabulary for encoder in spec.text.encoders)
     values = {
         "rows": rows,
         "tokens": tokens,
         "image_tokens": spec.image_tokens(side, 2 * side),
-        "text_tokens": spec.text.t5_tokens,
+        "text_tokens": spec.text.sequence.tokens,
         "latent_height": side // spec.vae.downscale,
         "latent_width": 2 * side // spec.vae.downscale,
     }
@@ -99,7 +99,7 @@ def test_any_size_and_batch_within_the_profile(
     plain = plainly(DTYPES[precision], scales)
 
     components = open_artifact(artifact, "cpu")
-    got = reference.call(getattr(components, component), inputs)
+    got = reference.call(components.by_name()[component], inputs)
     for name, wanted in expected.items():
         allowed = reference.GATE * relative_error(plain[name], wanted) + reference.FLOOR
         assert relative_error(got[name].float(), wanted) <= allowed
@@ -112,9 +112,9 @@ def test_the_profile_is_the_limit(export: Exports) -> None:
     with pytest.raises(ShapeError, match="latent_height from 8 to 32"):
         components.vae_decoder.bind({"latents": (1, 16, 34, 8)})
     with pytest.raises(ShapeError, match="rows from 1 to 2"):
-        components.clip.bind({"input_ids": (3, 77)})
+        components.text["clip"].bind({"input_ids": (3, 77)})
     with pytest.raises(ShapeError, match="tokens from 32 to 32"):
-        components.t5.bind({"input_ids": (1, 31)})
+        components.text["t5"].bind({"input_ids": (1, 31)})
     assert artifact.spec.limits.max_side == 256
     components.close()
 

@@ -65,7 +65,7 @@ class OnnxOf:
     def __call__(self, flux: "RandomFlux") -> Components:
         if id(flux) not in self._traced:
             self._traced[id(flux)] = self._trace(flux, self._folder / str(len(self._traced)))
-        return Components(**self._traced[id(flux)])
+        return Components.of(self._traced[id(flux)])
 
     def _trace(self, flux: "RandomFlux", folder: Path) -> dict[str, Engine]:
         import torch
@@ -78,11 +78,13 @@ class OnnxOf:
         flux.save(folder)
         sizes = options.Sizes((64, 64), (128, 128), (256, 256), 3)
         engines: dict[str, Engine] = {}
-        for name, signature in signatures.BY_COMPONENT.items():
+        for name in flux.spec.components:
             ranges = options.ranges(name, flux.spec, sizes)
             file = folder / f"{name}.onnx"
             trace.save(trace.trace(Checkpoint(folder, flux.spec), name, ranges, torch.float32, 22), file)
-            narrowed = signature(flux.spec).narrowed({symbol: (r[0], r[2]) for symbol, r in ranges.items()})
+            narrowed = signatures.BY_COMPONENT[name](flux.spec).narrowed(
+                {symbol: (r[0], r[2]) for symbol, r in ranges.items()}
+            )
             engines[name] = OrtEngine(narrowed, str(file), "float32")
         return engines
 

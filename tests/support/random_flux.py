@@ -37,7 +37,8 @@ class RandomFlux:
     spec: ModelSpec
 
     def components(self) -> Components:
-        return torch_eager.from_modules(self.spec, self.clip, self.t5, self.transformer, self.vae)
+        modules = {"clip": self.clip, "t5": self.t5, "transformer": self.transformer}
+        return torch_eager.from_modules(self.spec, {**modules, "vae_encoder": self.vae, "vae_decoder": self.vae})
 
     def save(self, folder: Path) -> None:
         """The weights as diffusers lays them out; neither scheduler nor tokenizers."""
@@ -84,7 +85,7 @@ def make(guidance_embeds: bool = True, dynamic: bool = True, seed: int = 0) -> R
     )
     scheduler = {**SCHEDULER, "use_dynamic_shifting": dynamic, "shift": 3.0 if dynamic else 1.0}
     spec = specs.from_configs(transformer.config, vae.config, scheduler)
-    spec = replace(spec, text=replace(spec.text, t5_tokens=24))
+    spec = replace(spec, text=spec.text.changed("t5", tokens=24))
     modules = (_clip(), _t5(), transformer, vae)
     return RandomFlux(*(m.eval().requires_grad_(False) for m in modules), scheduler=scheduler, spec=spec)
 

@@ -1,5 +1,6 @@
 """A real Triton with the tiny model, once for all tests of this folder; tests that end servers start their own."""
 
+import io
 import tempfile
 import time
 import urllib.request
@@ -13,10 +14,16 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from fluxserve import settings, source
 from fluxserve.installation import bundled
+from fluxserve.job import plan
+from fluxserve.pipeline import Pipeline
+from fluxserve.request import parse
 from fluxserve.server import Ports, TritonServer
+from fluxserve.text import Tokenizers
 
 ROOT = Path(__file__).parents[2]
 REPOSITORY = ROOT / "model_repository"
@@ -155,3 +162,17 @@ def counters(server: TritonServer) -> dict[str, float]:
     text = urllib.request.urlopen(server.metrics_url, timeout=5).read().decode()
     lines = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("fluxserve_"))
     return {name: float(value) for name, value in lines}
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def drawn_by(given: dict[str, str], fields: dict[str, object]) -> np.ndarray:
+    """The picture that the pipeline draws in this process."""
+    found = source.find(settings.load({name: {"string_value": value} for name, value in given.items()}))
+    pipeline = Pipeline(found.spec, found.open_components("cpu", "float32"))
+    request = parse({**fields, "prompt": str(fields["prompt"]).encode()}, found.spec)
+    (drawing,) = pipeline.draw([plan(request, found.spec, Tokenizers(found.checkpoint))])
+    assert drawing is not None
+    return drawing.images[0]

@@ -1,24 +1,17 @@
 """The tiny model served from exported ONNX, in float32 and in simulated FP8, through Triton and both protocols."""
 
-import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from fluxserve import settings, source
 from fluxserve.errors import ServerError
 from fluxserve.installation import bundled
-from fluxserve.job import plan
-from fluxserve.pipeline import Pipeline
-from fluxserve.request import parse
 from fluxserve.server import Ports, TritonServer
-from fluxserve.text import Tokenizers
 from tests.support.exports import Exports
-from tests.triton.conftest import REPOSITORY, PlainClient, plain
+from tests.triton.conftest import REPOSITORY, PlainClient, drawn_by, pixels, plain
 
 pytestmark = pytest.mark.xdist_group("export")
 
@@ -45,20 +38,6 @@ def served(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture(params=["grpc", "http"])
 def client(request: pytest.FixtureRequest, served: TritonServer) -> PlainClient:
     return plain(served, request.param)
-
-
-def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)))
-
-
-def drawn_by(given: dict[str, str], fields: dict[str, object]) -> np.ndarray:
-    """The picture that the pipeline draws in this process."""
-    found = source.find(settings.load({name: {"string_value": value} for name, value in given.items()}))
-    pipeline = Pipeline(found.spec, found.open_components("cpu", "float32"))
-    request = parse({**fields, "prompt": str(fields["prompt"]).encode()}, found.spec)
-    (drawing,) = pipeline.draw([plan(request, found.spec, Tokenizers(found.checkpoint))])
-    assert drawing is not None
-    return drawing.images[0]
 
 
 def test_what_the_engine_draws_comes_out(client: PlainClient, artifact: Path) -> None:

@@ -113,8 +113,11 @@ def test_grpc_cancel_of_generate_itself(server: TritonServer) -> None:
     import tritonclient.grpc as triton
 
     values = {
-        "clip_ids": np.zeros((1, 77), np.int64),
-        "t5_ids": np.zeros((1, 32), np.int64),
+        "token_ids": np.zeros((1, 77), np.int64),
+        "token_ids_2": np.zeros((1, 32), np.int64),
+        "token_mask": np.empty((1, 0), np.int64),
+        "references": np.empty((1, 0), np.uint8),
+        "reference_sizes": np.empty((1, 0, 2), np.int32),
         "pixels": np.zeros((1, 512, 512, 0), np.uint8),
         "sigmas": np.linspace(1, 0, 101, dtype=np.float32)[None],
         "guidance": np.ones((1, 1), np.float32),

@@ -1,6 +1,7 @@
 """checkpoint.read: what can't be served is refused while loading, with the file's name."""
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from fluxserve import checkpoint, errors
 from fluxserve.engines.open import open_components
-from fluxserve.errors import CheckpointError, UnsafeWeights, UnsupportedArchitecture
+from fluxserve.errors import CheckpointError, EngineError, UnsafeWeights, UnsupportedArchitecture
+from fluxserve.kernels.operations import PLAIN
 from fluxserve.settings import default_checkpoint
-from fluxserve.spec import TINY
+from fluxserve.spec import FLUX2_DEV, FLUX2_KLEIN_4B, TINY
+from tests.support import random_flux2
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
@@ -231,6 +234,84 @@ def test_numbers_of_another_type(folder: Path, name: str, values: dict[str, Any]
 def test_another_scheduler(folder: Path) -> None:
     change(folder / "scheduler/scheduler_config.json", _class_name="DPMSolverMultistepScheduler")
     refusal(folder)
+
+
+# --- FLUX.2-klein ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def klein(tmp_path: Path) -> Path:
+    """A random klein's JSON files with weights of no tensor."""
+    source, target = random_flux2.klein().folder, tmp_path / "klein"
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
+    for file in source.glob("*/*.safetensors"):
+        write_header(target / file.relative_to(source), {})
+    return target
+
+
+def test_klein(klein: Path) -> None:
+    read = checkpoint.read(klein)
+    assert read.spec.name == "custom"
+    assert (read.spec.defaults, read.spec.limits) == (FLUX2_KLEIN_4B.defaults, FLUX2_KLEIN_4B.limits)
+    (encoder,) = read.spec.text.encoders
+    assert (encoder.name, encoder.vocabulary, encoder.layers) == ("qwen3", random_flux2.VOCABULARY, (9, 18, 27))
+    assert read.spec.schedule.empirical_shift
+
+
+def test_flux2_dev() -> None:
+    """Its language model can see, and says so in a configuration of its own."""
+    read = checkpoint.read(random_flux2.dev().folder)
+    assert (read.spec.defaults, read.spec.limits) == (FLUX2_DEV.defaults, FLUX2_DEV.limits)
+    (encoder,) = read.spec.text.encoders
+    assert (encoder.name, encoder.vocabulary, encoder.layers) == ("mistral3", random_flux2.VOCABULARY, (10, 20, 30))
+
+
+@pytest.mark.parametrize("is_distilled", [False, None, "remove", 1])
+def test_a_klein_that_is_not_distilled(klein: Path, is_distilled: object) -> None:
+    """It is drawn in two passes per step; in one, it would draw something else without a word."""
+    change(klein / "model_index.json", is_distilled=is_distilled)
+    assert "is_distilled" in refusal(klein, UnsupportedArchitecture)
+
+
+@pytest.mark.parametrize(
+    ("name", "change_to"),
+    [
+        ("model_index.json", {"_class_name": "Flux2KleinKVPipeline"}),
+        ("model_index.json", {"_class_name": "Flux2KleinInpaintPipeline"}),
+        ("model_index.json", {"_class_name": "FluxPipeline"}),
+        ("transformer/config.json", {"_class_name": "FluxTransformer2DModel"}),
+        ("vae/config.json", {"_class_name": "AutoencoderKL"}),
+        ("text_encoder/config.json", {"architectures": ["Qwen3Model"]}),
+        ("text_encoder/config.json", {"hidden_size": 64}),
+    ],
+)
+def test_another_architecture_than_kleins(klein: Path, name: str, change_to: dict[str, Any]) -> None:
+    change(klein / name, **change_to)
+    assert "expected" in refusal(klein, UnsupportedArchitecture)
+
+
+def test_the_fused_engine_has_no_blocks_for_it() -> None:
+    from fluxserve.engines.fused import open as fused
+
+    with pytest.raises(EngineError, match=r"fused: got custom; expected a FLUX\.1 model"):
+        fused.assemble(random_flux2.klein().checkpoint(), torch.device("cpu"), fused.BF16, None, PLAIN)
+
+
+@pytest.mark.parametrize("lost", ["model.layers.26.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_language_model_that_lacks_a_layer(tmp_path: Path, lost: str) -> None:
+    """What is after the last layer that is read may be missing, and only that."""
+    target = tmp_path / "klein"
+    shutil.copytree(random_flux2.klein().folder, target)
+    (file,) = (target / "text_encoder").glob("*.safetensors")
+    tensors = load_file(file)
+    beyond = re.compile(r"model\.(layers\.(27|28|29)\.|norm\.)|lm_head\.")
+    kept = {name: tensor for name, tensor in tensors.items() if not beyond.match(name)}
+    save_file(kept, file, metadata={"format": "pt"})
+    open_components("torch_eager", checkpoint.read(target), "cpu", "float32").close()
+    del kept[lost]
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="missing keys"):
+        open_components("torch_eager", checkpoint.read(target), "cpu", "float32")
 
 
 # --- weights that do not fit the architecture: seen by the engine, while it loads them -------------------------------

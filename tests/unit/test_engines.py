@@ -1,7 +1,6 @@
 """The seam: what a signature refuses, how an engine is opened, and that a bound engine's tensors never move."""
 
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -52,24 +51,30 @@ def test_resolve_refuses(shapes: Shapes, message: str) -> None:
 @pytest.mark.parametrize("spec", FAMILY, ids=lambda m: m.name)
 def test_signatures_hold_every_size_within_the_limits(spec: ModelSpec) -> None:
     limits, t = spec.limits, spec.transformer
+    channels, axes = spec.vae.latent_channels, len(t.axes_dims_rope)
     for height, width in ((limits.min_side, limits.max_side), (limits.max_side, limits.max_side), (64, 64)):
         h, w = spec.latent_size(height, width)
-        decoded = signatures.vae_decoder(spec).resolve({"latents": (1, 16, h, w)})
+        decoded = signatures.vae_decoder(spec).resolve({"latents": (1, channels, h, w)})
         assert decoded["pixels"] == (1, 3, height, width)
         encoded = signatures.vae_encoder(spec).resolve({"pixels": (1, 3, height, width)})
-        assert encoded["mean"] == encoded["std"] == (1, 16, h, w)
+        assert encoded["mean"] == encoded["std"] == (1, channels, h, w)
         shapes = {
-            "hidden_states": (2, spec.image_tokens(height, width), 64),
-            "encoder_hidden_states": (2, spec.text.t5_tokens, t.joint_attention_dim),
-            "pooled_projections": (2, t.pooled_projection_dim),
+            "hidden_states": (2, spec.image_tokens(height, width), t.in_channels),
+            "encoder_hidden_states": (2, spec.text.sequence.tokens, t.joint_attention_dim),
             "timestep": (2,),
-            "guidance": (2,),
-            "img_ids": (spec.image_tokens(height, width), 3),
-            "txt_ids": (spec.text.t5_tokens, 3),
+            "img_ids": (spec.image_tokens(height, width), axes),
+            "txt_ids": (spec.text.sequence.tokens, axes),
         }
+        if t.generation == 1:
+            shapes |= {"pooled_projections": (2, t.pooled_projection_dim)}
+        if spec.takes_guidance:
+            shapes |= {"guidance": (2,)}
         assert signatures.transformer(spec).resolve(shapes)["velocity"] == shapes["hidden_states"]
-    assert signatures.clip(spec).resolve({"input_ids": (1, 77)})["pooled"] == (1, t.pooled_projection_dim)
-    assert signatures.t5(spec).resolve({"input_ids": (1, 9)})["sequence"] == (1, 9, t.joint_attention_dim)
+    read = signatures.BY_COMPONENT[spec.text.sequence.name](spec)
+    words = {tensor.name: (1, 9) for tensor in read.inputs}
+    assert read.resolve(words)["sequence"] == (1, 9, t.joint_attention_dim)
+    if t.generation == 1:
+        assert signatures.clip(spec).resolve({"input_ids": (1, 77)})["pooled"] == (1, t.pooled_projection_dim)
 
 
 def test_signatures_refuse_a_larger_picture() -> None:
@@ -110,8 +115,8 @@ def addresses(b: Bound) -> dict[str, int]:
 
 def test_bound_tensors_never_move(components: Components) -> None:
     cases = [
-        bound(components.clip, input_ids=(1, 77)),
-        bound(components.t5, input_ids=(2, 9)),
+        bound(components.text["clip"], input_ids=(1, 77)),
+        bound(components.text["t5"], input_ids=(2, 9)),
         bound(components.vae_encoder, pixels=(1, 3, 64, 80)),
         bound(components.vae_decoder, latents=(1, 16, 8, 10)),
     ]
@@ -129,7 +134,7 @@ def test_bound_tensors_never_move(components: Components) -> None:
 
 
 def test_two_bounds_of_one_engine_are_apart(components: Components) -> None:
-    one, two = (bound(components.t5, input_ids=(1, 9)) for _ in range(2))
+    one, two = (bound(components.text["t5"], input_ids=(1, 9)) for _ in range(2))
     one.run()
     kept = one.outputs["sequence"].clone()
     two.inputs["input_ids"].fill_(7)
@@ -139,18 +144,18 @@ def test_two_bounds_of_one_engine_are_apart(components: Components) -> None:
 
 
 def test_dtypes_follow_the_weights(components: Components) -> None:
-    b = bound(components.clip, input_ids=(1, 77))
+    b = bound(components.text["clip"], input_ids=(1, 77))
     assert b.inputs["input_ids"].dtype == torch.int64
     assert b.outputs["pooled"].dtype == torch.float32
 
 
 def test_bind_refuses_what_the_signature_does(components: Components) -> None:
     with pytest.raises(ShapeError):
-        bound(components.clip, input_ids=(1, 500))
+        bound(components.text["clip"], input_ids=(1, 500))
 
 
 def test_close_frees_every_engine(components: Components) -> None:
     components.close()
-    for field in fields(components):
+    for engine in components.by_name().values():
         with pytest.raises(AssertionError, match="bind after close"):
-            getattr(components, field.name).bind({})
+            engine.bind({})

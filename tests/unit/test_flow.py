@@ -6,27 +6,32 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, FluxImg2ImgPipeline, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from fluxserve import flow
-from fluxserve.spec import FLUX1_DEV, FLUX1_SCHNELL, ScheduleSpec
+from fluxserve.spec import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_KLEIN_4B, ScheduleSpec
 
 STEPS = (1, 2, 3, 4, 7, 20, 28, 50, 99, 100)
-TOKENS = (16, 64, 255, 256, 257, 1024, 4096, 16384)
+TOKENS = (16, 64, 255, 256, 257, 1024, 4096, 4300, 4301, 16384)
 SCHEDULES = (
     FLUX1_DEV.schedule,
     FLUX1_SCHNELL.schedule,
+    FLUX2_KLEIN_4B.schedule,
     ScheduleSpec(use_dynamic_shifting=False, shift=3.0),
     ScheduleSpec(True, 1.0, 0.3, 1.7, 100, 900),
 )
 
 
 def their_schedule(steps: int, tokens: int, schedule: ScheduleSpec) -> FlowMatchEulerDiscreteScheduler:
-    """Set up as FluxPipeline.__call__ does it."""
-    scheduler = FlowMatchEulerDiscreteScheduler(**vars(schedule))
+    """Set up as FluxPipeline.__call__ and Flux2KleinPipeline.__call__ do it."""
+    config = {name: value for name, value in vars(schedule).items() if name != "empirical_shift"}
+    scheduler = FlowMatchEulerDiscreteScheduler(**config)
     ours = schedule
     mu = calculate_shift(tokens, ours.base_image_seq_len, ours.max_image_seq_len, ours.base_shift, ours.max_shift)
+    if schedule.empirical_shift:
+        mu = compute_empirical_mu(tokens, steps)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu, device="cpu")
     return scheduler
 
@@ -39,7 +44,7 @@ def test_sigmas_are_those_of_diffusers(schedule: ScheduleSpec) -> None:
         assert ours.tobytes() == theirs.tobytes(), (steps, tokens)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES[:3])
+@pytest.mark.parametrize("schedule", SCHEDULES[:4])
 def test_sigmas_fall_from_one_to_zero(schedule: ScheduleSpec) -> None:
     for steps, tokens in itertools.product(STEPS, TOKENS):
         levels = flow.sigmas(steps, tokens, schedule)
@@ -55,6 +60,15 @@ def test_the_shift_grows_with_the_picture() -> None:
     assert flow.shift_mu(4096, schedule) == pytest.approx(1.15)
     small, large = flow.sigmas(8, 256, schedule), flow.sigmas(8, 4096, schedule)
     assert (large[1:-1] > small[1:-1]).all()
+
+
+def test_the_empirical_shift_leaps_where_its_lines_part() -> None:
+    """FLUX.2: a picture of more than 4,300 tokens is shifted as if it were drawn in 200 steps."""
+    assert flow.empirical_mu(4096, 4) == pytest.approx(2.291180, abs=1e-6)
+    assert flow.empirical_mu(4300, 4) == pytest.approx(2.308, abs=1e-3)
+    assert flow.empirical_mu(4301, 4) == flow.empirical_mu(4301, 50) == pytest.approx(1.185, abs=1e-3)
+    levels = flow.sigmas(4, 4096, FLUX2_KLEIN_4B.schedule)
+    assert levels == pytest.approx([1, 0.9674, 0.9081, 0.7672, 0], abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -101,6 +115,36 @@ def test_packing_is_that_of_diffusers(batch: int, channels: int, height: int, wi
     assert torch.equal(flow.unpack(ours, height, width), latents)
     theirs = FluxPipeline._unpack_latents(ours, height * 8, width * 8, vae_scale_factor=8)
     assert torch.equal(flow.unpack(ours, height, width), theirs)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packing_is_that_of_flux2(batch: int, height: int, width: int) -> None:
+    """Flux2KleinPipeline folds squares into channels first and makes tokens of places afterwards."""
+    pipe, latents = Flux2KleinPipeline, torch.randn(batch, 32, height, width)
+    folded = pipe._patchify_latents(latents)
+    ours = flow.pack(latents)
+    assert torch.equal(ours, pipe._pack_latents(folded))
+    assert torch.equal(ours, flow.pack(folded, patch=1))
+    assert torch.equal(flow.unpack(ours, height, width), pipe._unpatchify_latents(folded))
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_ids_are_those_of_flux2(height: int, width: int) -> None:
+    places = torch.empty(1, 128, height // 2, width // 2)
+    assert np.array_equal(flow.image_ids(height, width, 4), Flux2KleinPipeline._prepare_latent_ids(places)[0].numpy())
+    assert np.array_equal(
+        flow.text_ids(height, 4), Flux2KleinPipeline._prepare_text_ids(torch.empty(1, height, 8))[0].numpy()
+    )
+
+
+@pytest.mark.parametrize("sizes", [[], SIZES[:1], SIZES[1:3], SIZES[:4]], ids=str)
+def test_reference_ids_are_those_of_flux2(sizes: list[tuple[int, int]]) -> None:
+    ours = flow.reference_ids(sizes, 4)
+    assert ours.shape == (sum(h * w // 4 for h, w in sizes), 4) and ours.dtype == np.float32
+    if sizes:
+        latents = [torch.empty(1, 128, h // 2, w // 2) for h, w in sizes]
+        assert np.array_equal(ours, Flux2KleinPipeline._prepare_image_ids(latents)[0].numpy())
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)

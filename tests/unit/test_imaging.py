@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 
 from fluxserve.errors import InvalidRequest
-from fluxserve.imaging import read_image, write_image
-from fluxserve.spec import FLUX1_DEV
+from fluxserve.imaging import InputImage, read_image, write_image
+from fluxserve.request import _check_reference
+from fluxserve.spec import FLUX1_DEV, FLUX2_KLEIN_4B
 
 LIMITS = FLUX1_DEV.limits
 RNG = np.random.default_rng(0)
@@ -239,3 +242,34 @@ def test_absurd_metadata(extra: bytes) -> None:
     with suppress(InvalidRequest):
         assert read_image(png(1, 1, 8, 2, b"\0\1\2\3", extra), LIMITS).width == 1
     assert time.process_time() - begin < 0.5
+
+
+# --- reference images, against Flux2KleinPipeline's own steps ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(64, 64), (70, 91), (1024, 1024), (1030, 1020), (2000, 1333), (4000, 500), (1025, 1024), (79, 512)],
+    ids=str,
+)
+def test_a_reference_is_that_of_diffusers(size: tuple[int, int]) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    image, most = InputImage(picture), FLUX2_KLEIN_4B.limits.max_reference_pixels
+    processor = Flux2ImageProcessor(vae_scale_factor=16)
+    processor.check_image_input(picture)
+    if picture.width * picture.height > 1024 * 1024:
+        picture = processor._resize_to_target_area(picture, 1024 * 1024)
+    height, width = picture.height // 16 * 16, picture.width // 16 * 16
+    theirs = processor.preprocess(picture, height=height, width=width, resize_mode="crop")[0].permute(1, 2, 0)
+    ours = image.reference(most, 16)
+    assert ours.shape[:2] == image.reference_size(most, 16) == (height, width)
+    assert torch.equal(2 * (torch.tensor(ours) / 255.0) - 1, theirs)
+
+
+@pytest.mark.parametrize("size", [(63, 64), (64, 63), (64, 513), (600, 70)], ids=str)
+def test_diffusers_refuses_what_a_request_may_not_hold(size: tuple[int, int]) -> None:
+    """tests/unit/test_request.py has our own words for it."""
+    with pytest.raises(ValueError, match=r"."):
+        Flux2ImageProcessor(vae_scale_factor=16).check_image_input(Image.new("RGB", size))
+    with pytest.raises(InvalidRequest):
+        _check_reference(InputImage(Image.new("RGB", size)), FLUX2_KLEIN_4B.limits)

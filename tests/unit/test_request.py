@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 from fluxserve.errors import InvalidRequest
 from fluxserve.imaging import write_image
 from fluxserve.request import DRAWN_SEEDS, MAX_SEED, Request, _fit, parse
-from fluxserve.spec import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, TINY, ModelSpec
+from fluxserve.spec import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, TINY, ModelSpec
 
 PNG = write_image(np.zeros((96, 160, 3), np.uint8), "png", 90)
 
@@ -29,13 +29,13 @@ def refusal(spec: ModelSpec = TINY, **fields: Any) -> InvalidRequest:
 
 @pytest.mark.parametrize(
     ("spec", "side", "steps", "guidance"),
-    [(FLUX1_DEV, 1024, 28, 3.5), (FLUX1_SCHNELL, 1024, 4, 0.0), (TINY, 128, 20, 3.0)],
+    [(FLUX1_DEV, 1024, 28, 3.5), (FLUX1_SCHNELL, 1024, 4, 0.0), (FLUX2_KLEIN_4B, 1024, 4, 1.0), (TINY, 128, 20, 3.0)],
 )
 def test_defaults(spec: ModelSpec, side: int, steps: int, guidance: float) -> None:
     r = ask(spec)
     assert (r.height, r.width, r.num_inference_steps, r.guidance_scale) == (side, side, steps, guidance)
     assert (r.num_images, r.output_format, r.quality) == (1, "png", 90)
-    assert r.image is None and r.strength is None
+    assert r.images == () and r.strength is None
 
 
 EDGES = [
@@ -52,6 +52,20 @@ EDGES = [
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in EDGES for v in values])
 def test_edges_are_taken(field: str, value: float) -> None:
     assert getattr(ask(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize("spec", [FLUX2_KLEIN_4B, FLUX2_KLEIN_9B], ids=lambda m: m.name)
+def test_what_makes_no_sense_for_a_klein(spec: ModelSpec) -> None:
+    for scale in (0.0, 1.0):
+        assert ask(spec, guidance_scale=scale).guidance_scale == scale, "both say: none"
+    allowed = f"1, or nothing: {spec.name} is distilled to be drawn without"
+    for scale in (3.5, 0.5, -1.0, math.nan, math.inf):
+        assert str(refusal(spec, guidance_scale=scale)) == f"guidance_scale: got {scale}; allowed: {allowed}"
+    assert ask(spec, num_inference_steps=8).num_inference_steps == 8
+    assert str(refusal(spec, num_inference_steps=50)) == "num_inference_steps: got 50; allowed: 1 to 8"
+    for fields in ({}, {"image": [PNG]}):
+        allowed = f"nothing: {spec.name} draws after its images and redraws none of them"
+        assert str(refusal(spec, strength=0.5, **fields)) == f"strength: got 0.5; allowed: {allowed}"
 
 
 BAD: list[tuple[str, list[Any], str]] = [
@@ -127,29 +141,28 @@ def test_a_seed_is_drawn(fields: dict[str, int]) -> None:
 
 def test_the_area_is_limited() -> None:
     assert ask(FLUX1_DEV, height=2048, width=2048).height == 2048
-    small = SimpleNamespace(**{**vars(TINY), "size_multiple": 16})
-    small.limits = SimpleNamespace(**{**vars(TINY.limits), "max_pixels": 256 * 512})
+    small = replace(TINY, limits=replace(TINY.limits, max_pixels=256 * 512))
     error = refusal(small, height=512, width=272)
     assert (error.got, error.allowed) == ("512 x 272", "at most 131072 pixels in all")
     assert "height" in error.field and "width" in error.field
 
 
 def test_an_input_image_gives_the_size() -> None:
-    r = ask(image=PNG)
+    r = ask(image=[PNG])
     assert (r.height, r.width, r.strength) == (96, 160, 0.6)
-    r = ask(image=PNG, height=64, strength=1.0)
+    r = ask(image=[PNG], height=64, strength=1.0)
     assert (r.height, r.width, r.strength) == (64, 160, 1.0)
 
 
 @pytest.mark.parametrize("strength", [0.0, -0.1, 1.0001, math.nan, math.inf])
 def test_strengths_that_are_refused(strength: float) -> None:
-    error = refusal(image=PNG, strength=strength)
+    error = refusal(image=[PNG], strength=strength)
     assert (error.field, error.got, error.allowed) == ("strength", str(strength), "0 < strength <= 1")
 
 
 @pytest.mark.parametrize("image", [b"", b"GIF89a", PNG[:50]])
 def test_an_image_that_is_no_image(image: bytes) -> None:
-    assert refusal(image=image).field == "image"
+    assert refusal(image=[image]).field == "image"
 
 
 SIDES = (1, 2, 15, 16, 17, 63, 64, 65, 100, 511, 512, 513, 2047, 2048, 2049, 3333, 7919, 30_000)
@@ -162,32 +175,81 @@ def test_every_input_size_gives_a_valid_one(spec: ModelSpec) -> None:
     sizes = [s for s in itertools.product(SIDES, SIDES) if s[0] * s[1] <= limits.max_image_pixels]
     sizes += [(1, limits.max_image_pixels), (limits.max_image_pixels, 1)]
     for height, width in sizes:
-        h, w = _fit(SimpleNamespace(height=height, width=width), spec)
+        h, w = _fit(height, width, spec)
         assert (ask(spec, height=h, width=w).height, ask(spec, height=h, width=w).width) == (h, w), (height, width)
 
 
 def test_a_size_within_the_limits_is_kept() -> None:
     for height, width in itertools.product(range(64, 513, 16), repeat=2):
-        assert _fit(SimpleNamespace(height=height, width=width), TINY) == (height, width)
+        assert _fit(height, width, TINY) == (height, width)
 
 
 def test_a_longer_side_becomes_the_longest_allowed() -> None:
     for side in range(2049, 6000):
-        assert _fit(SimpleNamespace(height=side, width=side // 2), FLUX1_DEV)[0] == 2048, side
+        assert _fit(side, side // 2, FLUX1_DEV)[0] == 2048, side
 
 
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (3, 5)])
 def test_a_strange_aspect_ratio_end_to_end(size: tuple[int, int]) -> None:
-    r = ask(image=write_image(np.zeros((*size, 3), np.uint8), "png", 90))
-    assert r.image is not None
-    assert r.image.resized(r.height, r.width).shape == (r.height, r.width, 3)
+    r = ask(image=[write_image(np.zeros((*size, 3), np.uint8), "png", 90)])
+    assert r.images[0].resized(r.height, r.width).shape == (r.height, r.width, 3)
 
 
 def test_resizing_is_lanczos() -> None:
     """As diffusers' VaeImageProcessor does it."""
     pixels = np.random.default_rng(0).integers(0, 256, (100, 70, 3), dtype=np.uint8)
-    r = ask(image=write_image(pixels, "png", 90))
-    assert r.image is not None
-    assert np.array_equal(r.image.resized(100, 70), pixels), "nothing to do"
+    r = ask(image=[write_image(pixels, "png", 90)])
+    assert np.array_equal(r.images[0].resized(100, 70), pixels), "nothing to do"
     want = Image.fromarray(pixels).resize((64, 96), Image.Resampling.LANCZOS)
-    assert np.array_equal(r.image.resized(96, 64), np.asarray(want))
+    assert np.array_equal(r.images[0].resized(96, 64), np.asarray(want))
+
+
+# --- reference images ------------------------------------------------------------------------------------------------
+
+
+def png(width: int, height: int) -> bytes:
+    return write_image(np.zeros((height, width, 3), np.uint8), "png", 90)
+
+
+def test_references_are_taken_in_their_order() -> None:
+    r = ask(FLUX2_KLEIN_4B, image=[png(96, 64), png(64, 80), png(512, 64), png(64, 64)])
+    assert [(i.width, i.height) for i in r.images] == [(96, 64), (64, 80), (512, 64), (64, 64)]
+    assert (r.height, r.width, r.strength) == (64, 96, None), "the first gives the size"
+
+
+@pytest.mark.parametrize(
+    ("reference", "size"),
+    [((100, 79), (64, 96)), ((2000, 1333), (832, 1248)), ((4096, 512), (240, 2048)), ((1024, 1024), (1024, 1024))],
+)
+def test_a_reference_gives_the_size(reference: tuple[int, int], size: tuple[int, int]) -> None:
+    """As it is drawn after: cut and not stretched, and never beyond what the model draws."""
+    r = ask(FLUX2_KLEIN_4B, image=[png(*reference)])
+    assert (r.height, r.width) == size
+    r = ask(FLUX2_KLEIN_4B, image=[png(*reference)], height=128, width=64)
+    assert (r.height, r.width) == (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("spec", "images", "message"),
+    [
+        (TINY, [PNG, PNG], "got 2 images; allowed: one"),
+        (TINY, [], "got 0 images; allowed: one"),
+        (FLUX2_KLEIN_4B, [], "got 0 images; allowed: 1 to 4 of them"),
+        (FLUX2_KLEIN_4B, [PNG] * 5, "got 5 images; allowed: 1 to 4 of them"),
+        (FLUX2_KLEIN_4B, [png(63, 64)], "got an image of 63 x 64 pixels; allowed: sides from 64,"),
+        (FLUX2_KLEIN_4B, [PNG, png(64, 513)], "got an image of 64 x 513 pixels as number 2 of 2; allowed: sides from"),
+        (FLUX2_KLEIN_4B, [PNG, PNG, b"GIF89a"], "got 6 bytes of no known image format as number 3 of 3; allowed:"),
+    ],
+)
+def test_images_that_are_refused(spec: ModelSpec, images: list[bytes], message: str) -> None:
+    assert str(refusal(spec, image=images)).startswith(f"image: {message}")
+
+
+def test_flux2_dev_takes_guidance_and_references() -> None:
+    r = ask(FLUX2_DEV, image=[PNG], guidance_scale=2.5, num_inference_steps=50)
+    assert (r.guidance_scale, r.num_inference_steps, len(r.images)) == (2.5, 50, 1)
+    assert (ask(FLUX2_DEV).guidance_scale, ask(FLUX2_DEV).num_inference_steps) == (4.0, 28)
+
+
+def test_a_picture_that_is_redrawn_may_be_smaller_than_a_reference() -> None:
+    assert ask(TINY, image=[png(3, 500)]).height == 496

@@ -63,8 +63,11 @@ def job(
     **changed: Any,
 ) -> InferenceRequest:
     values = {
-        "clip_ids": np.full((1, 77), 5, np.int64),
-        "t5_ids": np.full((1, 32), 5, np.int64),
+        "token_ids": np.full((1, 77), 5, np.int64),
+        "token_ids_2": np.full((1, 32), 5, np.int64),
+        "token_mask": np.empty((1, 0), np.int64),
+        "references": np.empty((1, 0), np.uint8),
+        "reference_sizes": np.empty((1, 0, 2), np.int32),
         "pixels": np.zeros((1, *size, 0), np.uint8),
         "sigmas": np.linspace(1, 0, steps + 1, dtype=np.float32)[None],
         "guidance": np.full((1, 1), 3.0, np.float32),

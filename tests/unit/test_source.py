@@ -189,8 +189,8 @@ def test_rows(folder: Path, rows: int) -> None:
     """`max_rows` can't be more than the transformer was built for, which is 2 here."""
     found = source.find(Settings(artifact=str(folder), max_rows=rows))
     assert found.artifact
-    engines = {n: Stub(signatures.exported(found.artifact.component(n), found.spec)) for n in signatures.BY_COMPONENT}
-    components = Components(**engines)  # type: ignore[arg-type]
+    engines = {n: Stub(signatures.exported(found.artifact.component(n), found.spec)) for n in found.spec.components}
+    components = Components.of(engines)  # type: ignore[arg-type]
     if rows <= made.ROWS[-1]:
         assert Pipeline(found.spec, components, max_rows=rows)
         return

@@ -4,11 +4,12 @@ from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
 from fluxserve import spec
-from fluxserve.spec import FLUX1_DEV, FLUX1_SCHNELL, TINY, ModelSpec
+from fluxserve.spec import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, TINY, ModelSpec
 
-# What FLUX.1-dev's and FLUX.1-schnell's folders say.
+# What the published folders say.
 DEV = {
     "_class_name": "FluxTransformer2DModel",
     "attention_head_dim": 128,
@@ -22,6 +23,39 @@ DEV = {
     "pooled_projection_dim": 768,
 }
 SCHNELL = {**DEV, "guidance_embeds": False}
+KLEIN_4B = {
+    "_class_name": "Flux2Transformer2DModel",
+    "attention_head_dim": 128,
+    "axes_dims_rope": [32, 32, 32, 32],
+    "eps": 1e-06,
+    "guidance_embeds": False,
+    "in_channels": 128,
+    "joint_attention_dim": 7680,
+    "mlp_ratio": 3.0,
+    "num_attention_heads": 24,
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "out_channels": None,
+    "patch_size": 1,
+    "rope_theta": 2000,
+    "timestep_guidance_channels": 256,
+}
+KLEIN_9B = {
+    **KLEIN_4B,
+    "joint_attention_dim": 12288,
+    "num_attention_heads": 32,
+    "num_layers": 8,
+    "num_single_layers": 24,
+}
+FLUX2 = {
+    **KLEIN_4B,
+    "guidance_embeds": True,
+    "joint_attention_dim": 15360,
+    "num_attention_heads": 48,
+    "num_layers": 8,
+    "num_single_layers": 48,
+}
+KLEIN_VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 32}
 VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "latent_channels": 16,
@@ -45,22 +79,33 @@ def without(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("transformer", "schedule", "model"),
-    [(DEV, DEV_SCHEDULE, FLUX1_DEV), (SCHNELL, SCHNELL_SCHEDULE, FLUX1_SCHNELL)],
+    ("transformer", "vae", "schedule", "model"),
+    [
+        (DEV, VAE, DEV_SCHEDULE, FLUX1_DEV),
+        (SCHNELL, VAE, SCHNELL_SCHEDULE, FLUX1_SCHNELL),
+        (KLEIN_4B, KLEIN_VAE, DEV_SCHEDULE, FLUX2_KLEIN_4B),
+        (KLEIN_9B, KLEIN_VAE, DEV_SCHEDULE, FLUX2_KLEIN_9B),
+        (FLUX2, KLEIN_VAE, DEV_SCHEDULE, FLUX2_DEV),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
 )
 def test_the_tables_agree_with_the_published_configurations(
-    transformer: dict[str, Any], schedule: dict[str, Any], model: ModelSpec
+    transformer: dict[str, Any], vae: dict[str, Any], schedule: dict[str, Any], model: ModelSpec
 ) -> None:
-    assert spec.from_configs(transformer, VAE, schedule) == model
+    assert spec.from_configs(transformer, vae, schedule) == model
 
 
 def test_the_family() -> None:
-    assert (FLUX1_DEV.text.t5_tokens, FLUX1_SCHNELL.text.t5_tokens) == (512, 256)
+    assert (FLUX1_DEV.text.sequence.tokens, FLUX1_SCHNELL.text.sequence.tokens) == (512, 256)
     assert FLUX1_DEV.transformer.hidden_size == FLUX1_SCHNELL.transformer.hidden_size == 3072
+    assert (FLUX2_KLEIN_4B.transformer.hidden_size, FLUX2_KLEIN_9B.transformer.hidden_size) == (3072, 4096)
     assert TINY.transformer.hidden_size == 256
+    assert FLUX1_DEV.components == ("clip", "t5", "transformer", "vae_encoder", "vae_decoder")
+    assert FLUX2_KLEIN_4B.components == ("qwen3", "transformer", "vae_encoder", "vae_decoder")
     assert FLUX1_DEV.defaults == spec.Defaults(1024, 28, 3.5)
     assert FLUX1_SCHNELL.defaults == spec.Defaults(1024, 4, 0.0)
-    assert len({m.name for m in spec.FAMILY}) == len({m.transformer for m in spec.FAMILY}) == 3
+    assert FLUX2_KLEIN_4B.defaults == FLUX2_KLEIN_9B.defaults == spec.Defaults(1024, 4, 1.0)
+    assert len({m.name for m in spec.FAMILY}) == len({m.transformer for m in spec.FAMILY}) == 6
 
 
 @pytest.mark.parametrize("model", spec.FAMILY, ids=lambda m: m.name)
@@ -73,6 +118,16 @@ def test_defaults_are_within_the_limits(model: ModelSpec) -> None:
     assert 0 < d.strength <= 1
     assert limits.min_side % model.size_multiple == limits.max_side % model.size_multiple == 0
     assert limits.min_side * limits.max_side <= limits.max_pixels, "the most extreme aspect ratio must fit"
+
+
+def test_the_text_is_as_wide_as_the_blocks_expect() -> None:
+    """Qwen3-4B's, Qwen3-8B's and Mistral Small's hidden states, three of them one behind the other."""
+    for model, width in ((FLUX2_KLEIN_4B, 2560), (FLUX2_KLEIN_9B, 4096), (FLUX2_DEV, 5120)):
+        assert model.transformer.joint_attention_dim == width * len(model.text.sequence.layers)
+
+
+def test_the_system_message_is_that_of_diffusers() -> None:
+    assert FLUX2_DEV.text.sequence.system == SYSTEM_MESSAGE
 
 
 def test_sizes() -> None:
@@ -89,12 +144,21 @@ def test_a_fine_tune_keeps_its_bases_defaults_but_has_its_own_vae_and_schedule()
     assert model.schedule.shift == 2.0
 
 
-@pytest.mark.parametrize(("base", "like"), [(DEV, FLUX1_DEV), (SCHNELL, FLUX1_SCHNELL)])
+@pytest.mark.parametrize(
+    ("base", "like"), [(DEV, FLUX1_DEV), (SCHNELL, FLUX1_SCHNELL), (KLEIN_9B, FLUX2_KLEIN_9B), (FLUX2, FLUX2_DEV)]
+)
 def test_a_shape_nobody_published(base: dict[str, Any], like: ModelSpec) -> None:
-    model = spec.from_configs({**base, "num_layers": 8}, VAE, DEV_SCHEDULE)
+    vae = KLEIN_VAE if base in (KLEIN_9B, FLUX2) else VAE
+    model = spec.from_configs({**base, "num_layers": 9}, vae, DEV_SCHEDULE)
     assert model.name == "custom"
-    assert model.transformer == replace(like.transformer, num_layers=8)
+    assert model.transformer == replace(like.transformer, num_layers=9)
     assert (model.defaults, model.limits, model.text) == (like.defaults, like.limits, like.text)
+
+
+def test_a_flux2_that_does_not_name_its_axes() -> None:
+    """The default is FLUX.1's, and sums to the same 128."""
+    with pytest.raises(KeyError, match="axes_dims_rope"):
+        spec.from_configs(without(KLEIN_4B, "axes_dims_rope"), KLEIN_VAE, DEV_SCHEDULE)
 
 
 def test_lists_become_tuples() -> None:
@@ -122,6 +186,8 @@ def test_a_number_that_the_transformer_lacks(name: str) -> None:
         (DEV, {**VAE, "latent_channels": 4}),
         ({**DEV, "axes_dims_rope": [16, 56, 57]}, VAE),
         ({**DEV, "attention_head_dim": 64}, VAE),
+        (KLEIN_4B, VAE),
+        ({**KLEIN_4B, "axes_dims_rope": [32, 32, 32]}, KLEIN_VAE),
     ],
 )
 def test_numbers_that_contradict_each_other(transformer: dict[str, Any], vae: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ def test_a_bound_computes_at_fixed_addresses(built: Built) -> None:
 
 def test_every_component_opens_by_its_name(built: Built) -> None:
     components = engines.open_artifact(built.artifact, "cuda:0")
-    ids = components.clip.bind({"input_ids": (2, 77)})
+    ids = components.text["clip"].bind({"input_ids": (2, 77)})
     assert ids.inputs["input_ids"].dtype == torch.int64 and ids.outputs["pooled"].shape == (2, 128)
     encoded = components.vae_encoder.bind({"pixels": (1, 3, 64, 128)})
     encoded.run()
@@ -121,7 +121,7 @@ def test_every_component_opens_by_its_name(built: Built) -> None:
 
 
 def test_capture_comes_after_a_warm_up_that_was_waited_for(built: Built) -> None:
-    clip = built.open().clip
+    clip = built.open().text["clip"]
     built.trace.calls.clear()
     bound = clip.bind({"input_ids": (1, 77)})
     names = [call[0] for call in built.trace.calls]
@@ -134,8 +134,8 @@ def test_capture_comes_after_a_warm_up_that_was_waited_for(built: Built) -> None
 def test_a_context_for_each_bound_and_one_scratch_for_all(built: Built) -> None:
     components = built.open()
     kept = [
-        components.clip.bind({"input_ids": (1, 77)}),
-        components.clip.bind({"input_ids": (2, 77)}),
+        components.text["clip"].bind({"input_ids": (1, 77)}),
+        components.text["clip"].bind({"input_ids": (2, 77)}),
         components.vae_decoder.bind({"latents": (1, 16, 8, 8)}),
     ]
     assert len({call[1] for call in built.trace.named("execute")}) == len(kept)
@@ -145,7 +145,7 @@ def test_a_context_for_each_bound_and_one_scratch_for_all(built: Built) -> None:
 
 
 def test_a_bound_waits_before_it_goes(built: Built) -> None:
-    bound = built.open().clip.bind({"input_ids": (1, 77)})
+    bound = built.open().text["clip"].bind({"input_ids": (1, 77)})
     built.trace.calls.clear()
     del bound
     gc.collect()
@@ -163,9 +163,9 @@ def test_an_input_that_the_model_does_not_use(built: Built) -> None:
 def test_shapes_outside_the_profile(built: Built) -> None:
     components = built.open()
     with pytest.raises(ShapeError, match="expected rows from 1 to 2"):
-        components.clip.bind({"input_ids": (3, 77)})
+        components.text["clip"].bind({"input_ids": (3, 77)})
     with pytest.raises(ShapeError, match="expected tokens from 77 to 77"):
-        components.clip.bind({"input_ids": (1, 76)})
+        components.text["clip"].bind({"input_ids": (1, 76)})
 
 
 def test_a_cpu_is_no_gpu(built: Built) -> None:
@@ -251,26 +251,26 @@ def test_an_output_of_another_size(built: Built) -> None:
     odd = replace(signature.outputs[0], dims=(rows, replace(tokens, scale=2), channels))
     built.write("t5", fake.plan_of(built.module, replace(signature, outputs=(odd,)), "bfloat16"))
     with pytest.raises(ArtifactError, match=r"sequence: the engine gives \(1, 64, 128\); expected \(1, 32, 128\)"):
-        built.open().t5.bind({"input_ids": (1, 32)})
+        built.open().text["t5"].bind({"input_ids": (1, 32)})
 
 
 def test_an_execution_that_fails_while_binding(built: Built) -> None:
     built.replan("clip", fails="Cuda Runtime (out of memory)")
     with pytest.raises(LibraryRefused, match=r"out of memory"):
-        built.open().clip.bind({"input_ids": (1, 77)})
+        built.open().text["clip"].bind({"input_ids": (1, 77)})
 
 
 def test_rtx_refuses_what_can_not_be_captured(rtx: Built) -> None:
     rtx.replan("clip", allocates=True)
     with pytest.raises(LibraryRefused, match="can't be captured"):
-        rtx.open().clip.bind({"input_ids": (1, 77)})
+        rtx.open().text["clip"].bind({"input_ids": (1, 77)})
 
 
 def test_rtx_keeps_its_kernels_between_starts(rtx: Built) -> None:
     file = rtx.cache / rtx.artifact.manifest["files"]["clip/sm90.engine"]["sha256"]
     for expected in (b"cache:k", b"cache:kk"):
         components = rtx.open()
-        components.clip.bind({"input_ids": (1, 77)})
+        components.text["clip"].bind({"input_ids": (1, 77)})
         components.close()
         assert file.read_bytes() == expected
     assert ("cache read", b"cache:k") in rtx.trace.calls
@@ -289,7 +289,7 @@ def test_rtx_goes_on_without_a_damaged_cache(
         file.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         components = rtx.open()
-        components.clip.bind({"input_ids": (1, 77)})
+        components.text["clip"].bind({"input_ids": (1, 77)})
         assert "kernels are compiled again" in caplog.text
         components.close()
     if content is None:

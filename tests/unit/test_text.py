@@ -12,7 +12,8 @@ from fluxserve import checkpoint
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.errors import CheckpointError
 from fluxserve.settings import default_checkpoint
-from fluxserve.text import Tokenizers
+from fluxserve.text import Tokenizers, Tokens
+from tests.support import random_flux2
 
 PROMPTS = [
     "a red apple",
@@ -43,7 +44,7 @@ def vocabulary(tiny: Checkpoint, name: str) -> int:
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_shapes_and_range(tiny: Checkpoint, tokenizers: Tokenizers, prompt: str) -> None:
     ids = tokenizers(prompt)
-    for array, length, encoder in ((ids.clip, 77, "text_encoder"), (ids.t5, 32, "text_encoder_2")):
+    for array, length, encoder in ((ids["clip"].ids, 77, "text_encoder"), (ids["t5"].ids, 32, "text_encoder_2")):
         assert array.dtype == np.int64
         assert array.shape == (length,)
         assert array.min() >= 0 and array.max() < vocabulary(tiny, encoder), "the embedding has a row for each"
@@ -52,23 +53,24 @@ def test_shapes_and_range(tiny: Checkpoint, tokenizers: Tokenizers, prompt: str)
 def test_beginning_end_and_padding(tokenizers: Tokenizers) -> None:
     ids = tokenizers("a fox")
     begin, end = 1503, 1504
-    at = int(np.flatnonzero(ids.clip == end)[0])
-    assert ids.clip[0] == begin and 2 <= at < 10
-    assert (ids.clip[at:] == end).all(), "CLIP's padding is its end token"
-    at = int(np.flatnonzero(ids.t5 == 1)[0])
-    assert (ids.t5[at + 1 :] == 0).all() and (ids.t5[:at] > 1).all()
+    at = int(np.flatnonzero(ids["clip"].ids == end)[0])
+    assert ids["clip"].ids[0] == begin and 2 <= at < 10
+    assert (ids["clip"].ids[at:] == end).all(), "CLIP's padding is its end token"
+    at = int(np.flatnonzero(ids["t5"].ids == 1)[0])
+    assert (ids["t5"].ids[at + 1 :] == 0).all() and (ids["t5"].ids[:at] > 1).all()
 
 
 def test_a_long_prompt_is_cut_and_keeps_its_end(tokenizers: Tokenizers) -> None:
     ids = tokenizers("a fox and an apple " * 200)
-    assert ids.clip[-1] == 1504 and (ids.clip[1:-1] < 1503).all()
-    assert ids.t5[-1] == 1 and (ids.t5[:-1] > 1).all()
-    assert np.array_equal(ids.clip, tokenizers("a fox and an apple " * 300).clip)
+    assert ids["clip"].ids[-1] == 1504 and (ids["clip"].ids[1:-1] < 1503).all()
+    assert ids["t5"].ids[-1] == 1 and (ids["t5"].ids[:-1] > 1).all()
+    assert np.array_equal(ids["clip"].ids, tokenizers("a fox and an apple " * 300)["clip"].ids)
 
 
 def test_prompts_differ(tokenizers: Tokenizers) -> None:
     seen = {
-        (ids.clip.tobytes(), ids.t5.tobytes()) for ids in map(tokenizers, ["a fox", "a red fox", "a red apple", "🦊"])
+        (ids["clip"].ids.tobytes(), ids["t5"].ids.tobytes())
+        for ids in map(tokenizers, ["a fox", "a red fox", "a red apple", "🦊"])
     }
     assert len(seen) == 4
 
@@ -76,7 +78,10 @@ def test_prompts_differ(tokenizers: Tokenizers) -> None:
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_as_the_pipeline_of_diffusers_calls_them(tiny: Checkpoint, tokenizers: Tokenizers, prompt: str) -> None:
     """FluxPipeline._get_clip_prompt_embeds and _get_t5_prompt_embeds."""
-    for name, length, ours in (("tokenizer", 77, tokenizers(prompt).clip), ("tokenizer_2", 32, tokenizers(prompt).t5)):
+    for name, length, ours in (
+        ("tokenizer", 77, tokenizers(prompt)["clip"].ids),
+        ("tokenizer_2", 32, tokenizers(prompt)["t5"].ids),
+    ):
         theirs = AutoTokenizer.from_pretrained(tiny.component(name), local_files_only=True)(
             [prompt],
             padding="max_length",
@@ -129,3 +134,53 @@ def test_a_t5_tokenizer_without_vocabulary(tmp_path: Path) -> None:
 def test_a_clip_tokenizer_without_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tokenizer"):
         Tokenizers(edited(tmp_path, "tokenizer", None))
+
+
+# --- FLUX.2-klein's, which reads a chat ------------------------------------------------------------------------------
+
+
+def klein_tokens(prompt: str, tokens: int = 128) -> Tokens:
+    (only,) = Tokenizers(random_flux2.klein().checkpoint(tokens))(prompt).values()
+    return only
+
+
+def test_a_prompt_is_a_turn_of_a_chat() -> None:
+    read = klein_tokens("a fox")
+    words = random_flux2.tokenizer().decode(read.ids[read.mask == 1])
+    assert words == "<|im_start|>user\na fox<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    padding = random_flux2.tokenizer().pad_token_id
+    assert (read.ids[read.mask == 0] == padding).all()
+    assert (np.diff(read.mask) <= 0).all() and read.mask[0] == 1, "padding is at the end"
+    assert read.ids.dtype == read.mask.dtype == np.int64
+
+
+def test_a_chat_that_is_too_long_loses_its_end() -> None:
+    read = klein_tokens("a fox " * 50, tokens=64)
+    assert read.ids.shape == (64,) and read.mask.all()
+    assert "<|im_end|>" not in random_flux2.tokenizer().decode(read.ids)
+
+
+def test_a_prompt_that_spells_padding_is_not_padding() -> None:
+    read = klein_tokens("a<|endoftext|>b")
+    padding = random_flux2.tokenizer().pad_token_id
+    assert (read.mask[read.ids == padding] == 1).sum() == 1
+
+
+@pytest.mark.parametrize("template", [None, "{% for", "{{ raise_exception('no') }}"])
+def test_a_chat_template_that_is_missing_or_broken(tmp_path: Path, template: str | None) -> None:
+    klein = random_flux2.klein().checkpoint()
+    shutil.copytree(klein.path, tmp_path / "klein", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = tmp_path / "klein" / "tokenizer" / "chat_template.jinja"
+    file.unlink() if template is None else file.write_text(template)
+    with pytest.raises(CheckpointError, match="tokenizer: no usable chat template"):
+        Tokenizers(Checkpoint(tmp_path / "klein", klein.spec))
+
+
+def test_a_prompt_after_a_system_message() -> None:
+    """FLUX.2-dev's; what would stand for an image is taken out, and padding comes first."""
+    flux = random_flux2.dev().checkpoint(256)
+    (read,) = Tokenizers(flux)("a [IMG]fox").values()
+    words = random_flux2.chat_tokenizer().decode(read.ids[read.mask == 1])
+    system = flux.spec.text.sequence.system
+    assert words == f"<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]a fox[/INST]"
+    assert (np.diff(read.mask) >= 0).all() and read.mask[0] == 0 and read.mask[-1] == 1

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Self
@@ -103,7 +103,7 @@ class AsyncClient:
         guidance_scale: float | None = None,
         seed: int | None = None,
         num_images: int | None = None,
-        image: ImageInput | None = None,
+        image: ImageInput | Sequence[ImageInput] | None = None,
         strength: float | None = None,
         output_format: ImageFormat | None = None,
         quality: int | None = None,
@@ -116,12 +116,13 @@ class AsyncClient:
         Args:
             prompt: text, at most 4,096 bytes of UTF-8.
             height, width: pixels, multiples of 16 within the model's limits.
-            num_inference_steps: denoising steps, 1 to 100.
+            num_inference_steps: denoising steps, 1 to the model's limit.
             guidance_scale: how closely to follow the prompt.
             seed: -1 draws one; the ones used are in the result. Image k of several has seed + k.
             num_images: 1 to 8.
-            image: a picture to start from: the bytes of a PNG, JPEG or WebP file, a path, or a Pillow image.
-            strength: how far to leave `image` behind, above 0 (nearly the same) up to 1 (a new picture).
+            image: a picture to start from: the bytes of a PNG, JPEG or WebP file, a path, or a Pillow image. With
+                FLUX.2 one to four of them, to draw after.
+            strength: how far to leave `image` behind, above 0 (nearly the same) up to 1 (a new picture); not of FLUX.2.
             output_format: "png" (the server's default), "jpeg", "webp" or "raw" (uint8 RGB, height × width × 3).
             quality: of jpeg and webp.
             request_id: the name of this request for `status` and `cancel`, 1 to 64 characters of A-Z a-z 0-9 . _ -,

@@ -135,7 +135,8 @@ def _generate_options(command: argparse.ArgumentParser) -> None:
     picture.add_argument("--steps", type=int, help="denoising steps: more is finer and slower")
     picture.add_argument("--guidance", type=float, help="how closely to follow the prompt")
     picture.add_argument("--seed", type=int, help="the same seed draws the same picture; -1 draws one")
-    picture.add_argument("--image", type=Path, metavar="FILE", help="start from this PNG, JPEG or WebP picture")
+    of_image = "start from this PNG, JPEG or WebP picture; FLUX.2: draw after it, may be repeated"
+    picture.add_argument("--image", type=Path, action="append", metavar="FILE", help=of_image)
     picture.add_argument("--strength", type=float, help="how far to leave it behind, 0-1")
     picture.add_argument("--request-id", metavar="ID", help="a name for `status` and `cancel`")
 

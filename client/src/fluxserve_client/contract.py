@@ -13,7 +13,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -46,17 +46,17 @@ class Request:
     guidance_scale: float | None = None
     seed: int | None = None
     num_images: int | None = None
-    image: ImageInput | None = None
+    image: ImageInput | Sequence[ImageInput] | None = None
     strength: float | None = None
     output_format: ImageFormat | None = None
     quality: int | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The inputs that were given, one element each.
+        """The inputs that were given, one element each; `image` has as many as there are pictures.
 
         Raises:
             TypeError, ValueError: a value that no tensor of the input's dtype can hold; the message names it.
-            OSError: `image` is a path that cannot be read.
+            OSError: an `image` is a path that cannot be read.
         """
         given = ((name, form, getattr(self, name)) for name, form in _INPUTS.items())
         return {name: form(name, value) for name, form, value in given if value is not None}
@@ -107,15 +107,20 @@ def _bytes(value: bytes) -> Tensor:
     return np.array([value], dtype=np.object_)
 
 
-def _picture(name: str, value: object) -> Tensor:
+def _pictures(name: str, value: object) -> Tensor:
+    several = value if isinstance(value, Sequence) and not isinstance(value, bytes | str) else (value,)
+    return np.array([_picture(name, each) for each in several], dtype=np.object_)
+
+
+def _picture(name: str, value: object) -> bytes:
     if isinstance(value, Image.Image):
         file = io.BytesIO()
         value.save(file, "PNG", compress_level=1)
-        return _bytes(file.getvalue())
+        return file.getvalue()
     if isinstance(value, os.PathLike):
-        return _bytes(Path(value).read_bytes())
+        return Path(value).read_bytes()
     if isinstance(value, bytes):
-        return _bytes(value)
+        return value
     raise TypeError(f"{name}: got {type(value).__name__}, expected bytes, a pathlib.Path or a Pillow image")
 
 
@@ -150,7 +155,7 @@ _INPUTS: dict[str, Callable[[str, object], Tensor]] = {
     "guidance_scale": _float,
     "seed": _integer(np.int64),
     "num_images": _integer(np.int32),
-    "image": _picture,
+    "image": _pictures,
     "strength": _float,
     "output_format": _text,
     "quality": _integer(np.int32),

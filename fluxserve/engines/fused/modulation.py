@@ -35,6 +35,7 @@ class Modulation:
 
     def __init__(self, read: Reader, spec: TransformerSpec, precision: Precision) -> None:
         self._spec, self._precision = spec, precision
+        assert spec.pooled_projection_dim is not None, "open.py lets no other model in"
         inputs = {"timestep_embedder": _TIME_CHANNELS, "text_embedder": spec.pooled_projection_dim}
         if spec.guidance_embeds:
             inputs["guidance_embedder"] = _TIME_CHANNELS

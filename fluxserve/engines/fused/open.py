@@ -8,7 +8,7 @@ import torch
 from fluxserve.artifact import CHECKPOINT, Artifact, Scales
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.base import Components
-from fluxserve.errors import DeviceUnsuited, LibraryMissing, OutOfMemory, SettingsError
+from fluxserve.errors import DeviceUnsuited, EngineError, LibraryMissing, OutOfMemory, SettingsError
 
 try:
     from fluxserve.engines.fused import headroom, vae
@@ -63,7 +63,10 @@ def assemble(
 
     Raises:
         CheckpointError, ArtifactError, OutOfMemory.
+        EngineError: a model that the engine has no blocks for.
     """
+    if checkpoint.spec.transformer.generation != 1:
+        raise EngineError(f"fused: got {checkpoint.spec.name}; expected a FLUX.1 model. torch_eager runs FLUX.2")
     try:
         return _load(checkpoint, device, precision, scales, run)
     except torch.OutOfMemoryError as error:
@@ -82,11 +85,13 @@ def _load(
 ) -> Components:
     spec = checkpoint.spec
     read = Reader(checkpoint.component("transformer"), device)
-    most = (spec.limits.max_pixels // spec.size_multiple**2, spec.text.t5_tokens, _ROWS)
+    most = (spec.limits.max_pixels // spec.size_multiple**2, spec.text.sequence.tokens, _ROWS)
     components = Components(
         transformer=FusedTransformer(spec, read, device, precision, scales, run, most),
-        t5=FusedT5(checkpoint, device, precision, run),
-        clip=FusedClip(checkpoint, device, precision),
+        text={
+            "t5": FusedT5(checkpoint, device, precision, run),
+            "clip": FusedClip(checkpoint, device, precision),
+        },
         vae_decoder=vae.decoder(checkpoint, device, precision, run),
         vae_encoder=vae.encoder(checkpoint, device, precision, run),
     )
