@@ -1,4 +1,4 @@
-"""fluxserve serve | demo | generate | doctor: the command line. Of the library, only this prints."""
+"""fluxserve serve | demo | generate | repository | doctor: the command line. Of the library, only this prints."""
 
 import argparse
 import logging
@@ -15,6 +15,7 @@ from typing import Any
 from fluxserve import __version__, process, settings
 from fluxserve.errors import FluxserveError, ServerError
 from fluxserve.installation import Installation, bundled, installed_at
+from fluxserve.repository import lay_out
 from fluxserve.server import DRAIN_TIMEOUT_S, LOOPBACK, Ports, TritonServer
 
 _EPILOG = """\
@@ -25,6 +26,8 @@ examples:
   fluxserve demo "a fox on a blue background"          start a server, draw one picture, stop
   fluxserve demo --server grpc://gpu-box:8001 "a fox"  draw it on a server that runs already
   fluxserve generate "a red apple" -o apple.png        without a server, in this process
+  fluxserve repository /srv/klein --checkpoint /models/klein-4B --gpus 1
+                                                       a model repository for one model, for any Triton
   fluxserve doctor                                     what this machine can run, and every setting
 """
 _REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
@@ -96,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(command=_generate)
 
     commands.add_parser("export", help="turn a checkpoint into an artifact: ONNX, TensorRT or TensorRT-RTX engines")
+    repository = commands.add_parser("repository", help="write a model repository for one model; any Triton serves it")
+    repository.add_argument("folder", type=Path, help="a new one")
+    _model_options(repository)
+    repository.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="default: all there are")
+    repository.set_defaults(command=_lay_out)
     doctor = commands.add_parser("doctor", help="check what this machine can run; print every setting")
     _server_options(doctor)
     doctor.set_defaults(command=_doctor)
@@ -161,6 +169,23 @@ class _Ticker:
 
     def done(self, seconds: float) -> None:
         print(f"{chr(13) if sys.stdout.isatty() else ''}{self._what}: {seconds:.1f} s ", flush=True)
+
+
+# --- repository ------------------------------------------------------------------------------------------------------
+
+
+def _lay_out(options: argparse.Namespace) -> int:
+    from fluxserve import source
+
+    chosen = _chosen(options)
+    for name in ("checkpoint", "artifact"):
+        if name in chosen:
+            chosen[name] = str(Path(chosen[name]).absolute())
+    found = source.find(settings.load({name: {"string_value": value} for name, value in chosen.items()}))
+    lay_out(_REPOSITORY, options.folder, chosen, options.gpus)
+    _say(f"{options.folder}: {found.spec.name} through {found.engine}")
+    _say(f"  fluxserve serve --repository {options.folder} --http-port 8010 --grpc-port 8011 --metrics-port 8012")
+    return 0
 
 
 # --- serve -----------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ LAYERS = (
     ("kernels",),
     ("artifact",),
     ("checkpoint", "settings"),
-    ("spec", "contract", "installation"),
+    ("spec", "contract", "installation", "repository"),
     ("errors", "process"),
 )
 ENGINES_MAY_IMPORT = {"spec", "errors", "artifact", "kernels", "checkpoint", "engines"}
