@@ -148,7 +148,9 @@ class Pipeline:
         conditioning = Conditioning.stack([batch.conditionings[row.job] for row in rows])
         size = self.spec.latent_size(jobs[0].height, jobs[0].width)
         with clock.stage("denoise"):
-            for _ in self.denoise(latents, conditioning, jobs[0].sigmas, size):
+            for step, _ in enumerate(self.denoise(latents, conditioning, jobs[0].sigmas, size)):
+                if step == 0 and self.device.type == "cuda":
+                    self._rehearse_decode(len(latents), size)
                 batch.tell(members)
                 if not batch.any_wanted(members):
                     return None
@@ -267,9 +269,20 @@ class Pipeline:
         pixels = (bound.outputs["pixels"].float() / 2 + 0.5).clamp_(0, 1)
         return (pixels * 255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
+    def _rehearse_decode(self, rows: int, size: tuple[int, int]) -> None:
+        """Decode nothing at a size that is new, behind the first step: a library that chooses kernels for it does so on
+        the host, 50 ms for cuDNN's convolutions, and the GPU is at the loop meanwhile and does not wait."""
+        shapes = {"latents": (rows, self.spec.vae.latent_channels, *size)}
+        if self._key(self._engines.vae_decoder, shapes) not in self._bounds:
+            self._bind(self._engines.vae_decoder, shapes).run()
+
+    @staticmethod
+    def _key(engine: Engine, shapes: Shapes) -> tuple[object, ...]:
+        return (id(engine), *sorted(shapes.items()))
+
     def _bind(self, engine: Engine, shapes: Shapes) -> Bound:
         """An engine bound to shapes, from the few that were used last."""
-        key = (id(engine), *sorted(shapes.items()))
+        key = self._key(engine, shapes)
         if key in self._bounds:
             self._bounds.move_to_end(key)
         else:
