@@ -5,7 +5,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fluxserve.kernels import add, attention, group_norm, linear, linear_hopper, modulation, norm, rows, wide_attention
+from fluxserve.kernels import (
+    add,
+    attention,
+    group_norm,
+    linear,
+    linear_hopper,
+    modulation,
+    norm,
+    rows,
+    turn,
+    wide_attention,
+)
 from fluxserve.kernels.layers import Linear
 
 
@@ -28,6 +39,8 @@ class Operations:
     rows: Callable[..., None]
     rms_rows: Callable[..., None]
     gated_rows: Callable[..., None]
+    swiglu_rows: Callable[..., None]
+    turn: Callable[..., None]
     group_norm: Callable[..., Tensor]
     add: Callable[..., Tensor | None]
     add_upsampled: Callable[..., Tensor]
@@ -51,6 +64,8 @@ LAUNCHED = Operations(
     rows=rows.rows,
     rms_rows=rows.rms_rows,
     gated_rows=rows.gated_rows,
+    swiglu_rows=rows.swiglu_rows,
+    turn=turn.turn,
     group_norm=group_norm.group_norm,
     add=add.add,
     add_upsampled=add.add_upsampled,
@@ -70,6 +85,8 @@ PLAIN = Operations(
     rows=rows.plain_rows,
     rms_rows=rows.plain_rms_rows,
     gated_rows=rows.plain_gated_rows,
+    swiglu_rows=rows.plain_swiglu_rows,
+    turn=turn.plain_turn,
     group_norm=group_norm.plain_group_norm,
     add=add.plain_add,
     add_upsampled=add.plain_add_upsampled,

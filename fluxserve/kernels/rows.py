@@ -1,8 +1,9 @@
-"""What a text encoder's linears read, in one pass over each row: RMSNorm or a gated GELU, then the row's own scale.
+"""What a text encoder's linears read, in one pass over each row: RMSNorm or a gated unit, then the row's own scale.
 
 plain     y = x
-rms       y = x / √(mean(x²) + ε) · weight                      T5LayerNorm: no mean is taken off, no bias
+rms       y = x / √(mean(x²) + ε) · weight                      T5LayerNorm, Qwen3RMSNorm: no mean is taken off, no bias
 gated     y = gelu_tanh(x[: n]) · x[n :]                        T5DenseGatedActDense
+swiglu    y = silu(x[: n]) · x[n :]                             Qwen3MLP
 
 data = E4M3(y / s), s = max|y| / 448 per row                    or y in the compute dtype, with no s
 """
@@ -27,7 +28,7 @@ def _rows_kernel(
     data_stride,
     epsilon,
     smallest,
-    GATED: tl.constexpr,
+    GATE: tl.constexpr,
     E4M3_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -36,9 +37,12 @@ def _rows_kernel(
     column = tl.arange(0, BLOCK)
     mask = column < columns
     y = tl.load(x + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
-    if GATED:
+    if GATE != "":
         factor = tl.load(x + row * x_stride + columns + column, mask=mask, other=0.0).to(tl.float32)
-        y = gelu_tanh(y, INTERPRETED) * factor
+        if GATE == "gelu":
+            y = gelu_tanh(y, INTERPRETED) * factor
+        if GATE == "silu":
+            y = y * tl.sigmoid(y) * factor
     if weight is not None:
         y = y * tl.rsqrt(tl.sum(y * y, axis=0) / columns + epsilon)
         y = y * tl.load(weight + column, mask=mask, other=0.0)
@@ -50,7 +54,7 @@ def _rows_kernel(
 
 
 def _launch(
-    x: Tensor, weight: Tensor | None, epsilon: float, gated: bool, data: Tensor, row_scale: Tensor | None
+    x: Tensor, weight: Tensor | None, epsilon: float, gate: str, data: Tensor, row_scale: Tensor | None
 ) -> None:
     rows, columns = data.shape
     _rows_kernel[(rows,)](
@@ -63,7 +67,7 @@ def _launch(
         data.stride(0),
         epsilon,
         SMALLEST_AMAX,
-        GATED=gated,
+        GATE=gate,
         E4M3_LARGEST=E4M3_MAX,
         BLOCK=triton.next_power_of_2(columns),
         INTERPRETED=x.device.type == "cpu",
@@ -73,17 +77,22 @@ def _launch(
 
 def rows(x: Tensor, data: Tensor, row_scale: Tensor | None) -> None:
     """x [rows, n], any float dtype → data [rows, n]; row_scale float32 [rows] exactly if data is E4M3."""
-    _launch(x, None, 0.0, False, data, row_scale)
+    _launch(x, None, 0.0, "", data, row_scale)
 
 
 def rms_rows(x: Tensor, weight: Tensor, epsilon: float, data: Tensor, row_scale: Tensor | None) -> None:
     """The same behind RMSNorm; weight float32 [n]."""
-    _launch(x, weight, epsilon, False, data, row_scale)
+    _launch(x, weight, epsilon, "", data, row_scale)
 
 
 def gated_rows(x: Tensor, data: Tensor, row_scale: Tensor | None) -> None:
     """x [rows, 2·n], what is activated before what it is multiplied with → data [rows, n]."""
-    _launch(x, None, 0.0, True, data, row_scale)
+    _launch(x, None, 0.0, "gelu", data, row_scale)
+
+
+def swiglu_rows(x: Tensor, data: Tensor, row_scale: Tensor | None) -> None:
+    """The same with SiLU for GELU."""
+    _launch(x, None, 0.0, "silu", data, row_scale)
 
 
 # --- the same, plainly --------------------------------------------------------------------------------------------
@@ -109,3 +118,8 @@ def plain_rms_rows(x: Tensor, weight: Tensor, epsilon: float, data: Tensor, row_
 def plain_gated_rows(x: Tensor, data: Tensor, row_scale: Tensor | None) -> None:
     activated, factor = x.float().chunk(2, dim=-1)
     _store(torch.nn.functional.gelu(activated, approximate="tanh") * factor, data, row_scale)
+
+
+def plain_swiglu_rows(x: Tensor, data: Tensor, row_scale: Tensor | None) -> None:
+    activated, factor = x.float().chunk(2, dim=-1)
+    _store(torch.nn.functional.silu(activated) * factor, data, row_scale)

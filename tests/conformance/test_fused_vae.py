@@ -3,59 +3,121 @@
 Biases are large: who reads a convolution's result adds them, and one that is forgotten or added twice must show.
 """
 
+import shutil
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.fused import vae
 from fluxserve.engines.fused.weights import Precision
+from fluxserve.engines.torch_eager import architectures
+from fluxserve.errors import CheckpointError
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
+from fluxserve.spec import FLUX2_KLEIN_4B, ModelSpec
 from tests.support import random_flux
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
 EXACT = Precision(torch.float32, torch.float32)
+BF16 = Precision(torch.bfloat16, torch.bfloat16)
 RELATIVE = 1e-4
 
 pytestmark = pytest.mark.xdist_group("fused")
 
+FLUX2 = AutoencoderKLFlux2
+QUANT = {"use_quant_conv": True, "use_post_quant_conv": True}
+BARE = dict.fromkeys(QUANT, False)
+KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "flux1": (AutoencoderKL, BARE),
+    "flux1-quant": (AutoencoderKL, QUANT),
+    "flux2": (FLUX2, QUANT),
+    "flux2-bare": (FLUX2, BARE),
+    "flux2-small-decoder": (FLUX2, {"decoder_block_out_channels": (8, 16, 32, 32), "batch_norm_eps": 0.01, **QUANT}),
+}
+LAUNCHED_TOO = KINDS if GPU else ("flux1", "flux2-small-decoder")
+"""In Triton's interpreter each takes seconds; what kinds differ in launches nothing."""
+CASES = {kind: (kind, PLAIN) for kind in KINDS} | {f"{kind}-launched": (kind, LAUNCHED) for kind in LAUNCHED_TOO}
+FILE = "diffusion_pytorch_model.safetensors"
 
-@pytest.fixture(scope="module")
-def theirs() -> AutoencoderKL:
-    """FLUX.1's proportions: every level half as deep as the one below it, but the last."""
+
+def module_of(kind: str) -> nn.Module:
+    """FLUX's proportions: every level half as deep as the one below it, but the last."""
     torch.manual_seed(1)
-    module = AutoencoderKL(
+    made, options = KINDS[kind]
+    module = made(
         block_out_channels=(16, 32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
+        latent_channels=32 if made is FLUX2 else 16,
         layers_per_block=2,
         norm_num_groups=8,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        **options,
     )
     module.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(2)
     for name, parameter in module.named_parameters():
         if name.endswith(".bias"):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    if isinstance(module, FLUX2):
+        module.bn.running_mean.normal_(generator=generator)
+        module.bn.running_var.uniform_(0.05, 2, generator=generator)
     return module
 
 
+class Judge:
+    """One VAE by diffusers, the folder it was saved to, and what it computes of the loop's latents and of pixels."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.module = module_of(kind)
+        self.module.save_pretrained(folder / "vae")  # type: ignore[operator]
+        spec: ModelSpec = FLUX2_KLEIN_4B if isinstance(self.module, FLUX2) else random_flux.make().spec
+        self.folder = Checkpoint(folder, spec)
+        known = architectures(spec)
+        self.decode = known["vae_decoder"].wrapper(self.module)
+        self.encode = known["vae_encoder"].wrapper(self.module)
+
+    def latents(self, *size: int) -> Tensor:
+        return drawn(2, self.folder.spec.vae.latent_channels, *size)
+
+
 @pytest.fixture(scope="module")
-def folder(theirs: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    path = tmp_path_factory.mktemp("vae")
-    theirs.save_pretrained(path / "vae")
-    return Checkpoint(path, random_flux.make().spec)
+def judges(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Judge]:
+    made: dict[str, Judge] = {}
+
+    def judge(kind: str) -> Judge:
+        return made.setdefault(kind, made.get(kind) or Judge(kind, tmp_path_factory.mktemp(kind)))
+
+    return judge
+
+
+@pytest.fixture
+def folder(judges: Callable[[str], Judge]) -> Checkpoint:
+    return judges("flux1").folder
+
+
+def decoded(folder: Checkpoint, latents: Tensor, run: Operations, precision: Precision = EXACT) -> Tensor:
+    bound = vae.decoder(folder, DEVICE, precision, run).bind({"latents": tuple(latents.shape)})
+    bound.inputs["latents"].copy_(latents)
+    bound.run()
+    return bound.outputs["pixels"].float()
+
+
+def encoded(folder: Checkpoint, pixels: Tensor, run: Operations, precision: Precision = EXACT) -> tuple[Tensor, Tensor]:
+    bound = vae.encoder(folder, DEVICE, precision, run).bind({"pixels": tuple(pixels.shape)})
+    bound.inputs["pixels"].copy_(pixels)
+    bound.run()
+    return bound.outputs["mean"].float(), bound.outputs["std"].float()
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -94,12 +156,6 @@ class Live(TorchDispatchMode):
         self.bytes -= 0 if self._holders[address] else size
 
 
-@pytest.fixture(params=[PLAIN, LAUNCHED], ids=["plain", "launched"])
-def run(request: pytest.FixtureRequest) -> Operations:
-    operations: Operations = request.param
-    return operations
-
-
 @pytest.fixture(autouse=True)
 def exact_products() -> Iterator[None]:
     """TF32 has the mantissa of half precision."""
@@ -110,23 +166,75 @@ def exact_products() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [(2, 2), (4, 6)])
-def test_decoder(theirs: AutoencoderKL, folder: Checkpoint, run: Operations, size: tuple[int, int]) -> None:
-    latents = drawn(2, 16, *size)
-    bound = vae.decoder(folder, DEVICE, EXACT, run).bind({"latents": tuple(latents.shape)})
-    bound.inputs["latents"].copy_(latents)
-    bound.run()
-    assert relative(bound.outputs["pixels"], theirs.decode(latents).sample) < RELATIVE
+@pytest.mark.parametrize(("kind", "run"), CASES.values(), ids=CASES)
+def test_decoder(judges: Callable[[str], Judge], kind: str, run: Operations, size: tuple[int, int]) -> None:
+    judge = judges(kind)
+    latents = judge.latents(*size)
+    assert relative(decoded(judge.folder, latents, run), judge.decode(latents)) < RELATIVE
 
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 48)])
-def test_encoder(theirs: AutoencoderKL, folder: Checkpoint, run: Operations, size: tuple[int, int]) -> None:
-    pixels = drawn(2, 3, *size)
-    bound = vae.encoder(folder, DEVICE, EXACT, run).bind({"pixels": tuple(pixels.shape)})
-    bound.inputs["pixels"].copy_(pixels)
-    bound.run()
-    expected = theirs.encode(pixels).latent_dist
-    assert relative(bound.outputs["mean"], expected.mean) < RELATIVE
-    assert relative(bound.outputs["std"], expected.std) < RELATIVE
+@pytest.mark.parametrize(("kind", "run"), CASES.values(), ids=CASES)
+def test_encoder(judges: Callable[[str], Judge], kind: str, run: Operations, size: tuple[int, int]) -> None:
+    judge, pixels = judges(kind), drawn(2, 3, *size)
+    for got, expected in zip(encoded(judge.folder, pixels, run), judge.encode(pixels), strict=True):
+        assert relative(got, expected) < RELATIVE
+
+
+@pytest.mark.parametrize("kind", ["flux1", "flux2"])
+def test_bf16_loses_no_more_than_eager_bf16(judges: Callable[[str], Judge], kind: str, tmp_path: Path) -> None:
+    judge, eager = judges(kind), Judge(kind, tmp_path)
+    eager.module.to(torch.bfloat16)
+    latents, pixels = judge.latents(8, 12), drawn(2, 3, 32, 48)
+    lost = relative(eager.decode(latents.bfloat16()), judge.decode(latents))
+    assert relative(decoded(judge.folder, latents, PLAIN, BF16), judge.decode(latents)) <= 1.2 * lost
+    expected = judge.encode(pixels)
+    theirs, ours = eager.encode(pixels.bfloat16()), encoded(judge.folder, pixels, PLAIN, BF16)
+    for got, other, value in zip(ours, theirs, expected, strict=True):
+        assert relative(got, value) <= 1.2 * relative(other, value)
+
+
+def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda weights: weights.__delitem__(name)
+
+
+def put(name: str, *shape: int) -> Callable[[dict[str, Tensor]], None]:
+    return lambda weights: weights.__setitem__(name, torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("way", "change", "says"),
+    [
+        ("decoder", drop("post_quant_conv.bias"), "no weight 'post_quant_conv.bias'"),
+        ("decoder", drop("bn.running_var"), "no weight 'bn.running_var'"),
+        ("encoder", drop("quant_conv.weight"), "no weight 'quant_conv.weight'"),
+        ("decoder", put("post_quant_conv.weight", 64, 32, 1, 1), r"got \(64, 32, 1, 1\); expected \(32, 32, 1, 1\)"),
+        ("encoder", put("quant_conv.bias", 65), r"quant_conv.bias: got \(65,\); expected \(64,\)"),
+        ("encoder", put("bn.running_mean", 32), r"bn.running_mean: got \(32,\); expected \(128,\)"),
+        ("decoder", put("bn.weight", 128), "unexpected weights: bn.weight"),
+        ("encoder", put("bn.weight", 128), "unexpected weights: bn.weight"),
+    ],
+)
+def test_what_lies_beside_the_networks_is_all_there_and_all_used(
+    judges: Callable[[str], Judge], tmp_path: Path, way: str, change: Callable[[dict[str, Tensor]], None], says: str
+) -> None:
+    whole = judges("flux2").folder
+    shutil.copytree(whole.component("vae"), tmp_path / "vae")
+    weights = load_file(tmp_path / "vae" / FILE)
+    change(weights)
+    save_file(weights, tmp_path / "vae" / FILE)
+    with pytest.raises(CheckpointError, match=says):
+        getattr(vae, way)(Checkpoint(tmp_path, whole.spec), DEVICE, EXACT, PLAIN)
+
+
+def test_weights_that_the_configuration_denies_are_refused(judges: Callable[[str], Judge], tmp_path: Path) -> None:
+    """Left out without a word, they would only change the picture."""
+    shutil.copytree(judges("flux1-quant").folder.component("vae"), tmp_path / "vae")
+    shutil.copy(judges("flux1").folder.component("vae") / "config.json", tmp_path / "vae")
+    denying = Checkpoint(tmp_path, judges("flux1").folder.spec)
+    for way, says in (("decoder", "post_quant_conv.bias"), ("encoder", "quant_conv.bias")):
+        with pytest.raises(CheckpointError, match=f"unexpected weights: {says}"):
+            getattr(vae, way)(denying, DEVICE, EXACT, PLAIN)
 
 
 @pytest.mark.parametrize("way", ["decoder", "encoder"])

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fluxserve.kernels import add, group_norm, linear, modulation, rows, softmax, statistics
+from fluxserve.kernels import add, group_norm, linear, modulation, rows, softmax, statistics, turn
 
 TARGET = GPUTarget("cuda", 90, 32)
 FLOAT = {"e4m3": "fp8e4nv", "bf16": "bf16", "fp32": "fp32"}
@@ -102,13 +102,16 @@ def main() -> None:
     pointers = {"x": "*bf16", "data": "*fp8e4nv", "epsilon": "fp32", "smallest": "fp32"}
     floats = dict.fromkeys(("shift", "scale", "row_scale", "weight", "bias", "taken", "statistics", "offset"), "*fp32")
     constants: dict[str, Any] = {"E4M3_LARGEST": 448.0, "BLOCK": 4096}
-    for gated in (True, False):
+    for gate in ("", "gelu", "silu"):
         own = (
             constants
-            | {"INTERPRETED": False, "GATED": gated, "BLOCK": 16384 if gated else 4096}
-            | ({"weight": None} if gated else {})
+            | {"INTERPRETED": False, "GATE": gate, "BLOCK": 16384 if gate else 4096}
+            | ({"weight": None} if gate else {})
         )
-        found[f"rows gated={gated}"] = compiled(rows._rows_kernel, pointers | floats, own, num_warps=8)
+        found[f"rows gate={gate}"] = compiled(rows._rows_kernel, pointers | floats, own, num_warps=8)
+    turned = {"x": "*bf16", "epsilon": "fp32", **dict.fromkeys(("weights", "cos", "sin"), "*fp32")}
+    own = {"QUERIES": 32, "HEADS": 40, "PADDED": 64, "HALF": 64}
+    found["turn"] = compiled(turn._turn_kernel, turned, own, num_warps=8)
     own = {"BM": 32, "BN": 64, "BK": 128, "WIDEN": False}
     weights = {"x": "*bf16", "w": "*i8", "w_scale": "*fp32", "bias": "*fp32", "out": "*fp32"}
     found["modulation"] = compiled(modulation._modulation_kernel, weights, own, num_warps=4, num_stages=4)

@@ -1,4 +1,4 @@
-"""rows: RMSNorm or a gated GELU, quantised."""
+"""rows: RMSNorm or a gated unit, quantised."""
 
 from collections.abc import Callable
 
@@ -25,11 +25,15 @@ def gated(prefix: str, x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor 
     getattr(kernels, f"{prefix}gated_rows")(x, data, scale)
 
 
-@pytest.mark.parametrize("call", [plain, rms, gated])
+def swiglu(prefix: str, x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor | None) -> None:
+    getattr(kernels, f"{prefix}swiglu_rows")(x, data, scale)
+
+
+@pytest.mark.parametrize("call", [plain, rms, gated, swiglu])
 @pytest.mark.parametrize("rows", [1, 17, 77] if INTERPRETED else [1, 17, 512, 4608])
 @pytest.mark.parametrize("dtype", RESULTS)
 def test_as_the_reference(call: Call, rows: int, dtype: torch.dtype) -> None:
-    x = random(rows, (2 if call is gated else 1) * WIDTH, spread=3)
+    x = random(rows, (2 if call in (gated, swiglu) else 1) * WIDTH, spread=3)
     data, scale = poisoned(rows, WIDTH, dtype=dtype), poisoned(rows, dtype=torch.float32)
     expected = torch.empty(rows, WIDTH, device=DEVICE)
     call("plain_", x, expected, None)
@@ -38,9 +42,9 @@ def test_as_the_reference(call: Call, rows: int, dtype: torch.dtype) -> None:
     same(data, expected / scale[:, None] if dtype == E4M3 else expected, dtype, 1e-6 + tanh)
 
 
-@pytest.mark.parametrize("call", [plain, rms, gated])
+@pytest.mark.parametrize("call", [plain, rms, gated, swiglu])
 def test_scales_and_rows_of_zeros(call: Call) -> None:
-    x = random(5, (2 if call is gated else 1) * WIDTH)
+    x = random(5, (2 if call in (gated, swiglu) else 1) * WIDTH)
     x[3] = 0
     data, scale = poisoned(5, WIDTH, dtype=E4M3), poisoned(5, dtype=torch.float32)
     expected, expected_scale = poisoned(5, WIDTH, dtype=E4M3), poisoned(5, dtype=torch.float32)

@@ -1,9 +1,10 @@
 """The VAE, pixel by pixel: cuDNN's convolutions over channels-last pictures, our GroupNorm and SiLU between them.
 
-diffusers' AutoencoderKL as FLUX.1 has it: no quant convolutions, one attention with a single head in the middle. In the
-compute dtype, whatever the transformer is in. A picture may lack an `offset`, the bias of the convolution that it comes
-from: every layer knows since it was made which one, and adds it where it reads the picture anyway. Not captured: its
-launches take a fraction of what they start, and a graph would keep the pictures of every size in memory for good.
+diffusers' AutoencoderKL as FLUX.1 has it, and AutoencoderKLFlux2: the same networks with one attention of a single head
+in the middle, and what may lie between them and the latents, see `latents.py`. In the compute dtype, whatever the
+transformer is in. A picture may lack an `offset`, the bias of the convolution that it comes from: every layer knows
+since it was made which one, and adds it where it reads the picture anyway. Not captured: its launches take a fraction
+of what they start, and a graph would keep the pictures of every size in memory for good.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from torch.nn.functional import conv2d, linear
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Shapes, Signature
+from fluxserve.engines.fused import latents
+from fluxserve.engines.fused.latents import Pointwise, Squares, Statistics
 from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
 from fluxserve.kernels.operations import Operations
 
@@ -48,12 +51,20 @@ class _Picture:
 
 
 class _Conv:
-    """Without its bias, for which cuDNN would take a pass of its own: whoever reads the result adds it in passing."""
+    """Without its bias, for which cuDNN would take a pass of its own: whoever reads the result adds it in passing.
 
-    def __init__(self, c: _Context, name: str, inputs: int, outputs: int, side: int = 3) -> None:
-        weight = c.read.shaped(f"{name}.weight", outputs, inputs, side, side).to(c.precision.compute)
-        self._weight = weight.contiguous(memory_format=torch.channels_last)
+    `then` is what follows it and is linear in its channels: it becomes part of the weights before they are rounded.
+    """
+
+    def __init__(
+        self, c: _Context, name: str, inputs: int, outputs: int, side: int = 3, then: Pointwise | None = None
+    ) -> None:
+        weight = c.read.shaped(f"{name}.weight", outputs, inputs, side, side)
         self.bias = c.read.shaped(f"{name}.bias", outputs).float()
+        if then is not None:
+            weight = torch.einsum("nm,mkyx->nkyx", then.weight, weight.float())
+            self.bias = then(self.bias)
+        self._weight = weight.to(c.precision.compute).contiguous(memory_format=torch.channels_last)
         self._margin = side // 2
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -195,8 +206,11 @@ def _levels(
 
 
 class _Decoder:
-    def __init__(self, c: _Context, config: Mapping[str, Any]) -> None:
-        channels, resnets = config["block_out_channels"][::-1], config["layers_per_block"] + 1
+    """`before` is what makes of the loop's latents those that the network takes; None: they are the same."""
+
+    def __init__(self, c: _Context, config: Mapping[str, Any], before: Squares | None) -> None:
+        channels, resnets = _decoder_channels(config)[::-1], config["layers_per_block"] + 1
+        self._before = before
         self._in = _Conv(c, "conv_in", config["latent_channels"], channels[0])
         self._middle = _Middle(c, channels[0], self._in.bias)
         self._levels = _levels(c, "up_blocks", channels, resnets, "upsamplers", None)
@@ -204,21 +218,27 @@ class _Decoder:
         self._out = _Conv(c, "conv_out", channels[-1], config["out_channels"])
         c.read.refuse_rest()
 
-    def __call__(self, latents: Tensor) -> tuple[Tensor, ...]:
-        x = self._middle(_Picture(self._in(latents)))
+    def __call__(self, given: Tensor) -> tuple[Tensor, ...]:
+        x = self._middle(_Picture(self._in(self._before(given) if self._before else given)))
         for level in self._levels:
             x = level.up(x)
         return (self._out.biased(self._norm(x)),)
 
 
 class _Encoder:
-    def __init__(self, c: _Context, config: Mapping[str, Any]) -> None:
+    """`then` follows the last convolution; by `statistics` its latents become those of the loop. None: they are."""
+
+    def __init__(
+        self, c: _Context, config: Mapping[str, Any], then: Pointwise | None, statistics: Statistics | None
+    ) -> None:
         channels, resnets = config["block_out_channels"], config["layers_per_block"]
         self._in = _Conv(c, "conv_in", config["in_channels"], channels[0])
         self._levels = _levels(c, "down_blocks", channels, resnets, "downsamplers", self._in.bias)
         self._middle = _Middle(c, channels[-1])
         self._norm = _Norm(c, "conv_norm_out", channels[-1])
-        self._out = _Conv(c, "conv_out", channels[-1], 2 * config["latent_channels"])  # mean, logarithm of variance
+        both = 2 * config["latent_channels"]  # mean, logarithm of variance
+        self._out = _Conv(c, "conv_out", channels[-1], both, then=then)
+        self._statistics = statistics
         c.read.refuse_rest()
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -226,7 +246,8 @@ class _Encoder:
         for level in self._levels:
             x = level.down(x)
         mean, log_variance = self._out.biased(self._norm(self._middle(x))).chunk(2, dim=1)
-        return mean, torch.exp(0.5 * log_variance.clamp(*_LOG_VARIANCE))
+        std = torch.exp(0.5 * log_variance.clamp(*_LOG_VARIANCE))
+        return self._statistics.normalised(mean, std) if self._statistics else (mean, std)
 
 
 class FusedVae:
@@ -268,23 +289,39 @@ class _Bound:
 
 def decoder(checkpoint: Checkpoint, device: torch.device, precision: Precision, run: Operations) -> FusedVae:
     """Latents → pixels. Raises CheckpointError."""
-    network = _Decoder(_context(checkpoint, device, precision, run, "decoder."), checkpoint.config(FOLDER))
+    config, beside = checkpoint.config(FOLDER), _beside(checkpoint, device, "quant_conv.")
+    convolution = latents.pointwise(beside, config, "post_quant_conv", config["latent_channels"])
+    before = latents.before(convolution, latents.statistics(beside, checkpoint), precision.compute)
+    beside.refuse_rest()
+    network = _Decoder(_context(checkpoint, device, precision, run, "decoder."), config, before)
     return FusedVae(signatures.vae_decoder(checkpoint.spec), network, precision.compute, device)
 
 
 def encoder(checkpoint: Checkpoint, device: torch.device, precision: Precision, run: Operations) -> FusedVae:
     """Pixels → mean and standard deviation of latents. Raises CheckpointError."""
-    network = _Encoder(_context(checkpoint, device, precision, run, "encoder."), checkpoint.config(FOLDER))
+    config, beside = checkpoint.config(FOLDER), _beside(checkpoint, device, "post_quant_conv.")
+    then = latents.pointwise(beside, config, "quant_conv", 2 * config["latent_channels"])
+    statistics = latents.statistics(beside, checkpoint)
+    beside.refuse_rest()
+    network = _Encoder(_context(checkpoint, device, precision, run, "encoder."), config, then, statistics)
     return FusedVae(signatures.vae_encoder(checkpoint.spec), network, precision.compute, device)
 
 
 def peak(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
     """Bytes that one picture takes on its way through either network, at most, if it is as large as any may be."""
-    channels: list[int] = checkpoint.config(FOLDER)["block_out_channels"]
-    pixels = checkpoint.spec.limits.max_pixels
-    deeper = (*channels[1:], channels[-1])  # what comes to a level is as deep as the one below it
-    largest = max(max(pair) * pixels >> 2 * level for level, pair in enumerate(zip(channels, deeper, strict=True)))
+    config, pixels = checkpoint.config(FOLDER), checkpoint.spec.limits.max_pixels
+    largest = 0
+    for channels in (config["block_out_channels"], _decoder_channels(config)):
+        deeper = (*channels[1:], channels[-1])  # what comes to a level is as deep as the one below it
+        pairs = enumerate(zip(channels, deeper, strict=True))
+        largest = max(largest, *(max(pair) * pixels >> 2 * level for level, pair in pairs))
     return _PICTURES * largest * dtype.itemsize + _BESIDES
+
+
+def _decoder_channels(config: Mapping[str, Any]) -> list[int]:
+    """FLUX.2-small-decoder's are fewer than its encoder's."""
+    channels: list[int] = config.get("decoder_block_out_channels") or config["block_out_channels"]
+    return channels
 
 
 def _context(
@@ -292,3 +329,10 @@ def _context(
 ) -> _Context:
     read = Reader(checkpoint.component(FOLDER), device, part)
     return _Context(read, precision, run, checkpoint.config(FOLDER)["norm_num_groups"])
+
+
+def _beside(checkpoint: Checkpoint, device: torch.device, other: str) -> Reader:
+    """What belongs to neither network. `other` is the other way's, who looks at it himself."""
+    read = Reader(checkpoint.component(FOLDER), device)
+    read.ignore_below("encoder.", "decoder.", other)
+    return read

@@ -76,6 +76,10 @@ class Reader:
         """Weights that may be there, and are not needed."""
         self._unread -= set(names)
 
+    def ignore_below(self, *prefixes: str) -> None:
+        """The same, of all weights whose names begin with one of these."""
+        self._unread = {name for name in self._unread if not name.startswith(prefixes)}
+
     def refuse_rest(self) -> None:
         """Raise CheckpointError if there are weights that nobody asked for: the architecture is another."""
         if self._unread:
