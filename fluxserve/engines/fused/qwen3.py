@@ -185,10 +185,10 @@ class _Bound:
         run.linear_add(self._hidden, scale, layer.down, 0, None, self._residual)
 
     def _attend(self) -> Tensor:
-        """[tokens, heads · head_dim]; a hundredth of the products' work, so left to PyTorch.
+        """[tokens, heads · head_dim]; a few hundredths of the work, so left to PyTorch.
 
-        The query heads that share a key's are laid one below the other, as one head of so many times the tokens: no
-        kernel that takes a bias takes groups as well, and keys and values need no copies so.
+        The query heads that share a key's are laid one below the other, as one head of so many times the tokens:
+        PyTorch promises no fused kernel for a bias and groups together, and so keys and values need no copies.
         """
         shape, tokens = self._engine.shape, len(self._qkv)
         q, k, v = self._qkv.split([shape.inner, shape.key_inner, shape.key_inner], dim=1)  # type: ignore[no-untyped-call]
