@@ -28,11 +28,16 @@ def code(error: Exception) -> str:
     return next((name for cls, name in _CODES if isinstance(error, cls)), "INTERNAL")
 
 
+def log(error: BaseException) -> None:
+    """With its traceback, in Triton's log."""
+    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+
+
 def response(error: Exception) -> Any:
     """An InferenceResponse that carries the error. What the caller did not cause is logged with its traceback."""
     name = code(error)
     if name == "INTERNAL":
-        pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+        log(error)
         message = f"internal error: {type(error).__name__}: {error}"
     else:
         message = f"[{name}] {error}" if name in _UNKNOWN_TO_HTTP else str(error)

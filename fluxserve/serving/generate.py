@@ -8,8 +8,8 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +104,7 @@ class GenerateModel(ServedModel):
             references=split(arrays["references"][0], arrays["reference_sizes"][0]),
         )
         job.check(self._spec)
-        output_format, quality = arrays["resolved_format"][0, 0].decode(), int(arrays["resolved_quality"][0, 0])
-        return _Asked(request, job, int(arrays["ticket"][0, 0]), output_format, quality)
+        return _Asked(request, job, int(arrays["ticket"][0, 0]), *_format(arrays))
 
     def _parts(self, group: Sequence[_Asked]) -> Iterator[list[_Asked]]:
         """Requests that go through the loop together: as many as have max_rows images between them, or one."""
@@ -132,7 +131,9 @@ class GenerateModel(ServedModel):
             return
         try:
             drawings = self._pipeline.draw([a.job for a in started], lambda index: self._stepped(started[index]))
-            done = [self._done(asked) for asked in started]
+            done = [
+                self._done(asked) if drawing is None else 0 for asked, drawing in zip(started, drawings, strict=True)
+            ]
         except Exception as error:  # noqa: BLE001 (the border: Triton would answer a raise with a bare traceback)
             for asked in started:
                 _send(asked.request, self._refusal(error))
@@ -145,7 +146,7 @@ class GenerateModel(ServedModel):
             if drawing is None:
                 _send(asked.request, self._refusal(Cancelled(asked.request.request_id(), steps, asked.steps)))
             else:
-                self._writers.submit(self._finish, asked, seconds, drawing)
+                self._writers.submit(self._finish, asked, seconds, drawing).add_done_callback(_report)
 
     def _start(self, asked: _Asked) -> float:
         """Seconds that a request waited. Raises Cancelled if nobody wants it any more."""
@@ -181,6 +182,22 @@ class GenerateModel(ServedModel):
         if isinstance(error, Cancelled):
             self._metrics.cancelled()
         return triton_errors.response(error)
+
+
+def _format(arrays: Mapping[str, Any]) -> tuple[str, int]:
+    """Output format and quality, looked at before anything is drawn. Raises InvalidRequest."""
+    name, quality = arrays["resolved_format"][0, 0].decode(errors="replace"), int(arrays["resolved_quality"][0, 0])
+    if name not in contract.OUTPUT_FORMATS:
+        raise InvalidRequest("resolved_format", repr(name[:40]), ", ".join(contract.OUTPUT_FORMATS))
+    if not 1 <= quality <= 100:
+        raise InvalidRequest("resolved_quality", str(quality), "1 to 100")
+    return name, quality
+
+
+def _report(finished: "Future[None]") -> None:
+    """Nobody asks a thread how it went: an answer that could not even be sent is in the log."""
+    if error := finished.exception():
+        triton_errors.log(error)
 
 
 def _answer(asked: _Asked, drawing: Drawing, timings: dict[str, float]) -> Any:

@@ -134,6 +134,38 @@ def test_a_file_that_fails_is_its_own_requests_error(
     assert not good.has_error()
 
 
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"output_format": b"bmp"}, "resolved_format: got 'bmp'; allowed: png, jpeg, webp, raw"),
+        ({"output_format": b"\xff"}, "resolved_format: got "),
+        ({"resolved_quality": np.array([[0]], np.int32)}, "resolved_quality: got 0; allowed: 1 to 100"),
+    ],
+)
+def test_a_file_that_can_not_be_is_refused_before_it_is_drawn(
+    generate: Any, table: InflightTable, changed: dict[str, Any], field: str
+) -> None:
+    steps = spent("steps_total")
+    (response,) = answers(generate, [job(**changed)])
+    status, message = error_of(response)
+    assert status == "INVALID_ARG" and message.startswith(field)
+    assert spent("steps_total") == steps
+
+
+def test_an_answer_that_can_not_be_sent_is_logged(
+    generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, other = job(table.claim("a")), job(table.claim("b"))
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a broken pipe")
+
+    monkeypatch.setattr(request.get_response_sender(), "send", fail)
+    generate.execute([request])
+    assert not answers(generate, [other])[0].has_error()
+    assert "a broken pipe" in Logger.lines[0]
+
+
 def test_a_warm_up_is_not_counted_as_an_image(generate: Any) -> None:
     before = spent("images_total")
     assert images(answers(generate, [job()])[0]).shape == (1, 1, 64, 64, 3)
