@@ -49,12 +49,22 @@ NUMPY = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.f
 LONG = {"height": 512, "width": 512, "num_inference_steps": 100}
 
 
+READY_S = 120.0
+
+
+@contextmanager
+def serving(repository: Path = REPOSITORY, **options: str) -> Iterator[TritonServer]:
+    """A server with these settings, on ports of its own, until the end."""
+    with tempfile.TemporaryFile() as log, TritonServer(repository, Ports.free(), bundled(), log, options) as started:
+        started.start()
+        started.wait_ready(READY_S)
+        yield started
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[TritonServer]:
-    with tempfile.TemporaryFile() as log, TritonServer(REPOSITORY, Ports.free(), bundled(), log) as running:
-        running.start()
-        running.wait_ready(120)
-        yield running
+    with serving() as started:
+        yield started
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,9 @@ from fluxserve.errors import ServerError
 from fluxserve.installation import bundled
 from fluxserve.server import Ports, TritonServer
 from tests.support.exports import Exports
-from tests.triton.conftest import REPOSITORY, PlainClient, drawn_by, pixels, plain
+from tests.triton.conftest import READY_S, REPOSITORY, PlainClient, drawn_by, pixels, plain, serving
 
 pytestmark = pytest.mark.xdist_group("export")
-
-READY_S = 120.0
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp8"])
@@ -26,13 +24,9 @@ def artifact(request: pytest.FixtureRequest, export: Exports) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    log = tmp_path_factory.mktemp("log") / "triton"
-    options = {"artifact": str(artifact)}
-    with log.open("wb") as out, TritonServer(REPOSITORY, Ports.free(), bundled(), out, options) as running:
-        running.start()
-        running.wait_ready(READY_S)
-        yield running
+def served(artifact: Path) -> Iterator[TritonServer]:
+    with serving(artifact=str(artifact)) as server:
+        yield server
 
 
 @pytest.fixture(params=["grpc", "http"])

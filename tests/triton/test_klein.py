@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 
 from fluxserve.imaging import write_image
-from fluxserve.installation import bundled
-from fluxserve.server import Ports, TritonServer
+from fluxserve.server import TritonServer
 from tests.support import random_flux2
-from tests.triton.conftest import REPOSITORY, PlainClient, drawn_by, pixels, plain
+from tests.triton.conftest import PlainClient, drawn_by, pixels, plain, serving
 
 pytestmark = pytest.mark.xdist_group("klein")
 
-READY_S = 120.0
 FIELDS: dict[str, object] = {"prompt": "a fox on a blue background", "seed": 11, "height": 112, "width": 144}
 
 
@@ -25,13 +23,9 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    log = tmp_path_factory.mktemp("log") / "triton"
-    options = {"checkpoint": str(folder)}
-    with log.open("wb") as out, TritonServer(REPOSITORY, Ports.free(), bundled(), out, options) as running:
-        running.start()
-        running.wait_ready(READY_S)
-        yield running
+def served(folder: Path) -> Iterator[TritonServer]:
+    with serving(checkpoint=str(folder)) as server:
+        yield server
 
 
 @pytest.fixture(params=["grpc", "http"])

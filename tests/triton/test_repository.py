@@ -9,14 +9,11 @@ from tritonclient.utils import InferenceServerException
 
 from fluxserve import settings
 from fluxserve.cli import main
-from fluxserve.installation import bundled
-from fluxserve.server import Ports, TritonServer
 from tests.support import random_flux2
-from tests.triton.conftest import drawn_by, pixels, plain
+from tests.triton.conftest import drawn_by, pixels, plain, serving
 
 pytestmark = pytest.mark.xdist_group("klein")
 
-READY_S = 120.0
 FIELDS: dict[str, object] = {"prompt": "a fox", "seed": 3, "height": 96, "width": 112, "num_inference_steps": 2}
 
 
@@ -26,13 +23,8 @@ def test_two_models_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert main(["repository", str(tmp_path / name), "--checkpoint", str(folder)]) == 0
     assert "tiny through torch_eager" in capsys.readouterr().out
     with ExitStack() as stack:
-        servers = {}
-        for name in folders:
-            log = stack.enter_context((tmp_path / f"{name}.log").open("wb"))
-            servers[name] = stack.enter_context(TritonServer(tmp_path / name, Ports.free(), bundled(), log))
-            servers[name].start()
+        servers = {name: stack.enter_context(serving(tmp_path / name)) for name in folders}
         for name, server in servers.items():
-            server.wait_ready(READY_S)
             picture = pixels(plain(server, "grpc").draw(**FIELDS)["images"][0])
             expected = drawn_by({"checkpoint": str(folders[name])}, FIELDS)
             assert np.abs(picture.astype(int) - expected).max() <= 1
