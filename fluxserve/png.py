@@ -24,8 +24,8 @@ _STRIP_BYTES = 192 * 1024
 _LEVEL = 1
 _WINDOW_BITS = 9
 """A window of 512 bytes, the shortest there is: what resembles a row lies above it, and the filter has taken that out.
-With 32 KB a photograph takes 1.4 times as long and a tenth more: what is found far away is chance, and its distance
-costs more bits than the bytes that it stands for."""
+With 32 KB gradients with grain take 1.4 times as long and a tenth more (benchmarks/results/png-cpu-2026-11-22.txt):
+what is found far away is chance, and its distance costs more bits than the bytes that it stands for."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TRUE_COLOUR = (8, 2, 0, 0, 0)  # bits a channel, RGB, deflate, filters by the row, not interlaced

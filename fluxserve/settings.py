@@ -106,9 +106,9 @@ _OPENMP = {"OMP_WAIT_POLICY": "passive"}
 
 # A picture of a megapixel passes through a dozen buffers of 3 MB. glibc gives memory of that size back to the kernel
 # when it is freed: at once where it was mapped, or when too much is free at a heap's end. So every request touched its
-# memory for the first time: 4,000 page faults (tritonserver 1,000, what wrote the file 3,000), microseconds each in a
-# virtual machine. With these, what is freed stays, and the next request finds it. 32 MiB is the most that every glibc
-# takes; one arena, so that every thread finds what another has freed (four left 5 to 29 faults a request).
+# memory for the first time: thousands of page faults, microseconds each in a virtual machine. With these, what is freed
+# stays, and the next request finds it. 32 MiB is the most that every glibc takes; one arena, so that every thread finds
+# what another has freed.
 _MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),

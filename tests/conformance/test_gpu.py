@@ -90,6 +90,24 @@ def test_pictures_come_into_pinned_memory() -> None:
         assert psnr(expected, image) > 45
 
 
+def test_a_new_size_is_rehearsed_behind_the_first_step(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once; the picture is the same as when it is not new any more."""
+    pipeline = pipeline_of("cuda:0", "bfloat16", engine=engine)
+    rehearsed: list[bool] = []
+    rehearse = pipeline._rehearse_decode
+
+    def noted(rows: int, size: tuple[int, int]) -> None:
+        known = len(pipeline._bounds)
+        rehearse(rows, size)
+        rehearsed.append(len(pipeline._bounds) > known)
+
+    monkeypatch.setattr(pipeline, "_rehearse_decode", noted)
+    job = job_of(pipeline, height=96, width=112)
+    (new,), (again,) = draw(pipeline, job), draw(pipeline, job)
+    assert rehearsed == [True, False]
+    assert np.array_equal(new, again)
+
+
 def test_times_are_the_devices() -> None:
     clock = DeviceClock(torch.device("cuda:0"))
     with clock.stage("sleep"):

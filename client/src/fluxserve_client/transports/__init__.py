@@ -48,7 +48,7 @@ def _keep_freed_memory() -> None:
     """Have malloc keep the memory of an answer for the next one.
 
     A picture of 3 MB passes through some six buffers on its way here. Left alone, glibc gives most of that back to the
-    kernel after each answer and faults it in again for the next: 2,500 page faults, more time than the copies take.
+    kernel after each answer and faults it in again for the next: thousands of page faults.
     A large block that is freed raises both of its bounds for doing so, up to 62 MiB; it is never written to, so it
     costs nothing. Where malloc's bounds were set by hand (MALLOC_…), or with another malloc, nothing changes.
     """
