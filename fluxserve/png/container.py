@@ -12,20 +12,16 @@ _TRUE_COLOUR = (8, 2, 0, 0, 0)  # bits a channel, RGB, deflate, filters by the r
 
 def header(height: int, width: int) -> bytes:
     """The first chunk."""
-    return chunk(struct.pack(">IIBBBBB", width, height, *_TRUE_COLOUR), kind=b"IHDR")
+    return b"".join(chunk(struct.pack(">IIBBBBB", width, height, *_TRUE_COLOUR), kind=b"IHDR"))
 
 
 def end() -> bytes:
     """The last chunk."""
-    return chunk(kind=b"IEND")
+    return b"".join(chunk(kind=b"IEND"))
 
 
-def chunk(*parts: bytes | memoryview, kind: bytes = b"IDAT") -> bytes:
-    """Length, kind, the parts one behind the other, and their checksum."""
-    return b"".join(_pieces(parts, kind))
-
-
-def _pieces(parts: tuple[bytes | memoryview, ...], kind: bytes) -> Iterator[bytes | memoryview]:
+def chunk(*parts: bytes | memoryview, kind: bytes = b"IDAT") -> Iterator[bytes | memoryview]:
+    """Length, kind, the parts one behind the other, and their checksum: pieces, to be joined once with all others."""
     yield struct.pack(">I", sum(len(part) for part in parts))
     yield kind
     checksum = isal_zlib.crc32(kind)

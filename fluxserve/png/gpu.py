@@ -47,7 +47,7 @@ def encode(pixels: Tensor) -> bytes:
     body = _body(symbols, table, head, used)
     size = height * (1 + 3 * width)
     adler = (size + weighted) % _ADLER_BASE << 16 | (1 + total) % _ADLER_BASE
-    return SIGNATURE + header(height, width) + chunk(ZLIB_HEAD, body.data, adler.to_bytes(4)) + end()
+    return b"".join([SIGNATURE, header(height, width), *chunk(ZLIB_HEAD, body.data, adler.to_bytes(4)), end()])
 
 
 def _table(lengths: list[int]) -> list[int]:

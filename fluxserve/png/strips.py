@@ -43,14 +43,16 @@ def encode(pixels: Pixels) -> bytes:
     return b"".join(_file(width, height, strips))
 
 
-def _file(width: int, height: int, strips: Iterator[tuple[bytes, int, int]]) -> Iterator[bytes]:
+def _file(width: int, height: int, strips: Iterator[tuple[bytes, int, int]]) -> Iterator[bytes | memoryview]:
     """The pieces of the file."""
-    yield SIGNATURE + header(height, width) + chunk(ZLIB_HEAD)
+    yield SIGNATURE
+    yield header(height, width)
+    yield from chunk(ZLIB_HEAD)
     adler = 1
     for strip, strip_adler, size in strips:
         yield strip
         adler = _adler_of_both(adler, strip_adler, size)
-    yield chunk(_DEFLATE_END + adler.to_bytes(4))
+    yield from chunk(_DEFLATE_END, adler.to_bytes(4))
     yield end()
 
 
@@ -59,7 +61,7 @@ def _strip(rows: Pixels, count: int, first: int) -> tuple[bytes, int, int]:
     filtered = _filtered(rows, first, min(first + count, len(rows)))
     deflate = isal_zlib.compressobj(_LEVEL, isal_zlib.DEFLATED, -_WINDOW_BITS)
     body = deflate.compress(filtered) + deflate.flush(isal_zlib.Z_SYNC_FLUSH)
-    return chunk(body), isal_zlib.adler32(filtered), filtered.size
+    return b"".join(chunk(body)), isal_zlib.adler32(filtered), filtered.size
 
 
 def _filtered(rows: Pixels, first: int, end: int) -> Pixels:
