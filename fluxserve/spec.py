@@ -60,6 +60,11 @@ class TransformerSpec(_Numbers):
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def biased(self) -> bool:
+        """Whether linear layers have a bias, which is all or none."""
+        return self.generation == 1
+
+    @property
     def mlp_width(self) -> int:
         """Features between an MLP's layers; of SwiGLU, which multiplies two of them, after it."""
         return int(self.hidden_size * self.mlp_ratio)
