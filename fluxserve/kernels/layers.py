@@ -51,8 +51,10 @@ def in_turns(width: int) -> Tensor:
     """Where each output of a gated product comes from, of so many gates and, behind them, as many values.
 
     GATES gates, then the values that they are multiplied with, and so on: whoever has a tile of the product has both,
-    and in linear_hopper.cu even one thread has. The width must be a multiple of GATES.
+    and in linear_hopper.cu even one thread has. Raises ValueError if the width is not a multiple of GATES.
     """
+    if width % GATES:
+        raise ValueError(f"an MLP that is {width} wide: expected a multiple of {GATES}")
     return torch.arange(2 * width).view(2, -1, GATES).transpose(0, 1).flatten()
 
 

@@ -60,6 +60,8 @@ def test_gates_and_values_take_turns() -> None:
     assert sorted(order.tolist()) == list(range(192))
     gates, values = order.view(-1, 2, GATES).unbind(dim=1)
     assert torch.equal(gates.flatten(), torch.arange(96)) and torch.equal(values.flatten(), torch.arange(96, 192))
+    with pytest.raises(ValueError, match="80 wide: expected a multiple of 32"):
+        in_turns(80)
 
 
 @pytest.mark.parametrize(("rows", "columns", "inner"), [*SHAPES, (33, 192, 64), (5, 320, 64)])
