@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 RMS_EPSILON = 1e-6
+GATES = 32
+"""So many gates of SwiGLU, then as many values: see `in_turns`."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,17 @@ def in_halves(head_dim: int) -> Tensor:
     and a kernel writes two runs of half a head faster than it weaves them together.
     """
     return torch.arange(head_dim).view(-1, 2).T.flatten()
+
+
+def in_turns(width: int) -> Tensor:
+    """Where each output of a gated product comes from, of so many gates and, behind them, as many values.
+
+    GATES gates, then the values that they are multiplied with, and so on: whoever has a tile of the product has both,
+    and in linear_hopper.cu even one thread has. Raises ValueError if the width is not a multiple of GATES.
+    """
+    if width % GATES:
+        raise ValueError(f"an MLP that is {width} wide: expected a multiple of {GATES}")
+    return torch.arange(2 * width).view(2, -1, GATES).transpose(0, 1).flatten()
 
 
 def divided(w: Linear, at: int) -> tuple[Linear, Linear]:

@@ -4,9 +4,11 @@
 
     linear            out = y
     linear_gelu       out = gelu_tanh(y) / s                        the MLP's first half; s static, out E4M3
+    linear_swiglu     out = silu(gates of y) · values of y / s      FLUX.2's; half as wide as y, see `in_turns`
     linear_add        residual += gate · y                          the projections back into the residual stream
     linear_heads      out = RoPE(RMSNorm(q)), …(k), v, each / its s heads of q, k and v, ready for attention; s static
     linear_heads_gelu the first columns as heads, the others as gelu both, of the same x: a single block's two products
+    linear_heads_swiglu                      … the others as swiglu both  FLUX.2's
 
 x is E4M3 with a scale per row (taken by `norm`), E4M3 with static scales that the weights have in them already, or the
 compute dtype. Weights of two streams lie behind each other: rows before `split` take the first (text), the others the
@@ -20,15 +22,14 @@ Conversion to E4M3 saturates at ±448 (PTX cvt.satfinite), as `fp8.cast` does.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fluxserve.kernels import cuda, linear_hopper
-from fluxserve.kernels.fp8 import cast
-from fluxserve.kernels.layers import RMS_EPSILON, Arranged, Heads, Linear, divided
+from fluxserve.kernels.activations import gelu_tanh, silu
+from fluxserve.kernels.layers import GATES, RMS_EPSILON, Arranged, Heads, Linear, divided
 
 _GROUP = 8
 _PART = 128
@@ -45,18 +46,6 @@ def _scaled(y, rows, valid_rows, columns, valid, x_scale, w_scale, bias):
     if bias is not None:
         y = y + tl.load(bias + columns, mask=valid, other=0.0)[None, :]
     return y
-
-
-@triton.jit
-def gelu_tanh(y, INTERPRETED: tl.constexpr):
-    """0.5·y·(1 + tanh(√(2/π)·(y + 0.044715·y³))). A GPU's own tanh is right to 2^-11 and costs one instruction; an
-    exponential and a division would cost twenty, and an eighth of the whole product's time."""
-    u = y * (0.7978845608028654 + 0.035677408136300125 * y * y)
-    if INTERPRETED:
-        tanh = 2.0 * tl.sigmoid(2.0 * u) - 1.0
-    else:
-        tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
-    return 0.5 * y + 0.5 * y * tanh
 
 
 @triton.jit
@@ -114,6 +103,7 @@ def _finish(
     BM: tl.constexpr,
     BN: tl.constexpr,
     HEAD: tl.constexpr,
+    GATES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """From a part of the product to what is stored. The part begins `offset` columns into the tile."""
@@ -123,10 +113,16 @@ def _finish(
     rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
     of_stream, valid = stream * N + columns, columns < N
     y = _scaled(y, rows, rows < end, of_stream, valid, x_scale, w_scale, bias)
-    target = out + rows[:, None] * out_stride + columns[None, :]
-    mask = (rows < end)[:, None] & valid[None, :]
     if ENDING == "gelu":
         y = gelu_tanh(y, INTERPRETED) * inverse
+    if ENDING == "swiglu":
+        turns = tl.reshape(y, (BM, BN // (2 * GATES), 2, GATES))
+        gates, values = tl.split(tl.permute(turns, (0, 1, 3, 2)))
+        y = tl.reshape(silu(gates, INTERPRETED) * values * inverse, (BM, BN // 2))
+        columns = column // 2 + tl.arange(0, BN // 2)
+        valid = columns < N // 2
+    target = out + rows[:, None] * out_stride + columns[None, :]
+    mask = (rows < end)[:, None] & valid[None, :]
     if ENDING == "add":
         if gate is not None:
             y = y * tl.load(gate + of_stream, mask=valid, other=0.0)[None, :]
@@ -164,6 +160,7 @@ def _linear_kernel(
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
+    GATES: tl.constexpr,
     PROGRAMS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -191,10 +188,10 @@ def _linear_kernel(
         place = (row, end, column, stream, N, out_stride, epsilon)
         if PARTS == 2:  # one after the other, so that what an ending loads needs half the registers
             left, right = tl.split(tl.permute(tl.reshape(y, (BM, 2, BN // 2)), (0, 2, 1)))
-            _finish(left, 0, parameters, place, ENDING, BM, BN // 2, HEAD, INTERPRETED)
-            _finish(right, BN // 2, parameters, place, ENDING, BM, BN // 2, HEAD, INTERPRETED)
+            _finish(left, 0, parameters, place, ENDING, BM, BN // 2, HEAD, GATES, INTERPRETED)
+            _finish(right, BN // 2, parameters, place, ENDING, BM, BN // 2, HEAD, GATES, INTERPRETED)
         else:
-            _finish(y, 0, parameters, place, ENDING, BM, BN, HEAD, INTERPRETED)
+            _finish(y, 0, parameters, place, ENDING, BM, BN, HEAD, GATES, INTERPRETED)
 
 
 @dataclass(frozen=True)
@@ -278,6 +275,7 @@ def _launch_triton(
         PARTS=parts(t, ending, out.element_size()),
         GROUP=_GROUP,
         HEAD=heads.factors.shape[-1] if heads else 1,
+        GATES=GATES,
         PROGRAMS=programs,
         INTERPRETED=x.device.type == "cpu",  # Triton's interpreter multiplies bfloat16 as if it were whole numbers
         num_warps=t.warps,
@@ -295,6 +293,11 @@ def linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, invers
     _launch("gelu", x, x_scale, w, split, out, inverse=inverse)
 
 
+def linear_swiglu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inverse: float, out: Tensor) -> None:
+    """out [rows, N / 2] = silu(gates) · values · inverse; N a multiple of 2 · GATES."""
+    _launch("swiglu", x, x_scale, w, split, out, inverse=inverse)
+
+
 def linear_add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor) -> None:
     """residual [rows, N] += gate · y, in place; gate float32 [streams, N], None for 1."""
     _launch("add", x, x_scale, w, split, residual, gate=gate)
@@ -309,62 +312,30 @@ def linear_heads_gelu(
     x: Tensor, x_scale: Tensor | None, w: Linear, heads: Heads, out: Tensor, inverse: float, hidden: Tensor
 ) -> None:
     """out as linear_heads of the first outputs, hidden as linear_gelu of the others; one stream."""
+    _launch_both("gelu", x, x_scale, w, heads, out, inverse, hidden)
+
+
+def linear_heads_swiglu(
+    x: Tensor, x_scale: Tensor | None, w: Linear, heads: Heads, out: Tensor, inverse: float, hidden: Tensor
+) -> None:
+    """out as linear_heads of the first outputs, hidden as linear_swiglu of the others; one stream."""
+    _launch_both("swiglu", x, x_scale, w, heads, out, inverse, hidden)
+
+
+def _launch_both(
+    ending: str,
+    x: Tensor,
+    x_scale: Tensor | None,
+    w: Linear,
+    heads: Heads,
+    out: Tensor,
+    inverse: float,
+    hidden: Tensor,
+) -> None:
+    """One launch of CUDA's, two of Triton's."""
     if isinstance(w, Arranged):
-        linear_hopper.launch("heads_gelu", x, x_scale, w, 0, out, heads=heads, inverse=inverse, hidden=hidden)
+        linear_hopper.launch(f"heads_{ending}", x, x_scale, w, 0, out, heads=heads, inverse=inverse, hidden=hidden)
         return
     first, rest = divided(w, out.shape[1])
     linear_heads(x, x_scale, first, 0, heads, out)
-    linear_gelu(x, x_scale, rest, 0, inverse, hidden)
-
-
-# --- the same, plainly --------------------------------------------------------------------------------------------
-
-
-def _product(x: Tensor, x_scale: Tensor | None, w: Linear, split: int) -> Tensor:
-    """y, float32 [rows, N]."""
-    parts = []
-    for stream, rows in ((0, slice(0, split)), (-1, slice(split, None))):
-        y = x[rows].float() @ w.weight[stream].float().T
-        y = y * x_scale[rows, None] if x_scale is not None else y
-        y = y * w.scale[stream] if w.scale is not None else y
-        parts.append(y + w.bias[stream] if w.bias is not None else y)
-    return torch.cat(parts)
-
-
-def plain_linear(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor) -> None:
-    out.copy_(cast(_product(x, x_scale, w, split), out.dtype))
-
-
-def plain_linear_gelu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inverse: float, out: Tensor) -> None:
-    y = torch.nn.functional.gelu(_product(x, x_scale, w, split), approximate="tanh")
-    out.copy_(cast(y * inverse, out.dtype))
-
-
-def plain_linear_add(
-    x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor
-) -> None:
-    y = _product(x, x_scale, w, split)
-    if gate is not None:
-        y[:split] *= gate[0]
-        y[split:] *= gate[-1]
-    residual.copy_(residual.float() + y)
-
-
-def plain_linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
-    head_dim = heads.factors.shape[-1]
-    y = _product(x, x_scale, w, split).view(len(x), 3, -1, head_dim)
-    y[:, :2] = torch.nn.functional.rms_norm(y[:, :2], (head_dim,), eps=RMS_EPSILON)
-    y[:split] *= heads.factors[0, :, None]
-    y[split:] *= heads.factors[-1, :, None]
-    first, second = y[:, :2].chunk(2, dim=-1)
-    c, s = heads.cos[:, None, None], heads.sin[:, None, None]
-    y[:, :2] = torch.cat([first * c - second * s, second * c + first * s], dim=-1)
-    out.copy_(cast(y, out.dtype).flatten(1))
-
-
-def plain_linear_heads_gelu(
-    x: Tensor, x_scale: Tensor | None, w: Linear, heads: Heads, out: Tensor, inverse: float, hidden: Tensor
-) -> None:
-    first, rest = divided(w, out.shape[1])
-    plain_linear_heads(x, x_scale, first, 0, heads, out)
-    plain_linear_gelu(x, x_scale, rest, 0, inverse, hidden)
+    _launch(ending, x, x_scale, rest, 0, hidden, inverse=inverse)

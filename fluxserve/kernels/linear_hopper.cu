@@ -12,8 +12,8 @@
 // are still under way.
 //
 // ENDING: 0 out = y; 1 gelu_tanh(y) · inverse; 2 out += gate · y; 3 RMSNorm, RoPE and factors of q, k, v; 4 the first
-// `heads` columns as 3, those behind them as 1, into `hidden`. NAME: the
-// kernel's.
+// `heads` columns as 3, those behind them as 1, into `hidden`; 5 silu(gates) · values · inverse, half as wide as y; 6 as 4,
+// with 5 for 1. NAME: the kernel's.
 
 #define ROWS 128
 #define COLUMNS 256
@@ -24,7 +24,7 @@
 #define HEAD 128
 #define GROUP 12
 #define RUN 8
-#define HEADS (ENDING == 3 || ENDING == 4)
+#define HEADS (ENDING == 3 || ENDING == 4 || ENDING == 6)
 #define LEAST_STEPS 8  // of K that are worth a cluster of their own
 
 #include "hopper.cuh"

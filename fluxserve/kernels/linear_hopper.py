@@ -17,7 +17,7 @@ from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.layers import RMS_EPSILON, Arranged, Heads, Linear
 from fluxserve.kernels.tensor_map import tensor_map
 
-ENDINGS = ("none", "gelu", "add", "heads", "heads_gelu")
+ENDINGS = ("none", "gelu", "add", "heads", "heads_gelu", "swiglu", "heads_swiglu")
 RUN = 8
 """Neighbours of a row that one thread has, as linear_hopper.cu says."""
 TILE_ROWS, TILE_COLUMNS, TILE_INNER, STAGES = 128, 256, 128, 4
@@ -72,7 +72,7 @@ def launch(
     inverse: float = 1.0,
     hidden: Tensor | None = None,
 ) -> None:
-    """As `kernels.linear` would; `hidden` is what "heads_gelu" writes behind the heads.
+    """As `kernels.linear` would; `hidden` is what "heads_gelu" and "heads_swiglu" write behind the heads.
 
     Raises:
         ValueError: what this kernel was not built for.
@@ -117,9 +117,10 @@ def _refuse(
         if written is not None and (written.dtype != wanted or not _in_sixteens(written)):
             got = f"{written.dtype}, strides {written.stride()}"
             raise ValueError(f"{name}: got {got}; expected {wanted}, rows at multiples of 16")
-    columns = out.shape[1] + (hidden.shape[1] if hidden is not None else 0)
-    if columns != w.weight.shape[1] or out.shape[1] % TILE_COLUMNS:
-        raise ValueError(f"out: got {columns} columns; expected {w.weight.shape[1]}, a multiple of {TILE_COLUMNS}")
+    widths = [t.shape[1] for t in (out, hidden) if t is not None]
+    columns = sum(widths) + (widths[-1] if ending.endswith("swiglu") else 0)  # of which two become one
+    if columns != w.weight.shape[1]:
+        raise ValueError(f"out: got {widths} columns of {columns}; expected {w.weight.shape[1]}")
     if x.dtype != E4M3 or x.stride(1) != 1:
         raise ValueError(f"x: got {x.dtype}, strides {x.stride()}; expected E4M3, row by row")
     if ending == "add" and gate is None:

@@ -110,11 +110,23 @@ __device__ __forceinline__ void store_bf16(void *out, long at, const float (&y)[
       make_uint4(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]), pack_bf16(y[4], y[5]), pack_bf16(y[6], y[7]));
 }
 
-// gelu_tanh(y) · inverse; the GPU's own tanh is right to 2^-11.
-__device__ __forceinline__ float gelu_tanh(float y, float half_inverse) {
-  float u = y * (0.7978845608028654f + 0.035677408136300125f * y * y), h = y * half_inverse, t;
+// The GPU's own, right to 2^-11.
+__device__ __forceinline__ float tanh_of(float u) {
+  float t;
   asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(u));
-  return h + h * t;
+  return t;
+}
+
+// gelu_tanh(y) · inverse.
+__device__ __forceinline__ float gelu_tanh(float y, float half_inverse) {
+  float u = y * (0.7978845608028654f + 0.035677408136300125f * y * y), h = y * half_inverse;
+  return h + h * tanh_of(u);
+}
+
+// y / (1 + exp(-y)) · inverse.
+__device__ __forceinline__ float silu(float y, float half_inverse) {
+  float h = y * half_inverse;
+  return h + h * tanh_of(0.5f * y);
 }
 
 // Two heads to a tile. A head's pairs stand 64 columns apart, and in the same thread.
@@ -174,6 +186,25 @@ __device__ __forceinline__ void store_gelu(
     }
 }
 
+// Of 8 · RUN columns the first half are gates, the others the values that they are multiplied with: neighbouring groups of
+// the same thread. `tile_column`: of the product.
+__device__ __forceinline__ void store_swiglu(
+    const float (&d)[128], const Parameters &p, void *out, int stride, int tile_column, const Tile &t, int row, int lane) {
+  float half_inverse = 0.5f * p.inverse;
+#pragma unroll
+  for (int g = 0; g < GROUPS; g += 2)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int at_row = row + half * 8;
+      float gates[RUN], values[RUN];
+      neighbours(gates, d, g, half);
+      neighbours(values, d, g + 1, half);
+#pragma unroll
+      for (int i = 0; i < RUN; i++) values[i] *= silu(gates[i], half_inverse);
+      store_e4m3(out, (long)at_row * stride + tile_column / 2 + g / 2 * 4 * RUN + lane % 4 * RUN, values, at_row < t.end);
+    }
+}
+
 __device__ __forceinline__ void store_rows(const float (&d)[128], const Ahead &a, const Parameters &p, const Tile &t, int row, int lane) {
 #pragma unroll
   for (int g = 0; g < GROUPS; g++)
@@ -202,6 +233,10 @@ __device__ __forceinline__ void finish(
     store_gelu(d, p, p.out, p.out_stride, t.column, t, row, lane);
   else if (ENDING == 4)
     store_gelu(d, p, p.hidden, p.hidden_stride, t.column - p.heads, t, row, lane);
+  else if (ENDING == 5)
+    store_swiglu(d, p, p.out, p.out_stride, t.column, t, row, lane);
+  else if (ENDING == 6)
+    store_swiglu(d, p, p.hidden, p.hidden_stride, t.column - p.heads, t, row, lane);
   else
     store_rows(d, a, p, t, row, lane);
 }

@@ -7,6 +7,7 @@
 
 #define CHUNK 256  // columns that a warp reads at once, eight a lane
 #define CHUNKS ((D + CHUNK - 1) / CHUNK)
+#define AHEAD (CHUNKS <= 16)  // there are registers for the next row too
 #define E4M3_MAX 448.0f
 
 struct Parameters {
@@ -94,11 +95,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer_norm(const __g
   Steering *steering = (Steering *)memory;
   int lane = threadIdx.x % 32, row = blockIdx.x + gridDim.x * (threadIdx.x / 32);
   uint4 raw[CHUNKS];
-  ask(raw, p, row, lane);
+  if (AHEAD) ask(raw, p, row, lane);
   for (int stream = 0; stream < p.streams; stream++) keep(steering[stream], p, stream);
   __syncthreads();
   for (; row < p.rows; row += gridDim.x * WARPS) {
     float h[CHUNKS][8], sum = 0, square = 0;
+    if (!AHEAD) ask(raw, p, row, lane);
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
       const u32 words[4] = {raw[c].x, raw[c].y, raw[c].z, raw[c].w};
@@ -108,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) layer_norm(const __g
         sum += h[c][2 * i] + h[c][2 * i + 1];
       }
     }
-    ask(raw, p, row + gridDim.x * WARPS, lane);  // the next row comes while this one is at its sums
+    if (AHEAD) ask(raw, p, row + gridDim.x * WARPS, lane);  // the next row comes while this one is at its sums
     float mean = sum_of_warp(sum) / D;
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++)

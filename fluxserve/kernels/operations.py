@@ -11,6 +11,7 @@ from fluxserve.kernels import (
     group_norm,
     linear,
     linear_hopper,
+    linear_plain,
     modulation,
     norm,
     rows,
@@ -31,9 +32,11 @@ class Operations:
     norm: Callable[..., None]
     linear: Callable[..., None]
     linear_gelu: Callable[..., None]
+    linear_swiglu: Callable[..., None]
     linear_add: Callable[..., None]
     linear_heads: Callable[..., None]
     linear_heads_gelu: Callable[..., None]
+    linear_heads_swiglu: Callable[..., None]
     attention: Callable[..., None]
     modulation: Callable[..., None]
     rows: Callable[..., None]
@@ -56,9 +59,11 @@ LAUNCHED = Operations(
     norm=norm.norm,
     linear=linear.linear,
     linear_gelu=linear.linear_gelu,
+    linear_swiglu=linear.linear_swiglu,
     linear_add=linear.linear_add,
     linear_heads=linear.linear_heads,
     linear_heads_gelu=linear.linear_heads_gelu,
+    linear_heads_swiglu=linear.linear_heads_swiglu,
     attention=attention.attention,
     modulation=modulation.modulation,
     rows=rows.rows,
@@ -75,11 +80,13 @@ LAUNCHED = Operations(
 PLAIN = Operations(
     arrange=as_they_are,
     norm=norm.plain_norm,
-    linear=linear.plain_linear,
-    linear_gelu=linear.plain_linear_gelu,
-    linear_add=linear.plain_linear_add,
-    linear_heads=linear.plain_linear_heads,
-    linear_heads_gelu=linear.plain_linear_heads_gelu,
+    linear=linear_plain.plain_linear,
+    linear_gelu=linear_plain.plain_linear_gelu,
+    linear_swiglu=linear_plain.plain_linear_swiglu,
+    linear_add=linear_plain.plain_linear_add,
+    linear_heads=linear_plain.plain_linear_heads,
+    linear_heads_gelu=linear_plain.plain_linear_heads_gelu,
+    linear_heads_swiglu=linear_plain.plain_linear_heads_swiglu,
     attention=attention.plain_attention,
     modulation=modulation.plain_modulation,
     rows=rows.plain_rows,

@@ -4,10 +4,11 @@ On a GPU with its kernels; elsewhere with every kernel's plain reference, which 
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,7 @@ from fluxserve.engines.base import Bound
 from fluxserve.engines.fused import clip, t5, vae
 from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Precision, Reader
-from fluxserve.engines.torch_eager import TorchEngine, Transformer, load_module
+from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
 from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations, as_they_are
@@ -42,32 +43,52 @@ TEXT = 32
 pytestmark = pytest.mark.xdist_group("fused")
 
 
-def inputs_of(folder: Checkpoint, size: tuple[int, int], rows: int = 1, seed: int = 0) -> dict[str, Tensor]:
-    """Random latents and text at a size in latent pixels.
+def inputs_of(
+    folder: Checkpoint,
+    size: tuple[int, int],
+    rows: int = 1,
+    seed: int = 0,
+    references: Sequence[tuple[int, int]] = (),
+) -> dict[str, Tensor]:
+    """Random latents and text; sizes are in latent pixels.
 
     Timestep and guidance are such that a thousand times them is a BF16 number: diffusers rounds that product before it
     takes sines of it, which makes 3504 of guidance 3.5, and hides every other error.
     """
     spec, generator = folder.spec.transformer, torch.Generator().manual_seed(seed)
+    axes = len(spec.axes_dims_rope)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(DEVICE)
 
-    image, text = flow.image_ids(*size), flow.text_ids(TEXT)
-    return {
+    image = np.concatenate([flow.image_ids(*size, axes), flow.reference_ids(references, axes)])
+    inputs = {
         "hidden_states": draw(rows, len(image), spec.in_channels),
         "encoder_hidden_states": draw(rows, TEXT, spec.joint_attention_dim),
-        "pooled_projections": draw(rows, spec.pooled_projection_dim),
+        "pooled_projections": draw(rows, spec.pooled_projection_dim or 0),
         "timestep": torch.linspace(0.5, 0.25, rows).to(DEVICE),
         "guidance": torch.full((rows,), 4.0, device=DEVICE),
         "img_ids": torch.from_numpy(image).to(DEVICE),
-        "txt_ids": torch.from_numpy(text).to(DEVICE),
+        "txt_ids": torch.from_numpy(flow.text_ids(TEXT, axes)).to(DEVICE),
     }
+    return {tensor.name: inputs[tensor.name] for tensor in signatures.transformer(folder.spec).inputs}
 
 
 def write(bound: Bound, inputs: dict[str, Tensor]) -> None:
     for name, value in inputs.items():
         bound.inputs[name].copy_(value)
+
+
+def foreseen(engine: FusedTransformer, inputs: dict[str, Tensor], timesteps: Tensor) -> list[Tensor]:
+    """Velocities of these steps, told ahead."""
+    bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
+    write(bound, inputs)
+    bound.prepare(timesteps)
+    seen = []
+    for _ in timesteps:
+        bound.run()
+        seen.append(bound.outputs["velocity"].float().clone())
+    return seen
 
 
 def velocity(engine: FusedTransformer | TorchEngine, inputs: dict[str, Tensor]) -> Tensor:
@@ -95,10 +116,11 @@ def transformer(
 class Judge:
     """One checkpoint: what diffusers computes in float32, and the error of its own BF16 and of plain FP8."""
 
-    def __init__(self, folder: Checkpoint, size: tuple[int, int]) -> None:
-        self.folder, self.inputs = folder, inputs_of(folder, size)
+    def __init__(self, folder: Checkpoint, size: tuple[int, int], references: Sequence[tuple[int, int]] = ()) -> None:
+        self.folder, self.inputs = folder, inputs_of(folder, size, references=references)
         module = load_module(folder, "transformer", str(DEVICE), torch.float32)
-        eager = TorchEngine(signatures.transformer(folder.spec), Transformer(module))
+        wrapped = architectures(folder.spec)["transformer"].wrapper(module)
+        eager = TorchEngine(signatures.transformer(folder.spec), wrapped)
         with watched("transformer", module) as ranges:
             self.expected = velocity(eager, self.inputs)
         self.scales: Scales = ranges.scales("max")
@@ -142,17 +164,11 @@ def test_fp8_loses_no_more_than_plain_fp8(judge: Judge, run: Operations) -> None
 def test_steps_foreseen_are_the_steps_themselves(tiny: Judge) -> None:
     """More than fit ahead at once, for two images; each step must be what it is alone."""
     engine, inputs = tiny.open(BF16), inputs_of(tiny.folder, (8, 8), rows=2)
-    bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
-    write(bound, inputs)
     timesteps = torch.linspace(1, 0.02, 37, device=DEVICE).to(torch.bfloat16)
-    bound.prepare(timesteps)
-    foreseen = []
-    for _ in timesteps:
-        bound.run()
-        foreseen.append(bound.outputs["velocity"].clone())
+    seen = foreseen(engine, inputs, timesteps)
     for step in (0, 1, 15, 16, 31, 36):
         alone = velocity(engine, {**inputs, "timestep": timesteps[step].expand(2)})
-        assert torch.equal(foreseen[step].float(), alone), f"step {step}"
+        assert torch.equal(seen[step], alone), f"step {step}"
 
 
 def test_an_image_has_the_same_bytes_alone_and_in_a_batch(tiny: Judge) -> None:
@@ -193,11 +209,15 @@ def changed(
     return Checkpoint(folder, checkpoint.spec)
 
 
-@pytest.mark.parametrize(("change", "says"), [("drop", "no weight"), ("add", "unexpected weights")])
+@pytest.mark.parametrize(
+    ("change", "says"), [("drop", "no weight"), ("add", "unexpected weights"), ("unbias", "no weight .*bias")]
+)
 def test_weights_that_are_others_are_refused(tmp_path: Path, tiny: Judge, change: str, says: str) -> None:
     def apply(weights: dict[str, Tensor]) -> None:
         if change == "add":
             weights["transformer_blocks.99.attn.to_q.weight"] = torch.zeros(2, 2)
+        elif change == "unbias":  # of one stream: a kernel would read beyond the other's
+            del weights["transformer_blocks.0.ff.net.2.bias"]
         else:
             del weights["transformer_blocks.0.attn.norm_added_k.weight"]
 

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fluxserve.kernels import add, group_norm, linear, modulation, rows, softmax, statistics, turn
+from fluxserve.kernels import add, group_norm, layers, linear, modulation, rows, softmax, statistics, turn
 
 TARGET = GPUTarget("cuda", 90, 32)
 FLOAT = {"e4m3": "fp8e4nv", "bf16": "bf16", "fp32": "fp32"}
@@ -60,6 +60,7 @@ def linear_kernel(ending: str, dtype: str, out: str, size: tuple[int, int], bare
         "PARTS": linear.parts(t, ending, BYTES[out]),
         "GROUP": 8,
         "HEAD": 128,
+        "GATES": layers.GATES,
         "PROGRAMS": 132,
         "INTERPRETED": False,
     }
@@ -92,7 +93,7 @@ def _split(launched: dict[str, int]) -> dict[str, Any]:
 def main() -> None:
     found = {}
     for dtype, out in (("e4m3", "bf16"), ("bf16", "bf16")):
-        endings = {"none": out, "gelu": dtype, "add": out, "heads": dtype}
+        endings = {"none": out, "gelu": dtype, "swiglu": dtype, "add": out, "heads": dtype}
         for ending, result in endings.items():
             for size in ((4608, 9216), (128, 3072)):
                 found[f"linear {ending} {dtype} {size[0]}"] = linear_kernel(ending, dtype, result, size)

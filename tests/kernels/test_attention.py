@@ -49,20 +49,21 @@ def test_the_reference_loses_what_fp8_loses() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="cuDNN needs a CUDA device")
-@pytest.mark.parametrize("rows", [17, 512, 4608, 9217])
+@pytest.mark.parametrize(("rows", "heads"), [(17, 3), (512, 3), (4608, 3), (9217, 3), (4608, 32), (4608, 48)])
 @pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16])
-def test_into_a_part_of_wider_rows(rows: int, dtype: torch.dtype) -> None:
+def test_into_a_part_of_wider_rows(rows: int, heads: int, dtype: torch.dtype) -> None:
     """No worse than the same arithmetic done plainly; what lies beside it is left alone."""
-    qkv, scales = q_k_v(rows, 3, dtype)
-    whole = torch.full((rows, 5 * 3 * DIM), float("nan"), device=DEVICE).to(dtype)
-    plain = torch.empty(rows, 3 * DIM, device=DEVICE, dtype=dtype)
-    attention(qkv, 3, scales, whole[:, : 3 * DIM])
-    plain_attention(qkv, 3, scales, plain)
+    qkv, scales = q_k_v(rows, heads, dtype)
+    width = heads * DIM
+    whole = torch.full((rows, 5 * width), float("nan"), device=DEVICE).to(dtype)
+    plain = torch.empty(rows, width, device=DEVICE, dtype=dtype)
+    attention(qkv, heads, scales, whole[:, :width])
+    plain_attention(qkv, heads, scales, plain)
     factor = SCALES[2] if dtype == E4M3 else 1.0
-    expected = exact(qkv, 3, scales)
+    expected = exact(qkv, heads, scales)
     allowed = 1.2 * relative(plain.float() * factor, expected) + 1e-3
-    assert relative(whole[:, : 3 * DIM].float() * factor, expected) <= allowed
-    assert torch.isnan(whole[:, 3 * DIM :].float()).all()
+    assert relative(whole[:, :width].float() * factor, expected) <= allowed
+    assert torch.isnan(whole[:, width:].float()).all()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="cuDNN needs a CUDA device")

@@ -14,7 +14,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from fluxserve.errors import LibraryMissing
 from fluxserve.kernels import cuda, linear_hopper, norm
-from fluxserve.spec import FLUX1_DEV, TINY
+from fluxserve.spec import FLUX1_DEV, FLUX2_DEV, FLUX2_KLEIN_9B, TINY
 from tests.kernels.hopper import TARGET
 from tests.kernels.test_compiled import SHARED_MEMORY
 
@@ -43,13 +43,13 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """Every kernel as FLUX.1 and tiny launch it."""
+    """Every kernel as a model launches it; klein-4B is as wide as FLUX.1."""
     asked: list[Variant] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "load", lambda *given: asked.append(Variant(*given)))
         for ending in linear_hopper.ENDINGS:
             linear_hopper._kernel.__wrapped__(ending)
-        for spec in (FLUX1_DEV, TINY):
+        for spec in (FLUX1_DEV, FLUX2_KLEIN_9B, FLUX2_DEV, TINY):
             for quantised in (True, False):
                 norm._kernel.__wrapped__(spec.transformer.hidden_size, 2, quantised)
     return asked
@@ -84,7 +84,7 @@ def number(pattern: str, said: str) -> int:
 
 
 def test_every_variant_is_there() -> None:
-    assert len({str(variant) for variant in VARIANTS}) == len(linear_hopper.ENDINGS) + 4
+    assert len({str(variant) for variant in VARIANTS}) == len(linear_hopper.ENDINGS) + 8
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

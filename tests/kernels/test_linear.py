@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fluxserve.kernels import linear as kernels
+from fluxserve.kernels import linear_plain as plain
 from fluxserve.kernels.fp8 import E4M3, quantise_rows
-from fluxserve.kernels.layers import Heads, Linear
+from fluxserve.kernels.layers import GATES, Heads, Linear, in_turns
 from tests.kernels.judge import DEVICE, INTERPRETED, RESULTS, of_product, poisoned, random, relative, same
 
 HEAD = 128
@@ -33,7 +34,7 @@ def test_product(rows: int, columns: int, inner: int, dtype: torch.dtype, out: t
     x, x_scale, w = operands(rows, columns, inner, dtype)
     got, expected = poisoned(rows, columns, dtype=out), torch.empty(rows, columns, device=DEVICE)
     kernels.linear(x, x_scale, w, rows // 4, got)
-    kernels.plain_linear(x, x_scale, w, rows // 4, expected)
+    plain.plain_linear(x, x_scale, w, rows // 4, expected)
     same(got, expected, out, of_product(dtype))
 
 
@@ -47,10 +48,64 @@ def test_gelu_into_a_part_of_wider_rows(
     whole = torch.full((rows, columns + 64), float("nan"), device=DEVICE).to(out)
     got, expected = whole[:, 64:], torch.empty(rows, columns, device=DEVICE)
     kernels.linear_gelu(x, x_scale, w, 0, 20.0, got)
-    kernels.plain_linear_gelu(x, x_scale, w, 0, 20.0, expected)
+    plain.plain_linear_gelu(x, x_scale, w, 0, 20.0, expected)
     tanh = 0.0 if INTERPRETED else 2**-10  # the GPU's own is right to 2^-11
     same(got, expected.clamp(-448, 448) if out == E4M3 else expected, out, of_product(dtype) + tanh)
     assert torch.isnan(whole[:, :64].float()).all()
+
+
+def test_gates_and_values_take_turns() -> None:
+    """Each output of the product as it is in the checkpoint: all gates, then all values."""
+    order = in_turns(96)
+    assert sorted(order.tolist()) == list(range(192))
+    gates, values = order.view(-1, 2, GATES).unbind(dim=1)
+    assert torch.equal(gates.flatten(), torch.arange(96)) and torch.equal(values.flatten(), torch.arange(96, 192))
+    with pytest.raises(ValueError, match="80 wide: expected a multiple of 32"):
+        in_turns(80)
+
+
+@pytest.mark.parametrize(("rows", "columns", "inner"), [*SHAPES, (33, 192, 64), (5, 320, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("out", RESULTS)
+def test_swiglu_into_a_part_of_wider_rows(
+    rows: int, columns: int, inner: int, dtype: torch.dtype, streams: int, out: torch.dtype
+) -> None:
+    x, x_scale, w = operands(rows, columns, inner, dtype, streams)
+    split, width = rows // 3 if streams == 2 else 0, columns // 2
+    whole = torch.full((rows, width + 64), float("nan"), device=DEVICE).to(out)
+    got, expected = whole[:, 64:], torch.empty(rows, width, device=DEVICE)
+    kernels.linear_swiglu(x, x_scale, w, split, 5.0, got)
+    plain.plain_linear_swiglu(x, x_scale, w, split, 5.0, expected)
+    tanh = 0.0 if INTERPRETED else 2**-10  # the GPU's own is right to 2^-11
+    same(got, expected.clamp(-448, 448) if out == E4M3 else expected, out, 2 * of_product(dtype) + tanh)
+    assert torch.isnan(whole[:, :64].float()).all()
+
+
+def test_swiglu_is_that_of_the_checkpoint() -> None:
+    """diffusers': the first half of the outputs is activated, and multiplied with the second."""
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    x, w = random(9, 64, dtype=dtype), random(192, 64, dtype=dtype, seed=1, spread=0.1)
+    gates, values = (x.double() @ w.double().T).chunk(2, dim=1)
+    for run in (kernels.linear_swiglu, plain.plain_linear_swiglu):
+        got = poisoned(9, 96, dtype=torch.float32)
+        run(x, None, Linear(w[in_turns(96).to(DEVICE)][None].contiguous(), None, None), 0, 1.0, got)
+        assert relative(got, torch.nn.functional.silu(gates) * values) < (1e-6 if INTERPRETED else 2**-9)
+
+
+def test_swiglu_of_extremes() -> None:
+    """What a gate shuts is 0 and not NaN; what it opens is as it came; what is too large saturates on a GPU."""
+    w = torch.zeros(1, 2 * GATES, 64, device=DEVICE)
+    w[0, 0, 0] = w[0, GATES, 1] = 1
+    x = torch.zeros(5, 64, device=DEVICE)
+    x[:, 0] = torch.tensor([-1e4, 1e4, 0.0, -80.0, 80.0])
+    x[:, 1] = torch.tensor([1e4, 1e4, -7.0, 3.0, -0.5])
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    out = poisoned(5, GATES, dtype=RESULTS[-1])
+    kernels.linear_swiglu(x.to(dtype), None, Linear(w.to(dtype), None, None), 0, 1.0, out)
+    opened = 1e8 if INTERPRETED else 448.0
+    assert torch.allclose(out[:, 0].float(), torch.tensor([0, opened, 0, 0, -40.0], device=DEVICE), rtol=1e-2)
+    assert (out[:, 1:].float() == 0).all()
 
 
 @pytest.mark.parametrize(("rows", "columns", "inner"), SHAPES)
@@ -62,7 +117,7 @@ def test_gated_into_the_residual(rows: int, columns: int, inner: int, dtype: tor
     gate = gate if gated else None
     got, expected = before.clone(), before.clone()
     kernels.linear_add(x, x_scale, w, rows // 2, gate, got)
-    kernels.plain_linear_add(x, x_scale, w, rows // 2, gate, expected)
+    plain.plain_linear_add(x, x_scale, w, rows // 2, gate, expected)
     same(got, expected, torch.float32, of_product(dtype))
 
 
@@ -81,20 +136,21 @@ def test_heads(rows: int, count: int, dtype: torch.dtype, streams: int, out: tor
     split, heads = rows // 3 if streams == 2 else 0, heads_of(rows, streams)
     got, expected = poisoned(rows, 3 * count * HEAD, dtype=out), torch.empty(rows, 3 * count * HEAD, device=DEVICE)
     kernels.linear_heads(x, x_scale, w, split, heads, got)
-    kernels.plain_linear_heads(x, x_scale, w, split, heads, expected)
+    plain.plain_linear_heads(x, x_scale, w, split, heads, expected)
     same(got, expected, out, of_product(dtype))
 
 
-def test_heads_and_gelu_of_the_same_rows() -> None:
+@pytest.mark.parametrize("ending", ["gelu", "swiglu"])
+def test_heads_and_an_activation_of_the_same_rows(ending: str) -> None:
     """As its two halves, each launched alone."""
-    x, x_scale, w = operands(17, 3 * HEAD + 64, 128, E4M3, streams=1)
-    heads = heads_of(17, 1)
-    got = poisoned(17, 3 * HEAD, dtype=torch.float32), poisoned(17, 64, dtype=torch.float32)
-    expected = torch.empty(17, 3 * HEAD, device=DEVICE), torch.empty(17, 64, device=DEVICE)
-    kernels.linear_heads_gelu(x, x_scale, w, heads, got[0], 20.0, got[1])
-    kernels.plain_linear_heads_gelu(x, x_scale, w, heads, expected[0], 20.0, expected[1])
+    x, x_scale, w = operands(17, 3 * HEAD + 128, 128, E4M3, streams=1)
+    heads, width = heads_of(17, 1), 128 if ending == "gelu" else 64
+    got = poisoned(17, 3 * HEAD, dtype=torch.float32), poisoned(17, width, dtype=torch.float32)
+    expected = torch.empty(17, 3 * HEAD, device=DEVICE), torch.empty(17, width, device=DEVICE)
+    getattr(kernels, f"linear_heads_{ending}")(x, x_scale, w, heads, got[0], 20.0, got[1])
+    getattr(plain, f"plain_linear_heads_{ending}")(x, x_scale, w, heads, expected[0], 20.0, expected[1])
     for ours, theirs in zip(got, expected, strict=True):
-        same(ours, theirs, torch.float32, of_product(E4M3) + 2**-10)
+        same(ours, theirs, torch.float32, 2 * of_product(E4M3) + 2**-10)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies with NumPy, whose sums depend on the height")

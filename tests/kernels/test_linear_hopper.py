@@ -5,9 +5,14 @@ import torch
 
 from fluxserve.kernels import linear as kernels
 from fluxserve.kernels import linear_hopper as hopper
+from fluxserve.kernels import linear_plain as plain
 from fluxserve.kernels.fp8 import E4M3
+from fluxserve.spec import FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from tests.kernels.judge import DEVICE, INTERPRETED, of_product, poisoned, random, same
 from tests.kernels.test_linear import HEAD, heads_of, operands
+
+ALONE = [ending for ending in hopper.ENDINGS if not ending.startswith("heads_")]
+"""Endings of all columns."""
 
 
 def test_each_thread_has_neighbours() -> None:
@@ -29,18 +34,20 @@ def test_weights_are_permuted_and_nothing_else() -> None:
         assert hopper.arranged(other) is other, "the general kernel's"
 
 
-@pytest.mark.parametrize("ending", hopper.ENDINGS[:4])
+@pytest.mark.parametrize("ending", ALONE)
 def test_what_it_was_not_built_for_is_refused(ending: str) -> None:
-    x, _, plain = operands(4, 768, 128, E4M3)
-    w = hopper.arranged(plain)
-    bf16 = ending in ("none", "add")
-    right, wrong = (torch.empty(4, 768, dtype=t, device=DEVICE) for t in (torch.bfloat16, E4M3)[:: 1 if bf16 else -1])
+    x, _, usual = operands(4, 768, 128, E4M3)
+    w = hopper.arranged(usual)
+    bf16, width = ending in ("none", "add"), 384 if ending == "swiglu" else 768
+    right, wrong = (torch.empty(4, width, dtype=t, device=DEVICE) for t in (torch.bfloat16, E4M3)[:: 1 if bf16 else -1])
     with pytest.raises(ValueError, match="w: got"):
-        hopper.launch(ending, x, None, plain, 0, right)
+        hopper.launch(ending, x, None, usual, 0, right)
     with pytest.raises(ValueError, match="out: got"):
         hopper.launch(ending, x, None, w, 0, wrong)
     with pytest.raises(ValueError, match="x: got"):
         hopper.launch(ending, x.float(), None, w, 0, right)
+    with pytest.raises(ValueError, match=rf"out: got \[{width - 16}\] columns"):
+        hopper.launch(ending, x, None, w, 0, right[:, : width - 16])
     if ending == "add":
         with pytest.raises(ValueError, match="gate: got none"):
             hopper.launch(ending, x, None, w, 0, right)
@@ -55,7 +62,7 @@ def test_parts_of_wider_rows_static_scales_and_again() -> None:
     _, _, w = operands(1, d, 5 * d, E4M3, streams=1)
     gate, before, own = random(1, d, seed=2), random(rows, d, seed=3).to(torch.bfloat16), hopper.arranged(w)
     expected, results = before.float(), []
-    kernels.plain_linear_add(wide, None, w, 0, gate, expected)
+    plain.plain_linear_add(wide, None, w, 0, gate, expected)
     for _ in range(10):
         results.append(before.clone())
         hopper.launch("add", wide, None, own, 0, results[-1], gate)
@@ -63,53 +70,93 @@ def test_parts_of_wider_rows_static_scales_and_again() -> None:
     same(results[0], expected, torch.bfloat16, of_product(E4M3))
     assert all(torch.equal(results[0], again) for again in results)
     _, _, up = operands(1, 4 * d, d, E4M3, streams=1)
-    out, plain = wide[:, d:], torch.empty(rows, 4 * d, device=DEVICE)
+    out, expected = wide[:, d:], torch.empty(rows, 4 * d, device=DEVICE)
     x = random(rows, 3 * d, seed=4).clamp(-400, 400).to(E4M3)[:, :d]
-    kernels.plain_linear_gelu(x, None, up, 0, 2.0, plain)
+    plain.plain_linear_gelu(x, None, up, 0, 2.0, expected)
     hopper.launch("gelu", x, None, hopper.arranged(up), 0, out, inverse=2.0)
-    same(out, plain.clamp(-448, 448), E4M3, of_product(E4M3) + 2**-10)
+    same(out, expected.clamp(-448, 448), E4M3, of_product(E4M3) + 2**-10)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("rows", [1, 17, 257, 4608, 9217])
 @pytest.mark.parametrize(("columns", "inner"), [(768, 208), (3072, 15360), (9216, 3072)])
-@pytest.mark.parametrize("ending", hopper.ENDINGS[:4])
+@pytest.mark.parametrize("ending", ALONE)
 def test_as_the_reference(rows: int, columns: int, inner: int, ending: str) -> None:
     x, x_scale, w = operands(rows, columns, inner, E4M3)
     split, gate, heads, own = rows // 9, random(2, columns, seed=6), heads_of(rows, 2), hopper.arranged(w)
     assert heads.factors.shape[-1] == HEAD
     bf16 = ending in ("none", "add")
-    before = random(rows, columns, seed=7).to(torch.bfloat16)
-    got = before.clone() if ending == "add" else poisoned(rows, columns, dtype=torch.bfloat16 if bf16 else E4M3)
+    width, factor = (columns // 2, 5.0) if ending == "swiglu" else (columns, 20.0)
+    before = random(rows, width, seed=7).to(torch.bfloat16)
+    got = before.clone() if ending == "add" else poisoned(rows, width, dtype=torch.bfloat16 if bf16 else E4M3)
     expected = before.float()
     if ending == "none":
-        kernels.plain_linear(x, x_scale, w, split, expected)
+        plain.plain_linear(x, x_scale, w, split, expected)
     elif ending == "gelu":
-        kernels.plain_linear_gelu(x, x_scale, w, split, 20.0, expected)
+        plain.plain_linear_gelu(x, x_scale, w, split, factor, expected)
+    elif ending == "swiglu":
+        plain.plain_linear_swiglu(x, x_scale, w, split, factor, expected)
     elif ending == "add":
-        kernels.plain_linear_add(x, x_scale, w, split, gate, expected)
+        plain.plain_linear_add(x, x_scale, w, split, gate, expected)
     else:
-        kernels.plain_linear_heads(x, x_scale, w, split, heads, expected)
-    hopper.launch(ending, x, x_scale, own, split, got, gate, heads, 20.0)
+        plain.plain_linear_heads(x, x_scale, w, split, heads, expected)
+    hopper.launch(ending, x, x_scale, own, split, got, gate, heads, factor)
     torch.cuda.synchronize()
-    same(got, expected if bf16 else expected.clamp(-448, 448), got.dtype, of_product(E4M3) + 2**-10)
+    before_rounding = of_product(E4M3) * (2 if ending == "swiglu" else 1) + 2**-10  # of two products
+    same(got, expected if bf16 else expected.clamp(-448, 448), got.dtype, before_rounding)
     assert DEVICE == "cuda"
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("rows", [1, 300, 4608])
-def test_heads_and_gelu_in_one_launch(rows: int) -> None:
+@pytest.mark.parametrize("ending", ["gelu", "swiglu"])
+def test_heads_and_an_activation_in_one_launch(rows: int, ending: str) -> None:
     """As a single block calls it: the hidden layer goes into a part of wider rows."""
     inner, third, more = 256, 768, 1024
     x, x_scale, w = operands(rows, 3 * third + more, inner, E4M3, streams=1)
-    heads, wide = heads_of(rows, 1), poisoned(rows, third + more, dtype=E4M3)
+    width = more // 2 if ending == "swiglu" else more
+    heads, wide = heads_of(rows, 1), poisoned(rows, third + width, dtype=E4M3)
     got = poisoned(rows, 3 * third, dtype=E4M3), wide[:, third:]
-    expected = torch.empty(rows, 3 * third, device=DEVICE), torch.empty(rows, more, device=DEVICE)
-    kernels.plain_linear_heads_gelu(x, x_scale, w, heads, expected[0], 20.0, expected[1])
-    kernels.linear_heads_gelu(x, x_scale, hopper.arranged(w), heads, got[0], 20.0, got[1])
+    expected = torch.empty(rows, 3 * third, device=DEVICE), torch.empty(rows, width, device=DEVICE)
+    getattr(plain, f"plain_linear_heads_{ending}")(x, x_scale, w, heads, expected[0], 5.0, expected[1])
+    getattr(kernels, f"linear_heads_{ending}")(x, x_scale, hopper.arranged(w), heads, got[0], 5.0, got[1])
     torch.cuda.synchronize()
     for ours, theirs in zip(got, expected, strict=True):
-        same(ours, theirs.clamp(-448, 448), E4M3, of_product(E4M3) + 2**-10)
+        same(ours, theirs.clamp(-448, 448), E4M3, 2 * of_product(E4M3) + 2**-10)
     assert torch.isnan(wide[:, :third].float()).all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("spec", [FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("rows", [576, 4608])
+def test_products_of_flux2_at_their_widths(spec: ModelSpec, rows: int) -> None:
+    """Both of its gated products and the one back, text and image apart, each as a block calls it."""
+    d, m = spec.transformer.hidden_size, spec.transformer.mlp_width
+    x, x_scale, up = operands(rows, 2 * m, d, E4M3)
+    wide = poisoned(rows, d + m, dtype=E4M3)
+    expected = torch.empty(rows, m, device=DEVICE)
+    plain.plain_linear_swiglu(x, x_scale, up, 512, 5.0, expected)
+    kernels.linear_swiglu(x, x_scale, hopper.arranged(up), 512, 5.0, wide[:, d:])
+    tolerance = 2 * of_product(E4M3) + 2**-10
+    same(wide[:, d:], expected.clamp(-448, 448), E4M3, tolerance)
+    assert torch.isnan(wide[:, :d].float()).all()
+
+    _, _, single = operands(1, 3 * d + 2 * m, d, E4M3, streams=1)
+    heads, qkv = heads_of(rows, 1), poisoned(rows, 3 * d, dtype=E4M3)
+    both = torch.empty(rows, 3 * d, device=DEVICE), expected
+    plain.plain_linear_heads_swiglu(x, x_scale, single, heads, both[0], 5.0, both[1])
+    kernels.linear_heads_swiglu(x, x_scale, hopper.arranged(single), heads, qkv, 5.0, wide[:, d:])
+    same(qkv, both[0].clamp(-448, 448), E4M3, tolerance)
+    same(wide[:, d:], both[1].clamp(-448, 448), E4M3, tolerance)
+
+    wide[:, :d] = torch.randn(rows, d, device=DEVICE).to(E4M3)
+    _, _, out = operands(1, d, d + m, E4M3, streams=1)
+    gate, got = random(1, d, seed=2), random(rows, d, seed=3).to(torch.bfloat16)
+    added = got.float()
+    plain.plain_linear_add(wide, None, out, 0, gate, added)
+    kernels.linear_add(wide, None, hopper.arranged(out), 0, gate, got)
+    torch.cuda.synchronize()
+    same(got, added, torch.bfloat16, of_product(E4M3))

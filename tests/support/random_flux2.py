@@ -70,10 +70,13 @@ class RandomFlux2:
 
 
 @cache
-def klein(tied: bool = True, seed: int = 0) -> RandomFlux2:
-    """The same weights for the same arguments; `tied` embeddings as in klein-4B, or not, as in klein-9B."""
+def klein(tied: bool = True, seed: int = 0, head_dim: int = 32) -> RandomFlux2:
+    """The same weights for the same arguments; `tied` embeddings as in klein-4B, or not, as in klein-9B.
+
+    A head's size is the published ones' only if it is 128, and then large enough for the fused engine's kernels.
+    """
     torch.manual_seed(seed)
-    text, transformer, vae = _scaled(_qwen3(tied), _transformer(guidance_embeds=False), _vae())
+    text, transformer, vae = _scaled(_qwen3(tied), _transformer(guidance_embeds=False, head_dim=head_dim), _vae())
     return RandomFlux2(Flux2KleinPipeline(_scheduler(), vae, text, tokenizer(), transformer, is_distilled=True))
 
 
@@ -101,15 +104,15 @@ def _scaled(text: nn.Module, transformer: nn.Module, vae: nn.Module) -> Iterator
     return (module.eval().requires_grad_(False) for module in (text, transformer, vae))
 
 
-def _transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
+def _transformer(guidance_embeds: bool, head_dim: int = 32) -> Flux2Transformer2DModel:
     return Flux2Transformer2DModel(
         in_channels=128,
         num_layers=2,
         num_single_layers=3,
-        attention_head_dim=32,
+        attention_head_dim=head_dim,
         num_attention_heads=2,
         joint_attention_dim=3 * 48,
-        axes_dims_rope=(8, 8, 8, 8),
+        axes_dims_rope=(head_dim // 4,) * 4,
         guidance_embeds=guidance_embeds,
     )
 

@@ -290,11 +290,11 @@ def test_another_architecture_than_kleins(klein: Path, name: str, change_to: dic
     assert "expected" in refusal(klein, UnsupportedArchitecture)
 
 
-def test_the_fused_engine_has_no_blocks_for_it() -> None:
+def test_the_fused_engine_has_no_text_encoder_for_dev() -> None:
     from fluxserve.engines.fused import open as fused
 
-    with pytest.raises(EngineError, match=r"fused: got custom; expected a FLUX\.1 model"):
-        fused.assemble(random_flux2.klein().checkpoint(), torch.device("cpu"), fused.BF16, None, PLAIN)
+    with pytest.raises(EngineError, match=r"fused: got custom, whose text encoder is mistral3; expected one with clip"):
+        fused.assemble(random_flux2.dev().checkpoint(), torch.device("cpu"), fused.BF16, None, PLAIN)
 
 
 @pytest.mark.parametrize("lost", ["model.layers.26.mlp.up_proj.weight", "model.embed_tokens.weight"])

@@ -95,11 +95,18 @@ def test_the_tables_agree_with_the_published_configurations(
     assert spec.from_configs(transformer, vae, schedule) == model
 
 
+def test_what_a_configuration_of_flux2_leaves_out_is_as_diffusers_has_it() -> None:
+    bare = without(without(KLEIN_9B, "mlp_ratio"), "rope_theta")
+    assert spec.from_configs(bare, KLEIN_VAE, DEV_SCHEDULE) == FLUX2_KLEIN_9B
+
+
 def test_the_family() -> None:
     assert (FLUX1_DEV.text.sequence.tokens, FLUX1_SCHNELL.text.sequence.tokens) == (512, 256)
     assert FLUX1_DEV.transformer.hidden_size == FLUX1_SCHNELL.transformer.hidden_size == 3072
     assert (FLUX2_KLEIN_4B.transformer.hidden_size, FLUX2_KLEIN_9B.transformer.hidden_size) == (3072, 4096)
     assert TINY.transformer.hidden_size == 256
+    assert (FLUX1_DEV.transformer.mlp_width, FLUX2_KLEIN_4B.transformer.mlp_width) == (4 * 3072, 3 * 3072)
+    assert (FLUX1_DEV.transformer.rope_theta, FLUX2_KLEIN_4B.transformer.rope_theta) == (10000, 2000)
     assert FLUX1_DEV.components == ("clip", "t5", "transformer", "vae_encoder", "vae_decoder")
     assert FLUX2_KLEIN_4B.components == ("qwen3", "transformer", "vae_encoder", "vae_decoder")
     assert FLUX1_DEV.defaults == spec.Defaults(1024, 28, 3.5)

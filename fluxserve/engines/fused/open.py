@@ -1,5 +1,6 @@
-"""Open the fused engine: its five components, on one GPU, from a checkpoint's weights or an artifact."""
+"""Open the fused engine: all components of a model, on one GPU, from a checkpoint's weights or an artifact."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -7,12 +8,14 @@ import torch
 
 from fluxserve.artifact import CHECKPOINT, Artifact, Scales
 from fluxserve.checkpoint import Checkpoint
-from fluxserve.engines.base import Components
+from fluxserve.engines import signatures
+from fluxserve.engines.base import Components, Engine
 from fluxserve.errors import DeviceUnsuited, EngineError, LibraryMissing, OutOfMemory, SettingsError
 
 try:
     from fluxserve.engines.fused import headroom, vae
     from fluxserve.engines.fused.clip import FusedClip
+    from fluxserve.engines.fused.qwen3 import FusedQwen3
     from fluxserve.engines.fused.t5 import FusedT5
     from fluxserve.engines.fused.transformer import FusedTransformer
     from fluxserve.engines.fused.weights import Precision, Reader
@@ -28,6 +31,13 @@ FP8 = Precision(torch.bfloat16, E4M3)
 _HOPPER = (9, 0)
 _ROWS = 8
 """Images that one call may hold: they take turns, so it costs no more than their inputs' memory."""
+
+
+_ENCODERS: dict[str, Callable[[Checkpoint, torch.device, Precision, Operations], Engine]] = {
+    "clip": lambda folder, device, precision, _: FusedClip(folder, device, precision),
+    "t5": FusedT5,
+    "qwen3": FusedQwen3,
+}
 
 
 def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Components:
@@ -63,10 +73,15 @@ def assemble(
 
     Raises:
         CheckpointError, ArtifactError, OutOfMemory.
-        EngineError: a model that the engine has no blocks for.
+        EngineError: a model whose text encoder the engine does not have.
     """
-    if checkpoint.spec.transformer.generation != 1:
-        raise EngineError(f"fused: got {checkpoint.spec.name}; expected a FLUX.1 model. torch_eager runs FLUX.2")
+    for encoder in checkpoint.spec.text.encoders:
+        if encoder.name not in _ENCODERS:
+            known = ", ".join(_ENCODERS)
+            raise EngineError(
+                f"fused: got {checkpoint.spec.name}, whose text encoder is {encoder.name}; expected one with {known}."
+                " torch_eager runs it"
+            )
     try:
         return _load(checkpoint, device, precision, scales, run)
     except torch.OutOfMemoryError as error:
@@ -83,15 +98,12 @@ def _weights_gb(checkpoint: Checkpoint, precision: Precision) -> float:
 def _load(
     checkpoint: Checkpoint, device: torch.device, precision: Precision, scales: Scales | None, run: Operations
 ) -> Components:
-    spec = checkpoint.spec
+    spec, signature = checkpoint.spec, signatures.transformer(checkpoint.spec)
     read = Reader(checkpoint.component("transformer"), device)
-    most = (spec.limits.max_pixels // spec.size_multiple**2, spec.text.sequence.tokens, _ROWS)
+    most = (signature.most("image_tokens"), signature.most("text_tokens"), _ROWS)
     components = Components(
         transformer=FusedTransformer(spec, read, device, precision, scales, run, most),
-        text={
-            "t5": FusedT5(checkpoint, device, precision, run),
-            "clip": FusedClip(checkpoint, device, precision),
-        },
+        text={e.name: _ENCODERS[e.name](checkpoint, device, precision, run) for e in reversed(spec.text.encoders)},
         vae_decoder=vae.decoder(checkpoint, device, precision, run),
         vae_encoder=vae.encoder(checkpoint, device, precision, run),
     )

@@ -1,4 +1,4 @@
-"""FLUX.1's transformer behind the seam: blocks over buffers in the arena, a CUDA graph per shape.
+"""FLUX's transformer behind the seam: blocks over buffers in the arena, a CUDA graph per shape.
 
 Images of a batch go through one after the other: one alone fills the GPU, and so its bytes are the same in a batch.
 """
@@ -13,14 +13,12 @@ from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Shapes
 from fluxserve.engines.fused import modulation as modulations
 from fluxserve.engines.fused.arena import Arena, Buffer, Layout, size
-from fluxserve.engines.fused.blocks import MLP_RATIO, Buffers, DoubleBlock, SingleBlock
+from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, SingleBlock
 from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.engines.fused.modulation import AHEAD, Modulation
 from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
 from fluxserve.kernels.operations import Operations
 from fluxserve.spec import ModelSpec
-
-_THETA = 10000.0
 
 
 class Weights:
@@ -37,13 +35,13 @@ class Weights:
         shape = spec.transformer
         assert precision.quantised == (found is not None), "scales are for E4M3, and E4M3 needs them"
         d = shape.hidden_size
-        self.image = dense(read, "x_embedder", precision, shape.in_channels, d)
-        self.text = dense(read, "context_embedder", precision, shape.joint_attention_dim, d)
+        self.image = dense(read, "x_embedder", precision, shape.in_channels, d, shape.biased)
+        self.text = dense(read, "context_embedder", precision, shape.joint_attention_dim, d, shape.biased)
         self.modulation = Modulation(read, shape, precision)
         made_of = (shape, precision, found, run)
         self.double = [DoubleBlock(read, i, *made_of) for i in range(shape.num_layers)]
         self.single = [SingleBlock(read, i, *made_of) for i in range(shape.num_single_layers)]
-        self.out = dense(read, "proj_out", precision, d, shape.in_channels)
+        self.out = dense(read, "proj_out", precision, d, shape.in_channels, shape.biased)
         read.refuse_rest()
 
 
@@ -54,7 +52,7 @@ class FusedTransformer:
         read: the folder `transformer`.
         found: the transformer's scales, for E4M3 linears and only for them.
         run: the kernels, or their plain references.
-        most: image tokens, text tokens and images at once that the arena is sized for.
+        most: image tokens with those of references, text tokens and images at once that the arena is sized for.
     """
 
     def __init__(
@@ -101,7 +99,7 @@ class FusedTransformer:
             "normed": Buffer((s, d), linear),
             "row_scale": Buffer((s,), torch.float32),
             "qkv": Buffer((s, 3 * d), linear),
-            "wide": Buffer((s, (1 + MLP_RATIO) * d), linear),
+            "wide": Buffer((s, d + self.spec.mlp_width), linear),
             "final": Buffer((s - text, d), compute),
         }
 
@@ -137,8 +135,8 @@ class FusedBound:
         b, given = self._buffers, self.inputs
         for text, states in zip(b["text"], given["encoder_hidden_states"], strict=True):
             _linear_into(text, states, self._weights.text)
-        ids = torch.cat([given["txt_ids"], given["img_ids"]])
-        write_rope(ids, self._engine.spec.axes_dims_rope, b["cos"], b["sin"])
+        ids, spec = torch.cat([given["txt_ids"], given["img_ids"]]), self._engine.spec
+        write_rope(ids, spec.axes_dims_rope, spec.rope_theta, b["cos"], b["sin"])
 
     def _fill(self, timesteps: Tensor) -> None:
         """Modulation of as many steps [steps, images] as there is room for.
@@ -149,8 +147,9 @@ class FusedBound:
         out = self._buffers["ahead"]
         steps = torch.arange(len(out), device=out.device).div(self._images, rounding_mode="floor")
         steps, images = steps.clamp(max=len(timesteps) - 1), torch.arange(len(out), device=out.device) % self._images
-        guidance, pooled = (self.inputs[name][images] for name in ("guidance", "pooled_projections"))
-        self._weights.modulation(self._engine.run, timesteps[steps, images], guidance, pooled, out)
+        steering = ("guidance", "pooled_projections")
+        given = {name: value[images] for name, value in self.inputs.items() if name in steering}
+        self._weights.modulation(self._engine.run, timesteps[steps, images], given, out)
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -196,18 +195,21 @@ class FusedBound:
 
 
 def _linear_into(out: Tensor, x: Tensor, layer: Dense) -> None:
-    torch.addmm(layer.bias, x, layer.weight.T, out=out)
+    if layer.bias is None:
+        torch.mm(x, layer.weight.T, out=out)
+    else:
+        torch.addmm(layer.bias, x, layer.weight.T, out=out)
 
 
-def write_rope(ids: Tensor, axes: Sequence[int], cos: Tensor, sin: Tensor) -> None:
+def write_rope(ids: Tensor, axes: Sequence[int], theta: float, cos: Tensor, sin: Tensor) -> None:
     """cos and sin [S, head_dim / 2] of positions [S, axes]: each axis turns its share of pairs.
 
-    diffusers' FluxPosEmbed; angles are products in float64, as theirs.
+    diffusers' FluxPosEmbed and Flux2PosEmbed; angles are products in float64, as theirs.
     """
     at = 0
     for axis, dims in enumerate(axes):
         exponents = torch.arange(0, dims, 2, dtype=torch.float64, device=ids.device) / dims
-        angles = torch.outer(ids[:, axis].double(), 1.0 / _THETA**exponents)
+        angles = torch.outer(ids[:, axis].double(), 1.0 / theta**exponents)
         cos[:, at : at + dims // 2] = torch.cos(angles)
         sin[:, at : at + dims // 2] = torch.sin(angles)
         at += dims // 2

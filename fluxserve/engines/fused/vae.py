@@ -135,7 +135,8 @@ class _Attention:
     def __init__(self, c: _Context, name: str, channels: int) -> None:
         self._norm = _Norm(c, f"{name}.group_norm", channels)
         parts = [dense(c.read, f"{name}.to_{part}", c.precision, channels, channels) for part in "qkv"]
-        self._qkv = Dense(torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
+        biases = [p.bias for p in parts if p.bias is not None]
+        self._qkv = Dense(torch.cat([p.weight for p in parts]), torch.cat(biases))
         out = f"{name}.to_out.0"
         self._out = c.read.shaped(f"{out}.weight", channels, channels).to(c.precision.compute)
         self._bias = c.read.shaped(f"{out}.bias", channels).float()

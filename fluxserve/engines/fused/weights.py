@@ -96,8 +96,9 @@ def stack(
     factors: Sequence[Tensor | float] = (),
     order: Tensor | None = None,
     arrange: Callable[[Linear], Linear] = as_they_are,
+    biased: bool = False,
 ) -> Linear:
-    """Linear layers as one: outputs of several behind each other, in one or two streams. All have a bias, or none.
+    """Linear layers as one: outputs of several behind each other, in one or two streams.
 
     Args:
         names: for each stream the modules whose outputs lie behind each other.
@@ -107,6 +108,7 @@ def stack(
             number or one per feature; the weights are multiplied by it before they are quantised themselves.
         order: which output comes where; None: as they are.
         arrange: how a set of operations wants weights to lie.
+        biased: whether they have a bias, all of them.
     """
     weights: Tensor | None = None
     scales, biases = [], []
@@ -114,7 +116,7 @@ def stack(
         sized = tuple(zip(modules, outputs, strict=True))
         weight = torch.cat([read.shaped(f"{module}.weight", rows, inputs) for module, rows in sized])
         weight = weight if order is None else weight[order]
-        if f"{modules[0]}.bias" in read:
+        if biased:
             bias = torch.cat([read.shaped(f"{module}.bias", rows) for module, rows in sized]).float()
             biases.append(bias if order is None else bias[order])
         if precision.quantised:
@@ -130,16 +132,16 @@ def stack(
 
 @dataclass(frozen=True)
 class Dense:
-    """A linear that stays in the compute dtype, and is left to the library: weight [N, K], bias [N]."""
+    """A linear that stays in the compute dtype, and is left to the library: weight [N, K], bias [N] or none."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
-def dense(read: Reader, module: str, precision: Precision, inputs: int, outputs: int) -> Dense:
+def dense(read: Reader, module: str, precision: Precision, inputs: int, outputs: int, biased: bool = True) -> Dense:
     """Raises CheckpointError if the weight is not [outputs, inputs], or the bias not [outputs]."""
-    weight, bias = read.shaped(f"{module}.weight", outputs, inputs), read.shaped(f"{module}.bias", outputs)
-    return Dense(weight.to(precision.compute), bias.to(precision.compute))
+    weight = read.shaped(f"{module}.weight", outputs, inputs).to(precision.compute)
+    return Dense(weight, read.shaped(f"{module}.bias", outputs).to(precision.compute) if biased else None)
