@@ -29,6 +29,9 @@ FUSED_ARCHITECTURES = ("sm90",)
 FUSED_WITHOUT = ("clip",)
 """Components that the fused engine leaves in BF16 under fp8: a thousandth of the time."""
 
+_NOT_FUSED = ("mistral3",)
+"""Components that the fused engine has no code for."""
+
 Size = tuple[int, int]
 """Height, width in pixels."""
 
@@ -101,8 +104,11 @@ class Options:
 
     def check(self, spec: ModelSpec) -> None:
         """Raises ExportError."""
-        if spec.transformer.generation != 1:
-            raise ExportError(f"checkpoint: got {spec.name}; expected a FLUX.1 model. torch_eager runs FLUX.2 as it is")
+        if spec.transformer.generation != 1 and self.engine != FUSED:
+            raise ExportError(f"{self.engine}: {spec.name} is not exported yet; fused and torch_eager run FLUX.2")
+        missing = [name for name in spec.components if name in _NOT_FUSED]
+        if missing:
+            raise ExportError(f"{self.engine}: {spec.name} has {missing[0]}, which torch_eager alone runs")
         self.sizes.check(spec)
         if self.engine == ONNXRUNTIME and self.precision == "bf16":
             raise ExportError("precision: got bf16; ONNX Runtime on a CPU computes in fp32, fp16 or (simulated) fp8")
@@ -119,7 +125,8 @@ class Options:
 def ranges(component: str, spec: ModelSpec, sizes: Sizes) -> dict[str, Range]:
     """The varying dimensions of a component's signature: least, typical, most.
 
-    Text is always padded to its full length, so that its dimension does not vary.
+    Text is always padded to its full length, so that its dimension does not vary. References add to the tokens, and
+    may be longer or smaller than any picture.
     """
     rows = (1, 1, sizes.max_batch)
     if component in (encoder.name for encoder in spec.text.encoders):
@@ -127,9 +134,14 @@ def ranges(component: str, spec: ModelSpec, sizes: Sizes) -> dict[str, Range]:
         return {"rows": rows, "tokens": (tokens,) * 3}
     if component == "transformer":
         least = min(sizes.min_size)
-        image = tuple(spec.image_tokens(*size) for size in ((least, least), sizes.opt_size, sizes.max_size))
-        return {"rows": rows, "image_tokens": image, "text_tokens": (spec.text.sequence.tokens,) * 3}  # type: ignore[dict-item]
-    least, most = min(sizes.min_size) // spec.vae.downscale, max(sizes.max_size) // spec.vae.downscale
+        small, usual, large = (spec.image_tokens(*size) for size in ((least, least), sizes.opt_size, sizes.max_size))
+        image = (small, usual, large + spec.reference_tokens)
+        return {"rows": rows, "image_tokens": image, "text_tokens": (spec.text.sequence.tokens,) * 3}
+    shortest, longest = min(sizes.min_size), max(sizes.max_size)
+    if component == "vae_encoder" and spec.takes_references:
+        shortest = min(shortest, spec.limits.min_reference_side)
+        longest = max(longest, spec.limits.max_reference_side)
+    least, most = shortest // spec.vae.downscale, longest // spec.vae.downscale
     height, width = spec.latent_size(*sizes.opt_size)
     return {"rows": rows, "latent_height": (least, height, most), "latent_width": (least, width, most)}
 

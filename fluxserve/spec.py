@@ -160,6 +160,11 @@ class Limits:
     min_reference_side: int = 64
     max_reference_aspect: int = 8
 
+    @property
+    def max_reference_side(self) -> int:
+        """Of the longest that is not scaled down."""
+        return math.isqrt(self.max_reference_pixels * self.max_reference_aspect)
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -187,6 +192,11 @@ class ModelSpec:
     def takes_references(self) -> bool:
         """Whether input images are tokens beside the picture's, or else what the picture is redrawn from."""
         return self.limits.max_references > 0
+
+    @property
+    def reference_tokens(self) -> int:
+        """Of as many references as there may be, all as large as can be."""
+        return self.limits.max_references * self.limits.max_reference_pixels // self.size_multiple**2
 
     @property
     def takes_guidance(self) -> bool:
