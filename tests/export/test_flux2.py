@@ -7,16 +7,23 @@ from typing import Any
 import pytest
 import torch
 
-from export import calibrate, verify
+from benchmarks import random_weights
+from export import calibrate, reference, verify
 from export.reference import load_cases
+from fluxserve import artifact as artifacts
 from fluxserve import checkpoint
 from fluxserve.artifact import Artifact
 from fluxserve.engines import torch_eager
 from fluxserve.engines.base import Components
+from fluxserve.engines.fused import open as fused
+from fluxserve.engines.fused import vae
+from fluxserve.engines.fused.qwen3 import FusedQwen3
 from fluxserve.engines.fused.scales import of_block
 from fluxserve.job import Job, plan
+from fluxserve.kernels.operations import PLAIN
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import Request
+from fluxserve.spec import FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from fluxserve.text import Tokenizers
 from tests.support import random_flux2
 from tests.support.exports import QUICK, SHAPES, TINY, Exports, run
@@ -144,3 +151,23 @@ def test_calibration_edits_what_it_drew(monkeypatch: pytest.MonkeyPatch) -> None
     found = calibrate.calibrate(pipeline, Tokenizers(folder), modules, asked, (64, 80))
     assert seen == [("a fox", []), ("a fox", [(64, 80)]), ("a hat", []), ("a hat", [(64, 80)])]
     assert set(found) == {"transformer", "qwen3"}
+
+
+@pytest.mark.parametrize("spec", [FLUX2_KLEIN_4B, FLUX2_KLEIN_9B], ids=lambda spec: spec.name)
+def test_random_weights_keep_digits_as_trained_ones_do(tmp_path: Path, spec: ModelSpec) -> None:
+    """As deep as a klein, with its vocabulary; the text encoder and the VAE that there are must pass their gates."""
+    folder = random_weights.write(tmp_path / "klein", spec, narrow=16)
+    out = tmp_path / "artifact"
+    status, said = run(str(folder), "--out", str(out), "--engine", "fused", "--precision", "fp8", *SMALL)
+    assert status == 0, said
+    artifact, cpu = artifacts.read(out), torch.device("cpu")
+    cases = {name: load_cases(out / f"reference/{name}.safetensors") for name in artifact.spec.components}
+    assert all(error < 0.2 for calls in cases.values() for case in calls for error in case.plain.values())
+    engines = {
+        "qwen3": FusedQwen3(artifact.checkpoint, cpu, fused.FP8, PLAIN),
+        "vae_encoder": vae.encoder(artifact.checkpoint, cpu, fused.FP8, PLAIN),
+        "vae_decoder": vae.decoder(artifact.checkpoint, cpu, fused.FP8, PLAIN),
+    }
+    for name, engine in engines.items():
+        rows = reference.compare(cases[name], [reference.call(engine, case.inputs) for case in cases[name]])
+        assert all(row["relative_error"] <= row["allowed"] for row in rows), rows
