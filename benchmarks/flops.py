@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import published
+from benchmarks.pictures import sides
 from benchmarks.published import MODELS, PUBLISHED
-from benchmarks.served import sides
 from fluxserve.engines import signatures
 from fluxserve.engines.torch_eager import Architecture, architectures
 from fluxserve.spec import ModelSpec

@@ -7,6 +7,7 @@ import torch
 
 from export.fp8 import ATTENTION, KEPT
 from fluxserve.artifact import Range
+from fluxserve.engines import signatures
 from fluxserve.engines.signatures import MAX_ROWS
 from fluxserve.errors import ExportError
 from fluxserve.spec import PATCH, ModelSpec
@@ -133,15 +134,15 @@ def ranges(component: str, spec: ModelSpec, sizes: Sizes) -> dict[str, Range]:
         tokens = spec.text.named(component).tokens
         return {"rows": rows, "tokens": (tokens,) * 3}
     if component == "transformer":
-        least = min(sizes.min_size)
+        least, limits = min(sizes.min_size), spec.limits
         small, usual, large = (spec.image_tokens(*size) for size in ((least, least), sizes.opt_size, sizes.max_size))
-        image = (small, usual, large + spec.reference_tokens)
-        return {"rows": rows, "image_tokens": image, "text_tokens": (spec.text.sequence.tokens,) * 3}
-    shortest, longest = min(sizes.min_size), max(sizes.max_size)
+        references = limits.max_references * limits.max_reference_pixels // spec.size_multiple**2
+        text = spec.text.sequence.tokens
+        return {"rows": rows, "image_tokens": (small, usual, large + references), "text_tokens": (text,) * 3}
+    least, most = min(sizes.min_size) // spec.vae.downscale, max(sizes.max_size) // spec.vae.downscale
     if component == "vae_encoder" and spec.takes_references:
-        shortest = min(shortest, spec.limits.min_reference_side)
-        longest = max(longest, spec.limits.max_reference_side)
-    least, most = shortest // spec.vae.downscale, longest // spec.vae.downscale
+        least = min(least, spec.limits.min_reference_side // spec.vae.downscale)
+        most = max(most, signatures.vae_encoder(spec).most("latent_height"))
     height, width = spec.latent_size(*sizes.opt_size)
     return {"rows": rows, "latent_height": (least, height, most), "latent_width": (least, width, most)}
 

@@ -46,6 +46,8 @@ class TransformerSpec(_Numbers):
     pooled_projection_dim: int | None = None
     in_channels: int = 64
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    rope_theta: float = 10000.0
+    mlp_ratio: float = 4.0
     generation: int = 1
 
     def __post_init__(self) -> None:
@@ -56,6 +58,16 @@ class TransformerSpec(_Numbers):
     @property
     def hidden_size(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def biased(self) -> bool:
+        """Whether linear layers have a bias, which is all or none."""
+        return self.generation == 1
+
+    @property
+    def mlp_width(self) -> int:
+        """Features between an MLP's layers; of SwiGLU, which multiplies two of them, after it."""
+        return int(self.hidden_size * self.mlp_ratio)
 
 
 @dataclass(frozen=True)
@@ -160,11 +172,6 @@ class Limits:
     min_reference_side: int = 64
     max_reference_aspect: int = 8
 
-    @property
-    def max_reference_side(self) -> int:
-        """Of the longest that is not scaled down."""
-        return math.isqrt(self.max_reference_pixels * self.max_reference_aspect)
-
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -192,11 +199,6 @@ class ModelSpec:
     def takes_references(self) -> bool:
         """Whether input images are tokens beside the picture's, or else what the picture is redrawn from."""
         return self.limits.max_references > 0
-
-    @property
-    def reference_tokens(self) -> int:
-        """Of as many references as there may be, all as large as can be."""
-        return self.limits.max_references * self.limits.max_reference_pixels // self.size_multiple**2
 
     @property
     def takes_guidance(self) -> bool:
@@ -265,6 +267,8 @@ _KLEIN_4B = TransformerSpec(
     guidance_embeds=False,
     in_channels=128,
     axes_dims_rope=(32, 32, 32, 32),
+    rope_theta=2000.0,
+    mlp_ratio=3.0,
     generation=2,
 )
 _QWEN3 = EncoderSpec("qwen3", "text_encoder", "tokenizer", tokens=512, vocabulary=151936, layers=(9, 18, 27))
@@ -367,7 +371,8 @@ def _transformer(config: Mapping[str, Any]) -> TransformerSpec:
     needed = "axes_dims_rope" if generation == 2 else "pooled_projection_dim"  # without a default that would fit
     if config.get(needed) is None:
         raise KeyError(needed)
-    return replace(TransformerSpec(**_pick(TransformerSpec, config)), generation=generation)
+    usual = {name: getattr(_KLEIN_4B, name) for name in ("rope_theta", "mlp_ratio")} if generation == 2 else {}
+    return replace(TransformerSpec(**_pick(TransformerSpec, {**usual, **config})), generation=generation)
 
 
 # Options of FlowMatchEulerDiscreteScheduler that FLUX does not use and flow.py lacks, and their neutral values.

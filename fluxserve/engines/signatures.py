@@ -1,5 +1,7 @@
 """The signature of each component of FLUX: what every engine, whatever it runs on, takes and gives."""
 
+from math import isqrt
+
 from fluxserve.artifact import Component
 from fluxserve.engines.base import FLOATING, Dim, Signature, TensorSpec
 from fluxserve.spec import PATCH, ModelSpec
@@ -52,7 +54,8 @@ def transformer(spec: ModelSpec) -> Signature:
     FLUX.1 always takes `guidance`, and ignores it if it has no embedding for it; it alone takes a pooled embedding.
     """
     shape, rows, axes = spec.transformer, _rows(), len(spec.transformer.axes_dims_rope)
-    most = spec.limits.max_pixels // spec.size_multiple**2 + spec.reference_tokens
+    limits = spec.limits
+    most = (limits.max_pixels + limits.max_references * limits.max_reference_pixels) // spec.size_multiple**2
     image, text = Dim("image_tokens", 1, most), Dim("text_tokens", 1, spec.text.sequence.tokens)
     pooled, guidance = [], []
     if shape.pooled_projection_dim is not None:
@@ -77,7 +80,7 @@ def _sides(spec: ModelSpec, scale: int) -> tuple[Dim, Dim]:
     """Height and width in units of a latent pixel; a long reference may be longer than any picture."""
     limits, longest = spec.limits, spec.limits.max_side
     if spec.takes_references:
-        longest = max(longest, limits.max_reference_side)
+        longest = max(longest, isqrt(limits.max_reference_pixels * limits.max_reference_aspect))
     most = longest // spec.vae.downscale
     return Dim("latent_height", PATCH, most, scale), Dim("latent_width", PATCH, most, scale)
 
