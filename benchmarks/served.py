@@ -14,11 +14,12 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tritonclient.grpc as triton
-from fluxserve_client import Client, Result
+from fluxserve_client import Client, Timings
 
 from benchmarks.pictures import photograph, sides
 from benchmarks.surroundings import of_gpu, surroundings
@@ -36,10 +37,20 @@ _BATCHES = (1, 2, 4)
 _NANOSECONDS = ("queue", "compute_input", "compute_infer", "compute_output")
 
 
-def ask(client: Client, seed: int, fields: dict[str, Any]) -> tuple[float, Result]:
+@dataclass(frozen=True)
+class Asked:
+    """Of a request: milliseconds that its caller waited, where they went, the file's bytes. The picture is let go, as a
+    caller does who has saved it: kept ones would have every answer land in memory never used before."""
+
+    ms: float
+    timings: Timings
+    size: int
+
+
+def ask(client: Client, seed: int, fields: dict[str, Any]) -> Asked:
     begun = time.perf_counter()
     result = client.generate(PROMPT, seed=seed, **fields)
-    return 1000 * (time.perf_counter() - begun), result
+    return Asked(1000 * (time.perf_counter() - begun), result.timings, len(result.image))
 
 
 def statistics_of(url: str) -> dict[str, dict[str, float]]:
@@ -67,7 +78,7 @@ def per_request(before: dict[str, dict[str, float]], after: dict[str, dict[str, 
 
 def rates(client: Client, fields: dict[str, Any]) -> dict[str, float]:
     """Pictures a second, asked for so many at once, by one request each."""
-    spent = {count: ask(client, 0, fields | {"num_images": count})[0] for count in _BATCHES}
+    spent = {count: ask(client, 0, fields | {"num_images": count}).ms for count in _BATCHES}
     return {str(count): round(1000 * count / ms, 3) for count, ms in spent.items()}
 
 
@@ -81,7 +92,7 @@ def measure(options: dict[str, str], fields: dict[str, Any], n: int, unseen: tup
             server.wait_ready()
             ready = time.perf_counter() - begun
             with Client(server.grpc_url) as client:
-                first, _ = ask(client, 0, fields)
+                first = ask(client, 0, fields).ms
                 for seed in range(1, WARM_UP):
                     ask(client, seed, fields)
                 before = statistics_of(server.grpc_url)
@@ -89,30 +100,28 @@ def measure(options: dict[str, str], fields: dict[str, Any], n: int, unseen: tup
                 after = statistics_of(server.grpc_url)
                 used, batches = of_gpu("memory.used"), rates(client, fields)
                 other = fields | {"height": unseen[0], "width": unseen[1]}
-                new, again = (ask(client, seed, other)[0] for seed in (0, 1))
+                new, again = (ask(client, seed, other).ms for seed in (0, 1))
     return {
         "n": n,
         "ready_s": round(ready, 1),
         "first_ms": round(first, 1),
         "unseen_size_ms": {"size": list(unseen), "first": round(new, 1), "next": round(again, 1)},
         **table(asked),
-        "image_bytes": len(asked[-1][1].images[0]),
+        "image_bytes": asked[-1].size,
         "images_per_s": batches,
         "gpu_memory_mib": used,
         "triton_ms": per_request(before, after),
     }
 
 
-def table(asked: list[tuple[float, Result]]) -> dict[str, Any]:
+def table(asked: list[Asked]) -> dict[str, Any]:
     """Milliseconds by what they went on."""
-    times = [result.timings for _, result in asked]
-    overhead = [spent - t.total - t.image for (spent, _), t in zip(asked, times, strict=True)]
     return {
-        "client_ms": summary([spent for spent, _ in asked]),
-        "overhead_ms": summary(overhead),
-        "around_the_loop_ms": summary([spent - t.denoise for (spent, _), t in zip(asked, times, strict=True)]),
+        "client_ms": summary([a.ms for a in asked]),
+        "overhead_ms": summary([a.ms - a.timings.total - a.timings.image for a in asked]),
+        "around_the_loop_ms": summary([a.ms - a.timings.denoise for a in asked]),
         "stages_ms": {
-            name: round(statistics.median(getattr(t, name) for t in times), 2)
+            name: round(statistics.median(getattr(a.timings, name) for a in asked), 2)
             for name in ("queue", "encode", "denoise", "decode", "image")
         },
     }

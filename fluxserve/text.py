@@ -71,10 +71,25 @@ def _load(checkpoint: Checkpoint, encoder: EncoderSpec) -> Any:
         got = f"{len(tokenizer)} words for an encoder that knows {vocabulary}"
         raise CheckpointError(f"{folder}: no usable tokenizer ({got})")
     try:
+        _pad(tokenizer, encoder.tokens)
         _encode(tokenizer, "", encoder)
     except (ValueError, TemplateError) as error:
         raise CheckpointError(f"{folder}: no usable chat template ({error})") from error
     return tokenizer
+
+
+def _pad(tokenizer: Any, length: int) -> None:
+    """Have what lies under transformers' wrapper cut and pad to a length, once: the wrapper sets it anew for each
+    prompt, and takes longer about that than tokenizing does."""
+    backend, side = tokenizer.backend_tokenizer, tokenizer.padding_side
+    backend.enable_truncation(length, direction=tokenizer.truncation_side)
+    backend.enable_padding(
+        direction=side,
+        length=length,
+        pad_id=tokenizer.pad_token_id,
+        pad_token=tokenizer.pad_token,
+        pad_type_id=tokenizer.pad_token_type_id,
+    )
 
 
 def _encode(tokenizer: Any, prompt: str, encoder: EncoderSpec) -> Tokens:
@@ -85,12 +100,5 @@ def _encode(tokenizer: Any, prompt: str, encoder: EncoderSpec) -> Tokens:
     elif encoder.layers:
         turn = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    read = tokenizer(
-        prompt,
-        padding="max_length",
-        max_length=encoder.tokens,
-        truncation=True,
-        return_attention_mask=True,
-        add_special_tokens=not encoder.layers,  # a chat has its own
-    )
-    return Tokens(np.asarray(read["input_ids"], np.int64), np.asarray(read["attention_mask"], np.int64))
+    read = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=not encoder.layers)  # a chat has its own
+    return Tokens(np.asarray(read.ids, np.int64), np.asarray(read.attention_mask, np.int64))

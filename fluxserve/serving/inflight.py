@@ -87,6 +87,7 @@ class InflightTable:
 
     def __init__(self, path: Path, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self.path, self._clock_ns = path, clock_ns
+        self._started = process.started(os.getpid())
         size = _HEADER.itemsize + CAPACITY * _SLOT.itemsize
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with self._locked():
@@ -119,7 +120,7 @@ class InflightTable:
             if not len(free):
                 raise ServerError(f"processes: {MAX_PROCESSES} are registered; no more are expected")
             entry = self._processes[free[0]]
-            entry["started"], entry["model"] = process.started(os.getpid()), model.encode()
+            entry["started"], entry["model"] = self._started, model.encode()
             entry["pid"] = os.getpid()
 
     def unregister(self) -> None:
@@ -168,7 +169,7 @@ class InflightTable:
                 self._free(ticket)
                 raise Cancelled(request_id, 0, steps)
             slot["state"], slot["steps"] = RUNNING, steps
-            slot["owner_pid"], slot["owner_started"] = os.getpid(), process.started(os.getpid())
+            slot["owner_pid"], slot["owner_started"] = os.getpid(), self._started
             return (self._clock_ns() - int(slot["claimed_ns"])) / 1e9
 
     def advance(self, ticket: int) -> bool:
@@ -243,6 +244,8 @@ class InflightTable:
     def _sweep(self, cancelled_waits: bool = True) -> None:
         """Free what lapsed: waits that were too long or, unless somebody asks after them, cancelled; dead processes."""
         slots, now = self._slots, self._clock_ns()
+        if not slots["state"].any():
+            return
         lapsed = now - slots["claimed_ns"] > LEASE_S * 1e9
         if not (slots["state"] == RUNNING).any():
             lapsed |= now - np.maximum(slots["claimed_ns"], self._header["idle_since_ns"]) > IDLE_LEASE_S * 1e9

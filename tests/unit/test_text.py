@@ -50,6 +50,17 @@ def test_shapes_and_range(tiny: Checkpoint, tokenizers: Tokenizers, prompt: str)
         assert array.min() >= 0 and array.max() < vocabulary(tiny, encoder), "the embedding has a row for each"
 
 
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_ids_are_those_of_transformers(tiny: Checkpoint, tokenizers: Tokenizers, prompt: str) -> None:
+    """What lies under its wrapper is called directly, and was told once what the wrapper says at every call."""
+    ids = tokenizers(prompt)
+    for encoder in tiny.spec.text.encoders:
+        wrapper = AutoTokenizer.from_pretrained(str(tiny.component(encoder.tokenizer)))
+        told = wrapper(prompt, padding="max_length", max_length=encoder.tokens, truncation=True)
+        assert ids[encoder.name].ids.tolist() == told["input_ids"]
+        assert ids[encoder.name].mask.tolist() == told["attention_mask"]
+
+
 def test_beginning_end_and_padding(tokenizers: Tokenizers) -> None:
     ids = tokenizers("a fox")
     begin, end = 1503, 1504
