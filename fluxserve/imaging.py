@@ -1,6 +1,6 @@
 """Encoded images ↔ pixels. The border where a stranger's bytes are decoded; sizes are checked before a pixel is.
 
-PNG is written by png.py, on several threads; JPEG and WebP go through Pillow.
+PNG is written by png/strips.py, on several threads; JPEG and WebP go through Pillow.
 """
 
 import io
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from fluxserve import png
 from fluxserve.errors import InvalidRequest
+from fluxserve.png import strips
 from fluxserve.spec import Limits
 
 Pixels = npt.NDArray[np.uint8]
@@ -103,7 +103,7 @@ def write_image(pixels: Pixels, output_format: str, quality: int) -> bytes:
     if output_format == "raw":
         return pixels.tobytes()
     if output_format == "png":
-        return png.encode(pixels)
+        return strips.encode(pixels)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format=output_format, quality=quality)
     return out.getvalue()

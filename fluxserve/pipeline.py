@@ -9,6 +9,7 @@ its batch, or on its place among `num_images`.
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +32,18 @@ _BOUNDS_KEPT = 24
 
 @dataclass(frozen=True)
 class Drawing:
-    """images: uint8 [num_images, height, width, 3]; timings: milliseconds by stage on the device's clock."""
+    """pixels: uint8 [num_images, height, width, 3] on the device; timings: milliseconds by stage on its clock."""
 
-    images: npt.NDArray[np.uint8]
+    pixels: Tensor
     timings: dict[str, float]
+
+    @cached_property
+    def images(self) -> npt.NDArray[np.uint8]:
+        """The pixels on the host. Behind all that the device was told to do before this was first asked for."""
+        if not self.pixels.is_cuda:
+            return self.pixels.numpy()
+        host = torch.empty_like(self.pixels, device="cpu", pin_memory=True)  # one transfer, into memory that is kept
+        return host.copy_(self.pixels).numpy()
 
 
 @dataclass(frozen=True)
@@ -124,18 +133,16 @@ class Pipeline:
         with clock.stage("encode"):
             batch = _Batch(jobs, watch, [self.encode(job) for job in jobs])
         height, width = jobs[0].height, jobs[0].width
-        # Pinned, the copy is one transfer that nothing waits for until the clock does; and torch keeps such memory.
-        on_gpu = self.device.type == "cuda"
-        canvas = torch.empty(len(batch.rows), height, width, 3, dtype=torch.uint8, pin_memory=on_gpu)
+        canvas = torch.empty(len(batch.rows), height, width, 3, dtype=torch.uint8, device=self.device)
         for first in range(0, len(batch.rows), self._max_rows):
             rows = batch.rows[first : first + self._max_rows]
             latents = self._denoise_watched(batch, rows, clock)
             if latents is not None:
                 with clock.stage("decode"):
-                    canvas[first : first + len(rows)].copy_(self.decode(latents, height, width), non_blocking=on_gpu)
-        timings = clock.milliseconds()  # waits for the last of the copies too
+                    canvas[first : first + len(rows)] = self.decode(latents, height, width)
+        timings = clock.milliseconds()
         timings["total"] = sum(timings.values())
-        return [Drawing(images, timings) if images is not None else None for images in batch.share(canvas)]
+        return [Drawing(pixels, timings) if pixels is not None else None for pixels in batch.share(canvas)]
 
     def _denoise_watched(self, batch: "_Batch", rows: Sequence["_Row"], clock: DeviceClock) -> Tensor | None:
         """Run the loop for some rows, telling the watch after each step; None once nobody wants any of them."""
@@ -316,7 +323,7 @@ class _Batch:
     def any_wanted(self, members: Sequence[int]) -> bool:
         return any(self._wanted[member] for member in members)
 
-    def share(self, canvas: Tensor) -> list[npt.NDArray[np.uint8] | None]:
+    def share(self, canvas: Tensor) -> list[Tensor | None]:
         """Every wanted job's rows of the canvas [rows, height, width, 3]."""
         parts = torch.split(canvas, [len(job.noise_seeds) for job in self.jobs])
-        return [part.numpy() if wanted else None for part, wanted in zip(parts, self._wanted, strict=True)]
+        return [part if wanted else None for part, wanted in zip(parts, self._wanted, strict=True)]

@@ -1,10 +1,11 @@
 """The `generate` model: job tensors → files. The only model that owns a GPU; one process each, one batch at a time.
 
-Files are written and answers sent on threads, while the GPU is at the next batch. They were a model of their own once:
-three megabytes of pixels then went through two more processes, which took longer than to write them.
+Files are written by the GPU or on threads, and answers sent on threads, while the GPU is at the next batch. They were a
+model of their own once: three megabytes of pixels then went through two more processes, longer than to write them.
 """
 
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -18,11 +19,11 @@ import triton_python_backend_utils as pb_utils
 
 from fluxserve import contract, source
 from fluxserve.errors import Cancelled, InvalidRequest
-from fluxserve.imaging import write_image
 from fluxserve.job import Job, split
 from fluxserve.pipeline import Drawing, Pipeline
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
+from fluxserve.serving.files import Files, Finish
 from fluxserve.serving.inflight import NO_TICKET
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import DrawingMetrics
@@ -63,6 +64,7 @@ class GenerateModel(ServedModel):
         self._spec, self._max_rows = found.spec, config.max_rows
         self._pipeline = Pipeline(found.spec, components, device, config.max_rows)
         self._pipeline.warm_up()
+        self._files = Files(torch.device(device), found.spec.defaults.side)
         self._metrics = DrawingMetrics()
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="answer")
 
@@ -146,7 +148,7 @@ class GenerateModel(ServedModel):
             if drawing is None:
                 _send(asked.request, self._refusal(Cancelled(asked.request.request_id(), steps, asked.steps)))
             else:
-                self._writers.submit(self._finish, asked, seconds, drawing).add_done_callback(_report)
+                self._hand_over(asked, drawing, {"queue": 1000 * seconds, **drawing.timings})
 
     def _start(self, asked: _Asked) -> float:
         """Seconds that a request waited. Raises Cancelled if nobody wants it any more."""
@@ -163,20 +165,34 @@ class GenerateModel(ServedModel):
         """Steps, before its slot is given back."""
         return 0 if asked.ticket == NO_TICKET else self._table.progress(asked.ticket).step
 
-    def _finish(self, asked: _Asked, waited: float, drawing: Drawing) -> None:
+    def _hand_over(self, asked: _Asked, drawing: Drawing, timings: dict[str, float]) -> None:
+        """Do with the files what the GPU has to, and leave the rest to a thread."""
+        begin = time.perf_counter()
+        try:
+            finish = self._files.begin(drawing, asked.output_format, asked.quality)
+        except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
+            _send(asked.request, self._refusal(error))
+            return
+        timings["image"] = 1000 * (time.perf_counter() - begin)
+        size = tuple(drawing.pixels.shape[1:3])
+        self._writers.submit(self._finish, asked, finish, size, timings).add_done_callback(_report)
+
+    def _finish(self, asked: _Asked, finish: Finish, size: tuple[int, ...], timings: dict[str, float]) -> None:
         """Answer with the files, on a thread; then count.
 
         Each number that is counted is a message to Triton's process, and waits for its reply.
         """
-        timings = {"queue": 1000 * waited, **drawing.timings}
+        begin = time.perf_counter()
         try:
-            answer = _answer(asked, drawing, timings)
+            files = finish()
+            timings["image"] += 1000 * (time.perf_counter() - begin)
+            answer = _answer(asked, files, size, timings)
         except Exception as error:  # noqa: BLE001 (the border: nobody would hear of it on a thread)
             answer = self._refusal(error)
         _send(asked.request, answer)
         if asked.ticket != NO_TICKET:  # Triton's warm-up is no picture
-            images, height, width, _ = drawing.images.shape
-            self._metrics.drawn(images, images * height * width, timings)
+            images = len(asked.job.noise_seeds)
+            self._metrics.drawn(images, images * math.prod(size), timings)
 
     def _refusal(self, error: Exception) -> Any:
         if isinstance(error, Cancelled):
@@ -200,18 +216,15 @@ def _report(finished: "Future[None]") -> None:
         triton_errors.log(error)
 
 
-def _answer(asked: _Asked, drawing: Drawing, timings: dict[str, float]) -> Any:
-    """Files and what belongs to them; each output with the batch dimension of 1. `timings` gets the files' time."""
-    begin = time.perf_counter()
-    files = [write_image(image, asked.output_format, asked.quality) for image in drawing.images]
-    timings["image"] = 1000 * (time.perf_counter() - begin)
+def _answer(asked: _Asked, files: list[bytes], size: tuple[int, ...], timings: Mapping[str, float]) -> Any:
+    """Files and what belongs to them; each output with the batch dimension of 1."""
     return tensors.response(
         contract.GENERATE,
         {
             "images": [files],
             "seeds": [asked.job.noise_seeds],
             "timings": [[json.dumps({stage: round(spent, 3) for stage, spent in timings.items()}).encode()]],
-            "image_size": [drawing.images.shape[1:3]],
+            "image_size": [size],
         },
     )
 

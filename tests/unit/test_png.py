@@ -1,4 +1,4 @@
-"""png.py: files that any reader takes, the same on any number of threads. Pillow and zlib are the judges."""
+"""png/strips.py: files that any reader takes, the same on any number of threads. Pillow and zlib are the judges."""
 
 import io
 import struct
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxserve import png
+from fluxserve.png import strips
 
 RNG = np.random.default_rng(0)
-STRIP_ROWS = png._STRIP_BYTES // (3 * 1024)
+STRIP_ROWS = strips._STRIP_BYTES // (3 * 1024)
 
 
 def noise(height: int, width: int) -> np.ndarray:
@@ -54,7 +54,7 @@ def test_the_file_is_whole_and_exact(height: int, width: int) -> None:
         np.zeros((height, width, 3), np.uint8),
         np.full((height, width, 3), 255, np.uint8),
     ):
-        file = png.encode(pixels)
+        file = strips.encode(pixels)
         found = list(chunks(file))
         assert [kind for kind, _ in found if kind != b"IDAT"] == [b"IHDR", b"IEND"]
         stream = zlib.decompressobj()
@@ -66,7 +66,7 @@ def test_the_file_is_whole_and_exact(height: int, width: int) -> None:
 def test_pixels_that_lie_apart_in_memory() -> None:
     whole = noise(300, 2048)
     for pixels in (whole[:, ::2], whole[::-1], whole[:, :, ::-1], whole.transpose(1, 0, 2), whole[:, 100:900]):
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(png.encode(pixels)))), pixels)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(strips.encode(pixels)))), pixels)
 
 
 def test_the_bytes_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +74,8 @@ def test_the_bytes_do_not_depend_on_the_threads(monkeypatch: pytest.MonkeyPatch)
     files = set()
     for threads in (1, 2, 5):
         with ThreadPoolExecutor(threads) as pool:
-            monkeypatch.setattr(png, "_pool", lambda pool=pool: pool)
-            files.add(png.encode(pixels))
+            monkeypatch.setattr(strips, "_pool", lambda pool=pool: pool)
+            files.add(strips.encode(pixels))
     assert len(files) == 1
 
 
@@ -83,7 +83,7 @@ def test_many_at_once() -> None:
     """Callers share the pool; none of them waits for a thread that waits."""
     pictures = [noise(256, 1024) for _ in range(12)]
     with ThreadPoolExecutor(len(pictures)) as callers:
-        files = list(callers.map(png.encode, pictures, timeout=60))
+        files = list(callers.map(strips.encode, pictures, timeout=60))
     for file, picture in zip(files, pictures, strict=True):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(file))), picture)
 
@@ -91,7 +91,7 @@ def test_many_at_once() -> None:
 def test_files_are_small() -> None:
     """Noise grows by two thousandths at most; a photograph takes no more than zlib's level 1 makes of the same rows."""
     pixels = noise(1024, 1024)
-    assert len(png.encode(pixels)) < 1.002 * pixels.nbytes
+    assert len(strips.encode(pixels)) < 1.002 * pixels.nbytes
     pixels = photo(1024)
     up = np.diff(pixels.reshape(1024, -1), axis=0, prepend=np.zeros((1, 3 * 1024), np.uint8))
-    assert len(png.encode(pixels)) < len(zlib.compress(up.tobytes(), 1))
+    assert len(strips.encode(pixels)) < len(zlib.compress(up.tobytes(), 1))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from fluxserve import contract
+from fluxserve.serving import files
 from fluxserve.serving.inflight import NO_TICKET, InflightTable
 from tests.support.fake_triton import InferenceRequest, Logger, answers, counted, error_of, installed, outputs
 
@@ -119,16 +120,16 @@ def test_files(generate: Any, output_format: bytes) -> None:
 
 
 def test_a_file_that_fails_is_its_own_requests_error(
-    generate: Any, serving: dict[str, Any], table: InflightTable, monkeypatch: pytest.MonkeyPatch
+    generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = serving["generate"].write_image
+    write = files.write_image
 
     def fail_for_webp(image: np.ndarray, output_format: str, quality: int) -> bytes:
         if output_format == "webp":
             raise RuntimeError("no such codec")
         return bytes(write(image, output_format, quality))
 
-    monkeypatch.setattr(serving["generate"], "write_image", fail_for_webp)
+    monkeypatch.setattr(files, "write_image", fail_for_webp)
     bad, good = answers(generate, [job(table.claim("a"), output_format=b"webp"), job(table.claim("b"))])
     assert error_of(bad) == ("INTERNAL", "internal error: RuntimeError: no such codec")
     assert not good.has_error()

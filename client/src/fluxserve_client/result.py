@@ -50,9 +50,9 @@ class Timings:
         queue: waiting for the GPU.
         encode: text encoders, noise, and the VAE's encoder for an input image.
         denoise: the loop.
-        decode: the VAE's decoder and the copy to the host.
+        decode: the VAE's decoder.
         total: the three before it, on the device's clock.
-        image: writing the files.
+        image: writing the files, with the copy to the host.
     """
 
     queue: float

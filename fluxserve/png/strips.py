@@ -1,12 +1,11 @@
-"""Pixels → a PNG file, in strips that are filtered and deflated side by side.
+"""Pixels → a PNG file on the CPU, in strips that are filtered and deflated side by side.
 
-One thread takes several milliseconds for a megapixel, and the request waits for them. A PNG holds one zlib stream; each
-strip of rows is deflated by itself, ended by a sync flush so that the next one begins at a whole byte, and stands in a
-chunk of its own. Where strips begin depends on the width alone: a picture is the same bytes on any number of cores.
+One thread takes several milliseconds for a megapixel, and the request waits for them. A file holds one zlib stream;
+each strip of rows is deflated by itself, ended by a sync flush so that the next one begins at a whole byte, and stands
+in a chunk of its own. Where strips begin depends on the width alone: a file is the same on any number of cores.
 """
 
 import os
-import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -14,6 +13,8 @@ from functools import cache, partial
 import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
+
+from fluxserve.png.container import SIGNATURE, ZLIB_HEAD, chunk, end, header
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -27,11 +28,8 @@ _WINDOW_BITS = 9
 With 32 KB gradients with grain take 1.4 times as long and a tenth more (benchmarks/results/png-cpu-2026-11-22.txt):
 what is found far away is chance, and its distance costs more bits than the bytes that it stands for."""
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_TRUE_COLOUR = (8, 2, 0, 0, 0)  # bits a channel, RGB, deflate, filters by the row, not interlaced
 _UP = 2
-_ZLIB_HEAD = b"\x78\x01"
-_ZLIB_END = b"\x03\x00"  # an empty last block
+_DEFLATE_END = b"\x03\x00"  # an empty last block
 _ADLER_BASE = 65521
 
 
@@ -47,15 +45,13 @@ def encode(pixels: Pixels) -> bytes:
 
 def _file(width: int, height: int, strips: Iterator[tuple[bytes, int, int]]) -> Iterator[bytes]:
     """The pieces of the file."""
-    yield _SIGNATURE
-    yield _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, *_TRUE_COLOUR))
-    yield _chunk(b"IDAT", _ZLIB_HEAD)
+    yield SIGNATURE + header(height, width) + chunk(ZLIB_HEAD)
     adler = 1
-    for chunk, strip_adler, size in strips:
-        yield chunk
+    for strip, strip_adler, size in strips:
+        yield strip
         adler = _adler_of_both(adler, strip_adler, size)
-    yield _chunk(b"IDAT", _ZLIB_END + struct.pack(">I", adler))
-    yield _chunk(b"IEND", b"")
+    yield chunk(_DEFLATE_END + adler.to_bytes(4))
+    yield end()
 
 
 def _strip(rows: Pixels, count: int, first: int) -> tuple[bytes, int, int]:
@@ -63,7 +59,7 @@ def _strip(rows: Pixels, count: int, first: int) -> tuple[bytes, int, int]:
     filtered = _filtered(rows, first, min(first + count, len(rows)))
     deflate = isal_zlib.compressobj(_LEVEL, isal_zlib.DEFLATED, -_WINDOW_BITS)
     body = deflate.compress(filtered) + deflate.flush(isal_zlib.Z_SYNC_FLUSH)
-    return _chunk(b"IDAT", body), isal_zlib.adler32(filtered), filtered.size
+    return chunk(body), isal_zlib.adler32(filtered), filtered.size
 
 
 def _filtered(rows: Pixels, first: int, end: int) -> Pixels:
@@ -76,11 +72,6 @@ def _filtered(rows: Pixels, first: int, end: int) -> Pixels:
     else:
         np.subtract(rows[first:end], rows[first - 1 : end - 1], out=out[:, 1:])
     return out
-
-
-def _chunk(kind: bytes, body: bytes) -> bytes:
-    named = kind + body
-    return struct.pack(">I", len(body)) + named + struct.pack(">I", isal_zlib.crc32(named))
 
 
 def _adler_of_both(first: int, second: int, size: int) -> int:

@@ -1,0 +1,35 @@
+"""What a PNG file is made of around its pixels: signature, chunks, the head of a zlib stream (PNG, 3rd edition, §5)."""
+
+import struct
+from collections.abc import Iterator
+
+from isal import isal_zlib
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+ZLIB_HEAD = b"\x78\x01"
+_TRUE_COLOUR = (8, 2, 0, 0, 0)  # bits a channel, RGB, deflate, filters by the row, not interlaced
+
+
+def header(height: int, width: int) -> bytes:
+    """The first chunk."""
+    return chunk(struct.pack(">IIBBBBB", width, height, *_TRUE_COLOUR), kind=b"IHDR")
+
+
+def end() -> bytes:
+    """The last chunk."""
+    return chunk(kind=b"IEND")
+
+
+def chunk(*parts: bytes | memoryview, kind: bytes = b"IDAT") -> bytes:
+    """Length, kind, the parts one behind the other, and their checksum."""
+    return b"".join(_pieces(parts, kind))
+
+
+def _pieces(parts: tuple[bytes | memoryview, ...], kind: bytes) -> Iterator[bytes | memoryview]:
+    yield struct.pack(">I", sum(len(part) for part in parts))
+    yield kind
+    checksum = isal_zlib.crc32(kind)
+    for part in parts:
+        yield part
+        checksum = isal_zlib.crc32(part, checksum)
+    yield struct.pack(">I", checksum)
