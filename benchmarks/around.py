@@ -1,6 +1,6 @@
 """What an image needs besides the loop, part by part: text encoders, VAE both ways, the picture's encoding.
 
-    python -m benchmarks.random_weights /tmp/flux1 --double 1 --single 1        # or any FLUX.1 checkpoint
+    python -m benchmarks.random_weights /tmp/flux1 --double 1 --single 1        # or any that it can make
     python -m benchmarks.around /tmp/flux1 [--precision fp8] [--size 1024x1024] [--profile] [--json OUT]
 
 The fused engine's components alone, each called again and again; none of them is calibrated, so a checkpoint is
@@ -11,21 +11,25 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from benchmarks.pictures import photograph, sides
 from benchmarks.steps import PRECISIONS, profiled
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import milliseconds, summary
 from fluxserve import checkpoint, imaging
-from fluxserve.engines.base import Bound
+from fluxserve.engines.base import Bound, Engine
 from fluxserve.engines.fused import vae
 from fluxserve.engines.fused.clip import FusedClip
+from fluxserve.engines.fused.qwen3 import FusedQwen3
 from fluxserve.engines.fused.t5 import FusedT5
+from fluxserve.engines.fused.weights import Precision
 from fluxserve.kernels.operations import LAUNCHED
+from fluxserve.spec import EncoderSpec
 
 _DEVICE = torch.device("cuda")
 Made = Callable[[], Bound]
@@ -36,20 +40,31 @@ def components(folder: checkpoint.Checkpoint, precision: str, size: tuple[int, i
     spec, p = folder.spec, PRECISIONS[precision]
     height, width = spec.latent_size(*size)
     latents, pixels = (1, spec.vae.latent_channels, height, width), (1, 3, *size)
-    t5, clip = (1, spec.text.sequence.tokens), (1, spec.text.named("clip").tokens)
+    texts: dict[str, Made] = {e.name: partial(_encoder, folder, e, p) for e in reversed(spec.text.encoders)}
     return {
-        "t5": lambda: FusedT5(folder, _DEVICE, p, LAUNCHED).bind({"input_ids": t5}),
-        "clip": lambda: FusedClip(folder, _DEVICE, p).bind({"input_ids": clip}),
+        **texts,
         "vae decoder": lambda: vae.decoder(folder, _DEVICE, p, LAUNCHED).bind({"latents": latents}),
         "vae encoder": lambda: vae.encoder(folder, _DEVICE, p, LAUNCHED).bind({"pixels": pixels}),
     }
 
 
+def _encoder(folder: checkpoint.Checkpoint, encoder: EncoderSpec, p: Precision) -> Bound:
+    made: dict[str, Callable[[], Engine]] = {
+        "t5": lambda: FusedT5(folder, _DEVICE, p, LAUNCHED),
+        "clip": lambda: FusedClip(folder, _DEVICE, p),
+        "qwen3": lambda: FusedQwen3(folder, _DEVICE, p, LAUNCHED),
+    }
+    engine = made[encoder.name]()
+    return engine.bind({tensor.name: (1, encoder.tokens) for tensor in engine.signature.inputs})
+
+
 def fill(bound: Bound) -> None:
-    """Random numbers, or ids."""
+    """Random numbers, or ids; nothing is padding."""
     generator = torch.Generator(_DEVICE).manual_seed(0)
-    for value in bound.inputs.values():
-        if value.dtype == torch.int64:
+    for name, value in bound.inputs.items():
+        if name == "attention_mask":
+            value.fill_(1)
+        elif value.dtype == torch.int64:
             value.random_(0, 32, generator=generator)
         else:
             value.normal_(generator=generator)
@@ -82,10 +97,7 @@ def measure(make: Made, repeats: int, profile: bool) -> dict[str, Any]:
 
 def encoding(size: tuple[int, int], repeats: int) -> dict[str, Any]:
     """PNG of a picture with gradients and noise; the host's time."""
-    y, x = np.mgrid[: size[0], : size[1]]
-    noise = np.random.default_rng(0).normal(0, 4, (*size, 3))
-    image = (128 + 100 * np.sin(x / 90)[..., None] * np.cos(y / 70)[..., None] + noise).clip(0, 255).astype(np.uint8)
-    spent = []
+    image, spent = photograph(size), []
     for _ in range(repeats):
         begun = time.perf_counter()
         imaging.write_image(image, "png", 90)
@@ -102,7 +114,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print each kernel's share")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    height, width = (int(side) for side in args.size.split("x"))
+    height, width = sides(args.size)
     folder = checkpoint.read(args.checkpoint)
     found: dict[str, Any] = {}
     for name, make in components(folder, args.precision, (height, width)).items():

@@ -86,7 +86,8 @@ def calibrated(model: Model, prompts: Sequence[str], steps: int) -> dict[str, Se
     seen = {name: Seen() for name in model.modules}
     pictures: list[Tensor] = []
     with ExitStack() as stack:
-        exported = {name: stack.enter_context(ranges.watched(name, model.modules[name])) for name in fp8.KEPT}
+        names = [name for name in fp8.KEPT if name in model.modules]
+        exported = {name: stack.enter_context(ranges.watched(name, model.modules[name])) for name in names}
         for name, module in model.modules.items():
             stack.enter_context(watched(name, module, seen[name]))
         hook = model.wrappers["vae_decoder"].register_forward_hook(lambda *call: pictures.append(call[-1].clone()))

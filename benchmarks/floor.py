@@ -1,11 +1,12 @@
 """The floor under a denoise step: its products and attentions alone, back to back, nothing between them.
 
-    python -m benchmarks.floor [--steps 28] [--text 512] [--size 1024x1024] [--json OUT]
+    python -m benchmarks.floor [--model flux.1-dev] [--steps N] [--text N] [--size 1024x1024] [--reference HxW]
+        [--json OUT]
 
 FP8 products through cuBLASLt (torch._scaled_mm, one scale per tensor, the fast accumulator) and cuDNN's FP8 attention,
 random data, captured as one CUDA graph and replayed for as many steps as an image has: sustained, because a GPU's power
-limit, not its peak, is what holds it back. No engine that does this arithmetic with these libraries can be faster.
-The last line on stdout is JSON.
+limit, not its peak, is what holds it back. A reference's tokens are beside the picture's in every step. No engine that
+does this arithmetic with these libraries can be faster. The last line on stdout is JSON.
 """
 
 import argparse
@@ -17,13 +18,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.pictures import sides
+from benchmarks.published import MODELS
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import captured, milliseconds
 from fluxserve.kernels.attention import attention
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.spec import FLUX1_DEV, TransformerSpec
 
-_MLP_RATIO = 4
 _COPIES = 6
 """Of each weight: more than the L2 cache holds, so that every product reads its own from memory."""
 
@@ -38,13 +40,16 @@ class Product:
 
 
 def products(spec: TransformerSpec) -> list[Product]:
-    """Of one step of FLUX.1: text and image rows together, without modulation, embedders and the last projection."""
+    """Of one step: text and image rows together, without modulation, embedders and the last projection.
+
+    FLUX.2's MLPs are SwiGLU: a gate for every feature is multiplied beside it.
+    """
     d, double, single = spec.hidden_size, spec.num_layers, spec.num_single_layers
-    mlp = _MLP_RATIO * d
+    mlp, gated = spec.mlp_width, 1 if spec.generation == 1 else 2
     return [
         Product(double + single, 3 * d, d),
         Product(double, d, d),
-        Product(double + single, mlp, d),
+        Product(double + single, gated * mlp, d),
         Product(double, d, mlp),
         Product(single, d, d + mlp),
     ]
@@ -111,18 +116,25 @@ def measure(spec: TransformerSpec, tokens: int, steps: int, repeats: int = 5) ->
     }
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", choices=MODELS, default=FLUX1_DEV.name, help="default: %(default)s")
+    made.add_argument("--steps", type=int, help="default: the model's own")
+    made.add_argument("--text", type=int, help="text tokens; default: the model's own")
+    made.add_argument("--size", type=sides, default=(1024, 1024), metavar="HxW")
+    made.add_argument("--reference", type=sides, metavar="HxW", help="of an image to draw after; default: none")
+    made.add_argument("--json", type=Path)
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=28)
-    parser.add_argument(
-        "--text", type=int, default=FLUX1_DEV.text.sequence.tokens, help="text tokens; default: %(default)s"
-    )
-    parser.add_argument("--size", default="1024x1024")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    height, width = (int(side) for side in args.size.split("x"))
-    tokens = args.text + FLUX1_DEV.image_tokens(height, width)
-    result = {"benchmark": "floor", **surroundings(), **measure(FLUX1_DEV.transformer, tokens, args.steps)}
+    args = parser().parse_args()
+    spec = MODELS[args.model]
+    tokens = (args.text or spec.text.sequence.tokens) + spec.image_tokens(*args.size)
+    if args.reference:
+        tokens += spec.image_tokens(*args.reference)
+    found = measure(spec.transformer, tokens, args.steps or spec.defaults.num_inference_steps)
+    result = {"benchmark": "floor", **surroundings(), "model": spec.name, **found}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

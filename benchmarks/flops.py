@@ -16,20 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, Mistral3Config, MistralConfig, PretrainedConfig, Qwen3Config, T5Config
 
-from benchmarks.served import sides
+from benchmarks import published
+from benchmarks.pictures import sides
+from benchmarks.published import MODELS, PUBLISHED
 from fluxserve.engines import signatures
 from fluxserve.engines.torch_eager import Architecture, architectures
-from fluxserve.spec import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, TINY, ModelSpec
+from fluxserve.spec import ModelSpec
 
-PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
-MODELS = {spec.name: spec for spec in FAMILY if spec is not TINY}
-_CONFIGS = {"clip": CLIPTextConfig, "t5": T5Config, "qwen3": Qwen3Config}
 _TERA = 1e12
 
 
@@ -50,7 +47,7 @@ def _operations(spec: ModelSpec, name: str, architecture: Architecture, lengths:
     signature = signatures.BY_COMPONENT[name](spec)
     shapes = signature.at(lengths)
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # whose two products are counted
-        module = architecture.wrapper(_hollow(spec, name, architecture)).eval()
+        module = architecture.wrapper(published.module(spec, name)).eval()
         given = {t.name: torch.ones(shapes[t.name], dtype=_dtype(t.dtype)) for t in signature.inputs}
         with FlopCounterMode(display=False) as counter:
             module(**given)
@@ -59,49 +56,6 @@ def _operations(spec: ModelSpec, name: str, architecture: Architecture, lengths:
 
 def _dtype(name: str) -> torch.dtype:
     return torch.int64 if name == "int64" else torch.float32
-
-
-def _hollow(spec: ModelSpec, name: str, architecture: Architecture) -> torch.nn.Module:
-    """The module at its published shape."""
-    if issubclass(architecture.module, ConfigMixin):
-        given = {} if name.startswith("vae") else _transformer(spec)
-        module: torch.nn.Module = architecture.module(**{**_vae(spec, name), **given})
-        return module
-    return architecture.module(_text_config(spec, name))
-
-
-def _transformer(spec: ModelSpec) -> dict[str, Any]:
-    shape = spec.transformer
-    names = ("num_layers", "num_single_layers", "num_attention_heads", "joint_attention_dim", "guidance_embeds")
-    given = {name: getattr(shape, name) for name in names}
-    return given if shape.generation > 1 else {**given, "pooled_projection_dim": shape.pooled_projection_dim}
-
-
-def _vae(spec: ModelSpec, name: str) -> dict[str, Any]:
-    """AutoencoderKLFlux2's defaults are FLUX.2's; FLUX.1's is another's class."""
-    if not name.startswith("vae") or spec.transformer.generation > 1:
-        return {}
-    blocks = 4
-    return {
-        "latent_channels": spec.vae.latent_channels,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "down_block_types": ("DownEncoderBlock2D",) * blocks,
-        "up_block_types": ("UpDecoderBlock2D",) * blocks,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
-
-
-def _text_config(spec: ModelSpec, name: str) -> PretrainedConfig:
-    """As published; a language model is as deep as the last layer that is used."""
-    of = FLUX1_DEV.name if spec is FLUX1_SCHNELL else spec.name
-    known, layers = PUBLISHED["text_encoders"][of][name], spec.text.named(name).layers
-    deep = {"num_hidden_layers": max(layers)} if layers else {}
-    if name == "mistral3":
-        return Mistral3Config(text_config=MistralConfig(**known, **deep).to_dict())
-    config: PretrainedConfig = _CONFIGS[name](**known, **deep)
-    return config
 
 
 def whole(spec: ModelSpec, tflop: Mapping[str, float], steps: int) -> float:

@@ -1,10 +1,12 @@
-"""What a user would run instead: diffusers' FluxPipeline in BF16, as it is and with regional compilation.
+"""What a user would run instead: diffusers' own pipeline in BF16, as it is and with regional compilation.
 
-    python -m benchmarks.peers CHECKPOINT [--modes eager compiled] [--n 5] [--steps N] [--size 1024x1024] [--json OUT]
+    python -m benchmarks.peers CHECKPOINT [--modes eager compiled] [--n 5] [--steps N] [--size 1024x1024]
+        [--reference HxW] [--json OUT]
 
-From the prompt to PNG bytes, everything on the GPU that fits there, attention pinned to cuDNN's kernel, which is the
-fastest that PyTorch has. Compilation is `compile_repeated_blocks`, as diffusers' documentation recommends it; its first
-picture is timed apart. The last line on stdout is JSON.
+The pipeline is the checkpoint's: FluxPipeline or Flux2KleinPipeline. From the prompt to PNG bytes, everything on the
+GPU that fits there, attention pinned to cuDNN's kernel, which is the fastest that PyTorch has. Compilation is
+`compile_repeated_blocks`, as diffusers' documentation recommends it; its first picture is timed apart. The last line on
+stdout is JSON.
 """
 
 import argparse
@@ -17,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.pictures import photograph, sides
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import summary
 from fluxserve import checkpoint
@@ -29,26 +33,37 @@ MODES = ("eager", "compiled")
 
 
 class Peer:
-    """A FluxPipeline on one device, and how long its loop takes."""
+    """A checkpoint's pipeline on one device, and how long its loop takes.
 
-    def __init__(self, folder: Path, device: str) -> None:
+    Args:
+        reference: height and width of an image to draw after.
+    """
+
+    def __init__(self, folder: Path, device: str, reference: tuple[int, int] | None = None) -> None:
         self._spec = checkpoint.read(folder).spec
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        self._pipe = FluxPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(device)
+        self._pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True).to(device)
         self._pipe.set_progress_bar_config(disable=True)
         self._device = torch.device(device)
         self._marks: list[float] = []
+        self._given = {"image": [Image.fromarray(photograph(reference))]} if reference else {}
 
     def compile(self) -> None:
         self._pipe.transformer.compile_repeated_blocks(fullgraph=True)
 
     def draw(self, steps: int, size: tuple[int, int], seed: int) -> tuple[float, float]:
         """Milliseconds from prompt to PNG, and of the steps but the first."""
-        self._marks.clear()
         begun = time.perf_counter()
+        self.picture(steps, size, seed).save(io.BytesIO(), "png")
+        spent = 1000 * (time.perf_counter() - begun)
+        return spent, 1000 * (self._marks[-1] - self._marks[0])
+
+    def picture(self, steps: int, size: tuple[int, int], seed: int) -> Image.Image:
+        self._marks.clear()
         with self._attention():
             (image,) = self._pipe(
-                PROMPT,
+                prompt=PROMPT,
+                **self._given,
                 height=size[0],
                 width=size[1],
                 num_inference_steps=steps,
@@ -57,9 +72,8 @@ class Peer:
                 max_sequence_length=self._spec.text.sequence.tokens,
                 callback_on_step_end=self._mark,
             ).images
-        image.save(io.BytesIO(), "png")
-        spent = 1000 * (time.perf_counter() - begun)
-        return spent, 1000 * (self._marks[-1] - self._marks[0])
+        drawn: Image.Image = image
+        return drawn
 
     def _mark(self, *called_with: Any) -> dict[str, Any]:
         """diffusers calls it after each step with itself, the step, the timestep and tensors; the ends are timed."""
@@ -79,9 +93,9 @@ class Peer:
         return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True)
 
 
-def measure(folder: Path, modes: list[str], n: int, steps: int, size: tuple[int, int], device: str) -> dict[str, Any]:
+def measure(peer: Peer, modes: list[str], n: int, steps: int, size: tuple[int, int]) -> dict[str, Any]:
     """Of each mode: seconds of the first picture, milliseconds of the others."""
-    peer, found = Peer(folder, device), {}
+    found = {}
     for mode in modes:
         if mode == "compiled":
             peer.compile()
@@ -92,27 +106,32 @@ def measure(folder: Path, modes: list[str], n: int, steps: int, size: tuple[int,
             "total_ms": summary([total for total, _ in drawn]),
             "step_ms": round(statistics.median(loop for _, loop in drawn) / max(1, steps - 1), 2),
         }
-        if device != "cpu":
+        if torch.cuda.is_available():
             found[mode]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         print(mode, json.dumps(found[mode]), flush=True)
     return found
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("checkpoint", type=Path)
+    made.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    made.add_argument("--n", type=int, default=5, help="pictures of each; default: %(default)s")
+    made.add_argument("--steps", type=int, help="default: the model's own")
+    made.add_argument("--size", default="", metavar="HxW", help="default: the model's own")
+    made.add_argument("--reference", type=sides, metavar="HxW", help="of an image to draw after; default: none")
+    made.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--json", type=Path)
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--n", type=int, default=5, help="pictures of each; default: %(default)s")
-    parser.add_argument("--steps", type=int, help="default: the model's own")
-    parser.add_argument("--size", default="", metavar="HxW", help="default: the model's own")
-    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser().parse_args()
     spec = checkpoint.read(args.checkpoint).spec
     steps = args.steps or spec.defaults.num_inference_steps
-    height, width = (int(s) for s in args.size.split("x")) if args.size else (spec.defaults.side,) * 2
-    found = measure(args.checkpoint, args.modes, args.n, steps, (height, width), args.device)
-    asked = {"checkpoint": spec.name, "steps": steps, "size": [height, width]}
+    size = sides(args.size) if args.size else (spec.defaults.side,) * 2
+    found = measure(Peer(args.checkpoint, args.device, args.reference), args.modes, args.n, steps, size)
+    asked = {"checkpoint": spec.name, "steps": steps, "size": list(size), "reference": args.reference}
     result = {"benchmark": "peers", **surroundings(), **asked, "modes": found}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,12 +1,15 @@
-"""FLUX.1 at its real widths with random weights, whole or few blocks of it, in diffusers' format on disk.
+"""A FLUX at its real widths with random weights, whole or few blocks of it, in diffusers' format on disk.
 
-    python -m benchmarks.random_weights FOLDER [--double 19] [--single 38] [--schnell] [--text-layers 24] [--narrow 1]
+    python -m benchmarks.random_weights FOLDER [--model flux.1-dev] [--double N] [--single N] [--text-layers N]
+        [--narrow 1]
 
-Speed depends on shapes, and on numbers that are finite and random, not on what they mean. By default it is FLUX.1-dev
-whole but for the vocabularies: 34 GB.
+Speed depends on shapes, and on numbers that are finite and random, not on what they mean. By default a model is whole:
+FLUX.1-dev takes 34 GB, klein-4B 16, klein-9B 35. --text-layers cuts the text encoder: a klein reads 27 of its 36
+layers, and fluxserve loads no more; diffusers runs all that are there, so that with fewer it is timed too fast.
 
-Transformer 3072 wide, 24 heads of 128; T5 4096 wide; CLIP 768 wide; the VAE whole. The tokenizers, and with them the
-vocabularies, are tiny's. Without a guidance embedding it is a FLUX.1-schnell, with 256 text tokens instead of 512.
+FLUX.1: transformer 3072 wide, 24 heads of 128; T5 4096 wide; CLIP 768 wide; the VAE whole. The tokenizers, and with
+them the vocabularies, are tiny's. Without a guidance embedding, as -schnell, it has 256 text tokens instead of 512.
+FLUX.2-klein: the vocabulary is Qwen's, the tokenizer a stand-in (stand_in.py).
 
 Spreads are such that rounding does not grow from layer to layer, because in a trained network it does not either: else
 FP8 would fail the export's gate, whatever computes it. `_spread` says what is narrower or wider than usual.
@@ -17,63 +20,121 @@ import json
 import re
 import shutil
 import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+)
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, Qwen3ForCausalLM, T5Config, T5EncoderModel
 
+from benchmarks import published
+from benchmarks.stand_in import QWEN_WORDS, qwen_tokenizer
 from fluxserve import settings
+from fluxserve.spec import FLUX1_DEV, ModelSpec
 
+MODELS = {n: s for n, s in published.MODELS.items() if s.transformer.generation == 1 or "qwen3" in s.components}
 _TINY = settings.default_checkpoint()
 _VOCABULARY = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _SHARED = ("model_index.json", "scheduler", "tokenizer", "tokenizer_2")
-_BRANCH_ENDS = re.compile(r"\.(SelfAttention\.o|DenseReluDense\.wo|self_attn\.out_proj|mlp\.fc2)\.weight$")
+_BRANCH_ENDS = re.compile(
+    r"\.(SelfAttention\.o|DenseReluDense\.wo|self_attn\.(out|o)_proj|mlp\.(fc2|down_proj))\.weight$"
+)
 """Projections of the text encoders whose output is added to the residual stream."""
-_SINES = re.compile(r"\.(timestep|guidance)_embedder\.linear_2\.weight$")
+_EMBEDDINGS = ("shared.weight", "model.embed_tokens.weight")
+"""Of T5 and Qwen3."""
+_SINES = re.compile(r"^time_text_embed\.(timestep|guidance)_embedder\.linear_2\.weight$")
 _CONTRAST = 0.08
 """Of the VAE's pictures: their noise then makes a PNG about as large as a photograph's, 1.4 bytes a pixel and not 3."""
 _T5_HEAD = 64
+_T5_LAYERS, _CLIP_LAYERS = 24, 12
 _SHARD = "5GB"
 """As published models are cut, so that they are read and hashed side by side."""
 _TILE = 2**22 - 3
 """Numbers that are drawn. No width divides it, so that no two rows of a matrix are the same."""
 
+Modules = Mapping[str, nn.Module]
+
 
 def write(
-    folder: Path, double: int, single: int, guidance: bool = False, text_layers: int = 1, narrow: int = 1
+    folder: Path,
+    spec: ModelSpec,
+    double: int | None = None,
+    single: int | None = None,
+    text_layers: int | None = None,
+    narrow: int = 1,
 ) -> Path:
-    """Make the folder; weights in bfloat16. 19, 38, True and 24 are FLUX.1-dev whole, but for the vocabularies.
+    """Make the folder; weights in bfloat16. What is not told is the model's own.
 
     Args:
+        spec: of MODELS.
+        text_layers: of T5 or Qwen3.
         narrow: a power of two; heads and channels are so many times fewer, though at least one head or 32 channels.
     """
     folder.mkdir(parents=True)
+    own = spec.transformer
+    heads = max(1, own.num_attention_heads // narrow)
+    blocks = {"num_layers": double or own.num_layers, "num_single_layers": single or own.num_single_layers}
+    spec = replace(spec, transformer=replace(own, **blocks, num_attention_heads=heads))
+    write_model = _flux1 if own.generation == 1 else _klein
+    for name, module in write_model(folder, spec, text_layers, narrow).items():
+        _save(module, folder / name)
+    return folder
+
+
+def _flux1(folder: Path, spec: ModelSpec, text_layers: int | None, narrow: int) -> Modules:
+    """All but the weights; the modules, hollow, by their folders."""
     for name in _SHARED:
         copy = shutil.copytree if (_TINY / name).is_dir() else shutil.copy
         copy(_TINY / name, folder / name)
-    text, pooled = _t5(narrow), _clip(narrow)
+    text, pooled, layers = _t5(narrow), _clip(narrow), text_layers or _T5_LAYERS
+    shape = replace(spec.transformer, joint_attention_dim=text["d_model"], pooled_projection_dim=pooled["hidden_size"])
+    vae = {**_tiny("vae"), **published.vae(spec, narrow), "norm_num_groups": 32}
+    clip = {**_of_tiny("text_encoder"), **pooled, "num_hidden_layers": min(layers, _CLIP_LAYERS)}
     with init_empty_weights():
-        transformer = FluxTransformer2DModel(
-            num_layers=double,
-            num_single_layers=single,
-            num_attention_heads=max(1, 24 // narrow),
-            joint_attention_dim=text["d_model"],
-            pooled_projection_dim=pooled["hidden_size"],
-            guidance_embeds=guidance,
+        return {
+            "transformer": FluxTransformer2DModel(**published.transformer(shape)),
+            "vae": AutoencoderKL(**vae),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)),
+            "text_encoder_2": T5EncoderModel(T5Config(**_of_tiny("text_encoder_2"), **text, num_layers=layers)),
+        }
+
+
+def _klein(folder: Path, spec: ModelSpec, text_layers: int | None, narrow: int) -> Modules:
+    """As _flux1."""
+    encoder = spec.text.sequence
+    known = published.PUBLISHED["text_encoders"][spec.name][encoder.name]
+    narrowed = {
+        name: max(1, known[name] // narrow)
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    }
+    narrowed["num_hidden_layers"] = text_layers or known["num_hidden_layers"]
+    read = narrowed["hidden_size"] * len(encoder.layers)
+    schedule = {name: value for name, value in asdict(spec.schedule).items() if name != "empirical_shift"}
+    tokenizer = qwen_tokenizer(QWEN_WORDS)
+    with init_empty_weights():
+        transformer = Flux2Transformer2DModel(
+            **published.transformer(replace(spec.transformer, joint_attention_dim=read))
         )
-        vae = AutoencoderKL(**_vae(narrow))
-        clip = CLIPTextModel(
-            CLIPTextConfig(**_of_tiny("text_encoder"), **pooled, num_hidden_layers=min(text_layers, 12))
-        )
-        t5 = T5EncoderModel(T5Config(**_of_tiny("text_encoder_2"), **text, num_layers=text_layers))
-    for name, module in (("transformer", transformer), ("vae", vae), ("text_encoder", clip), ("text_encoder_2", t5)):
-        _save(module, folder / name)
-    return folder
+        vae = AutoencoderKLFlux2(**published.vae(spec, narrow))
+        text = Qwen3ForCausalLM(published.text_config(spec, encoder.name, **narrowed))
+    scheduler = FlowMatchEulerDiscreteScheduler(**schedule)
+    pipe = Flux2KleinPipeline(scheduler, vae, text, tokenizer, transformer, is_distilled=True)
+    pipe.save_config(folder)
+    scheduler.save_pretrained(folder / "scheduler")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return {"transformer": transformer, "vae": vae, encoder.folder: text}
 
 
 def _clip(narrow: int) -> dict[str, Any]:
@@ -102,15 +163,12 @@ def _t5(narrow: int) -> dict[str, Any]:
 
 def _of_tiny(component: str) -> dict[str, Any]:
     """What belongs to tiny's vocabulary."""
+    return {name: value for name, value in _tiny(component).items() if name in _VOCABULARY}
+
+
+def _tiny(component: str) -> dict[str, Any]:
     config = json.loads((_TINY / component / "config.json").read_text())
-    return {name: config[name] for name in _VOCABULARY if name in config}
-
-
-def _vae(narrow: int) -> dict[str, Any]:
-    config = json.loads((_TINY / "vae" / "config.json").read_text())
-    channels = tuple(max(32, whole // narrow) for whole in (128, 256, 512, 512))
-    own = {"block_out_channels": channels, "layers_per_block": 2, "norm_num_groups": 32}
-    return {**{name: value for name, value in config.items() if not name.startswith("_")}, **own}
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _save(module: nn.Module, folder: Path) -> None:
@@ -119,12 +177,14 @@ def _save(module: nn.Module, folder: Path) -> None:
     if not hasattr(module, "save_config"):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "architectures": [type(module).__name__]}))
-    tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(0)).bfloat16()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tile = torch.randn(_TILE, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
     name = "diffusion_pytorch_model" if hasattr(module, "save_config") else "model"
-    tied = getattr(module, "_tied_weights_keys", None) or {}  # published files hold such a tensor once
+    tied = getattr(module, "all_tied_weights_keys", {})  # published files hold such a tensor once
     parameters = {key: parameter for key, parameter in module.named_parameters() if key not in tied}
     branches = sum(bool(_BRANCH_ENDS.search(key)) for key in parameters)
     weights = {key: _random(key, parameter, tile, branches) for key, parameter in parameters.items()}
+    weights |= {f"bn.{name}": value for name, value in _batch_norm(module, device).items()}
     save_torch_state_dict(
         weights,
         folder,
@@ -134,9 +194,20 @@ def _save(module: nn.Module, folder: Path) -> None:
     )
 
 
+def _batch_norm(module: nn.Module, device: str) -> dict[str, Tensor]:
+    """The statistics of FLUX.2's VAE, which are no parameters: those of noise."""
+    found = getattr(module, "bn", None)
+    if not isinstance(found, nn.BatchNorm2d):
+        return {}
+    mean, variance = (torch.full((found.num_features,), value, dtype=torch.bfloat16, device=device) for value in (0, 1))
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    return {"running_mean": mean, "running_var": variance, "num_batches_tracked": count}
+
+
 def _random(name: str, parameter: Tensor, tile: Tensor, branches: int) -> Tensor:
     if parameter.ndim == 1:  # norms near 1, biases near 0
-        return torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
+        value = 0.0 if name.endswith("bias") else 1.0
+        return torch.full(parameter.shape, value, dtype=torch.bfloat16, device=tile.device)
     rounds = -(-parameter.numel() // tile.numel())
     shifted = tile.roll(zlib.crc32(name.encode()) % tile.numel())
     numbers = shifted.repeat(rounds)[: parameter.numel()]
@@ -149,9 +220,10 @@ def _spread(name: str, fan_in: int, branches: int) -> float:
     T5's stream begins as wide as in training, and its q holds the factor that its attention lacks: wide scores pick
     single tokens, and rounding picks others. A text encoder's residual branches together add to its stream about what
     is in it; the transformer's are usual, because q and k have norms. bfloat16 holds a thousand times the guidance to
-    the next multiple of 16, and then takes sines: what comes of them may steer the blocks only a little.
+    the next multiple of 16, and then takes sines: what comes of them may steer FLUX.1's blocks only a little. In a
+    klein nothing else steers them.
     """
-    if name == "shared.weight":
+    if name in _EMBEDDINGS:
         return 1.0
     if name.endswith("SelfAttention.q.weight"):
         return float((fan_in * _T5_HEAD) ** -0.5)
@@ -165,13 +237,12 @@ def _spread(name: str, fan_in: int, branches: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--double", type=int, default=19, help="double blocks; default: %(default)s")
-    parser.add_argument("--single", type=int, default=38, help="single blocks; default: %(default)s")
-    parser.add_argument("--schnell", action="store_true", help="without a guidance embedding")
-    parser.add_argument("--text-layers", type=int, default=24, help="of T5; default: %(default)s")
+    parser.add_argument("--model", choices=MODELS, default=FLUX1_DEV.name, help="default: %(default)s")
+    for name, what in (("double", "double blocks"), ("single", "single blocks"), ("text-layers", "of T5 or Qwen3")):
+        parser.add_argument(f"--{name}", type=int, help=f"{what}; default: all")
     parser.add_argument("--narrow", type=int, default=1, choices=(1, 2, 4, 8, 16), help="so many times fewer heads")
     args = parser.parse_args()
-    print(write(args.folder, args.double, args.single, not args.schnell, args.text_layers, args.narrow))
+    print(write(args.folder, MODELS[args.model], args.double, args.single, args.text_layers, args.narrow))
 
 
 if __name__ == "__main__":

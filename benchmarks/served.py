@@ -1,10 +1,12 @@
 """A served model as its users see it: gRPC request in, picture out, one after the other; and where the time goes.
 
-    python -m benchmarks.served [--artifact A | --checkpoint C] [--engine E] [--n 20] [--size 1024x1024] [--json OUT]
+    python -m benchmarks.served [--artifact A | --checkpoint C] [--engine E] [--n 20] [--size 1024x1024]
+        [--reference 1024x1024] [--json OUT]
 
 Starts Triton on free ports of this machine, asks it for pictures one at a time with the client, and sets beside each
 other: what the client measured, the device's stages, the image's encoding, and Triton's own statistics of every model.
-What is left over is overhead: client − device − encoding. The last line on stdout is JSON.
+What is left over is overhead: client − device − encoding. With --reference each request brings a picture of that size
+along, as a PNG, which a model that takes references draws after. The last line on stdout is JSON.
 """
 
 import argparse
@@ -19,10 +21,13 @@ from typing import Any
 import tritonclient.grpc as triton
 from fluxserve_client import Client, Timings
 
+from benchmarks.pictures import photograph, sides
 from benchmarks.surroundings import of_gpu, surroundings
 from benchmarks.timing import summary
 from fluxserve import settings
+from fluxserve.imaging import write_image
 from fluxserve.installation import bundled
+from fluxserve.request import DEFAULT_QUALITY
 from fluxserve.server import Ports, TritonServer
 
 PROMPT = "a photograph of a fox that reads a newspaper in a café, morning light, shallow depth of field"
@@ -109,11 +114,6 @@ def measure(options: dict[str, str], fields: dict[str, Any], n: int, unseen: tup
     }
 
 
-def sides(text: str) -> tuple[int, int]:
-    height, width = (int(side) for side in text.split("x"))
-    return height, width
-
-
 def table(asked: list[Asked]) -> dict[str, Any]:
     """Milliseconds by what they went on."""
     return {
@@ -127,23 +127,31 @@ def table(asked: list[Asked]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("artifact", "checkpoint", "engine"):
-        parser.add_argument(f"--{name}", default="", help="as `fluxserve serve` takes it")
-    parser.add_argument("--size", default="", metavar="HxW", help="default: the model's own")
-    parser.add_argument("--unseen", default="96x160", metavar="HxW", help="a size asked for at the end; %(default)s")
-    parser.add_argument("--steps", type=int, help="default: the model's own")
-    parser.add_argument("--n", type=int, default=20, help="requests; default: %(default)s")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+        made.add_argument(f"--{name}", default="", help="as `fluxserve serve` takes it")
+    made.add_argument("--size", default="", metavar="HxW", help="default: the model's own")
+    made.add_argument("--unseen", default="96x160", metavar="HxW", help="a size asked for at the end; %(default)s")
+    made.add_argument("--reference", type=sides, metavar="HxW", help="of an image to send; default: none")
+    made.add_argument("--steps", type=int, help="default: the model's own")
+    made.add_argument("--n", type=int, default=20, help="requests; default: %(default)s")
+    made.add_argument("--json", type=Path)
+    return made
+
+
+def main() -> None:
+    args = parser().parse_args()
     settings.let_threads_sleep()
     given = {name: getattr(args, name) for name in ("artifact", "checkpoint", "engine")}
     fields: dict[str, Any] = {"num_inference_steps": args.steps} if args.steps else {}
     if args.size:
         fields["height"], fields["width"] = sides(args.size)
-    found = measure({name: value for name, value in given.items() if value}, fields, args.n, sides(args.unseen))
-    result = {"benchmark": "served", **surroundings(), **given, **fields, **found}
+    image = {"image": write_image(photograph(args.reference), "png", DEFAULT_QUALITY)} if args.reference else {}
+    options = {name: value for name, value in given.items() if value}
+    found = measure(options, fields | image, args.n, sides(args.unseen))
+    sent = {"reference": list(args.reference)} if args.reference else {}
+    result = {"benchmark": "served", **surroundings(), **given, **fields, **sent, **found}
     other = found["unseen_size_ms"]
     print(f"ready after {found['ready_s']} s; first request {found['first_ms']} ms")
     print(f"a size never seen, {other['size']}: {other['first']} ms, and {other['next']} ms the next time")

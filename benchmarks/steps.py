@@ -1,10 +1,11 @@
-"""FLUX.1-dev's denoise loop in the fused engine, whole and sustained, with each set of kernels in turn.
+"""A model's denoise loop in the fused engine, whole and sustained, with each set of kernels in turn.
 
-    python -m benchmarks.steps [--sets cuda triton] [--precision fp8 bf16] [--profile] [--json OUT]
+    python -m benchmarks.steps [--model flux.1-dev] [--sets cuda triton] [--precision fp8 bf16] [--steps N]
+        [--reference HxW] [--profile] [--json OUT]
 
 Random weights, made on the GPU: no checkpoint, no text encoders. Every set runs the same steps from the same inputs;
 how far its velocity is from the first set's is printed beside its time. At a GPU's power limit kernels that spare
-energy are fast, so that what counts is 28 steps in a row and not a kernel alone. The last line on stdout is JSON.
+energy are fast, so that what counts is all steps in a row and not a kernel alone. The last line on stdout is JSON.
 """
 
 import argparse
@@ -12,16 +13,18 @@ import gc
 import json
 import time
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
-from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from benchmarks import floor
+from benchmarks import floor, published
+from benchmarks.pictures import sides
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import milliseconds, summary
 from fluxserve import flow
@@ -30,7 +33,7 @@ from fluxserve.engines.fused.open import BF16, FP8
 from fluxserve.engines.fused.transformer import FusedBound, FusedTransformer
 from fluxserve.engines.fused.weights import Precision, Reader
 from fluxserve.kernels.operations import LAUNCHED, as_they_are
-from fluxserve.spec import FLUX1_DEV, TransformerSpec
+from fluxserve.spec import FLUX1_DEV, ModelSpec, TransformerSpec
 
 SETS = {
     "cuda": LAUNCHED,
@@ -44,13 +47,9 @@ _DEVICE = torch.device("cuda")
 class RandomReader(Reader):
     """A transformer's tensors, drawn when they are asked for; the same for the same name."""
 
-    def __init__(self, spec: TransformerSpec) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         with init_empty_weights():
-            module = FluxTransformer2DModel(
-                num_layers=spec.num_layers,
-                num_single_layers=spec.num_single_layers,
-                guidance_embeds=spec.guidance_embeds,
-            )
+            module = published.module(spec, "transformer")
         self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         self.device, self._folder, self._prefix, self._unread = _DEVICE, Path("random"), "", set()
 
@@ -70,46 +69,59 @@ def usual_scales(spec: TransformerSpec) -> Scales:
     """What random weights of unit spread lead to: nothing is clipped, nothing vanishes."""
     blocks = [f"transformer_blocks.{i}" for i in range(spec.num_layers)]
     singles = [f"single_transformer_blocks.{i}" for i in range(spec.num_single_layers)]
-    linears = {f"{b}.{mlp}.net.2": 12.0 for b in blocks for mlp in ("ff", "ff_context")}
-    linears |= {f"{b}.proj_out": 12.0 for b in singles}
+    down, out = ("net.2", "proj_out") if spec.generation == 1 else ("linear_out", "attn.to_out")
+    linears = {f"{b}.{mlp}.{down}": 12.0 for b in blocks for mlp in ("ff", "ff_context")}
+    linears |= {f"{b}.{out}": 12.0 for b in singles}
     return Scales(linears, {f"{b}.attn": (4.0, 4.0, 12.0) for b in (*blocks, *singles)})
 
 
-def bound_of(engine: FusedTransformer, size: tuple[int, int]) -> FusedBound:
-    """Bound and filled with one image's random inputs."""
-    spec, generator = FLUX1_DEV, torch.Generator(_DEVICE).manual_seed(0)
-    image = torch.from_numpy(flow.image_ids(*spec.latent_size(*size)))
-    text = torch.from_numpy(flow.text_ids(spec.text.sequence.tokens))
-    shape = spec.transformer
+Sizes = Sequence[tuple[int, int]]
+"""Of the picture, and of a reference if there is one."""
+
+
+def inputs_of(spec: ModelSpec, taken: Iterable[str], sizes: Sizes) -> dict[str, Tensor]:
+    """One image's random inputs, of those that are taken."""
+    generator, shape = torch.Generator(_DEVICE).manual_seed(0), spec.transformer
+    axes, (latents, *references) = len(shape.axes_dims_rope), [spec.latent_size(*size) for size in sizes]
+    image = torch.from_numpy(np.concatenate([flow.image_ids(*latents, axes), flow.reference_ids(references, axes)]))
+    text = torch.from_numpy(flow.text_ids(spec.text.sequence.tokens, axes))
 
     def draw(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator, device=_DEVICE)
 
-    inputs = {
+    known = {
         "hidden_states": draw(1, len(image), shape.in_channels),
         "encoder_hidden_states": draw(1, len(text), shape.joint_attention_dim),
-        "pooled_projections": draw(1, shape.pooled_projection_dim),
+        "pooled_projections": draw(1, shape.pooled_projection_dim or 0),
         "timestep": torch.ones(1, device=_DEVICE),
-        "guidance": torch.full((1,), 3.5, device=_DEVICE),
+        "guidance": torch.full((1,), spec.defaults.guidance_scale, device=_DEVICE),
         "img_ids": image,
         "txt_ids": text,
     }
+    return {name: known[name] for name in taken}
+
+
+def bound_of(engine: FusedTransformer, spec: ModelSpec, sizes: Sizes) -> FusedBound:
+    """Bound and filled."""
+    inputs = inputs_of(spec, (tensor.name for tensor in engine.signature.inputs), sizes)
     bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
     for name, value in inputs.items():
         bound.inputs[name].copy_(value)
     return bound
 
 
-def measure(name: str, precision: Precision, size: tuple[int, int], steps: int, profile: bool) -> dict[str, Any]:
+def measure(
+    spec: ModelSpec, name: str, precision: Precision, sizes: Sizes, steps: int, profile: bool
+) -> dict[str, Any]:
     """One set's loop: milliseconds, memory, its first velocity."""
-    spec, begun = FLUX1_DEV, time.perf_counter()
+    begun = time.perf_counter()
     scales = usual_scales(spec.transformer) if precision.quantised else None
-    most = (spec.image_tokens(*size), spec.text.sequence.tokens, 1)
-    read = RandomReader(spec.transformer)
+    most = (sum(spec.image_tokens(*size) for size in sizes), spec.text.sequence.tokens, 1)
+    read = RandomReader(spec)
     engine = FusedTransformer(spec, read, _DEVICE, precision, scales, SETS[name], most)
     torch.cuda.synchronize()
     loaded, weights = time.perf_counter() - begun, torch.cuda.memory_allocated() - engine.arena.bytes
-    bound = bound_of(engine, size)
+    bound = bound_of(engine, spec, sizes)
     times = torch.linspace(1, 1 / steps, steps, device=_DEVICE).to(torch.bfloat16)
 
     def loop() -> None:
@@ -144,25 +156,28 @@ def profiled(loop: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=published.MODELS, default=FLUX1_DEV.name, help="default: %(default)s")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--precision", choices=PRECISIONS, default="fp8")
-    parser.add_argument("--size", default="1024x1024")
-    parser.add_argument("--steps", type=int, default=FLUX1_DEV.defaults.num_inference_steps)
+    parser.add_argument("--size", type=sides, default=(1024, 1024), metavar="HxW")
+    parser.add_argument("--reference", type=sides, metavar="HxW", help="of an image to draw after; default: none")
+    parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--profile", action="store_true", help="print each kernel's share")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.precision == "bf16" and args.sets != ["triton"]:
         parser.error("--precision bf16 is for --sets triton: CUDA's products are FP8 alone")
-    height, width = (int(side) for side in args.size.split("x"))
-    tokens = FLUX1_DEV.text.sequence.tokens + FLUX1_DEV.image_tokens(height, width)
-    under = floor.measure(FLUX1_DEV.transformer, tokens, args.steps)
+    spec, sizes = published.MODELS[args.model], [size for size in (args.size, args.reference) if size]
+    steps = args.steps or spec.defaults.num_inference_steps
+    tokens = spec.text.sequence.tokens + sum(spec.image_tokens(*size) for size in sizes)
+    under = floor.measure(spec.transformer, tokens, steps)
     print(f"floor     {under['total_ms']:>8.1f} ms  {under['step_ms']:>6.2f} a step", flush=True)
     found: list[dict[str, Any]] = []
     first: Tensor | None = None
     for name in args.sets:
         gc.collect()
         torch.cuda.empty_cache()
-        result = measure(name, PRECISIONS[args.precision], (height, width), args.steps, args.profile)
+        result = measure(spec, name, PRECISIONS[args.precision], sizes, steps, args.profile)
         velocity = result.pop("velocity")
         first = velocity if first is None else first
         result["apart"] = round(float((velocity - first).norm() / first.norm()), 5)
@@ -170,7 +185,8 @@ def main() -> None:
         result["of_floor"] = round(result["loop_ms"]["median"] / under["total_ms"], 3)
         print(json.dumps(result), flush=True)
         found.append(result)
-    result = {"benchmark": "steps", **surroundings(), "precision": args.precision, "floor": under, "sets": found}
+    asked = {"model": spec.name, "precision": args.precision}
+    result = {"benchmark": "steps", **surroundings(), **asked, "floor": under, "sets": found}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

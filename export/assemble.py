@@ -17,7 +17,6 @@ from fluxserve import __version__, process
 from fluxserve.artifact import (
     ANYWHERE,
     CHECKPOINT,
-    COMPONENTS,
     MANIFEST,
     REFERENCE,
     SCALES,
@@ -25,7 +24,8 @@ from fluxserve.artifact import (
     read_manifest,
     sha256,
 )
-from fluxserve.engines.torch_eager import ARCHITECTURES
+from fluxserve.checkpoint import Checkpoint
+from fluxserve.engines.torch_eager import architectures
 from fluxserve.errors import ExportError
 
 NOTES = {
@@ -38,7 +38,7 @@ NOTES = {
 }
 """What was never run, by engine; see README.md."""
 
-_CONFIGURATIONS = (".json", ".model", ".txt")
+_CONFIGURATIONS = (".json", ".model", ".txt", ".jinja")
 
 
 def refuse_foreign(target: Path, model: str) -> None:
@@ -61,15 +61,16 @@ def assemble(stages: Stages, numerics: Mapping[str, Result], target: Path) -> Pa
     target.parent.mkdir(parents=True, exist_ok=True)
     process.remove_leftovers(target.parent)
     partial = target.parent / f"{process.own_prefix()}{target.name}"
+    names = stages.checkpoint.spec.components
     try:
         with console.line("assemble") as line:
             partial.mkdir()
             _copy_configurations(stages.checkpoint.path, partial / CHECKPOINT)
             if stages.options.engine == FUSED:
-                _link_weights(stages.checkpoint.path, partial / CHECKPOINT)
-                components = {name: _of_checkpoint(stages, name) for name in COMPONENTS}
+                _link_weights(stages.checkpoint, partial / CHECKPOINT)
+                components = {name: _of_checkpoint(stages, name) for name in names}
             else:
-                components = {name: _component(stages, name, numerics[name], partial) for name in COMPONENTS}
+                components = {name: _component(stages, name, numerics[name], partial) for name in names}
             _place(stages.reference(), partial / REFERENCE)
             if stages.options.precision == FP8:
                 shutil.copy(stages.scales().path / SCALES, partial / SCALES)
@@ -112,7 +113,7 @@ def _component(stages: Stages, name: str, numerics: Result, partial: Path) -> di
 
 def _of_checkpoint(stages: Stages, name: str) -> dict[str, Any]:
     """The entry of a component whose engine reads the checkpoint's own weights."""
-    file = f"{CHECKPOINT}/{ARCHITECTURES[name].folder}/config.json"
+    file = f"{CHECKPOINT}/{architectures(stages.checkpoint.spec)[name].folder}/config.json"
     return {
         "precision": stages.options.precision_of(name),
         "compute_dtype": str(stages.options.dtype).removeprefix("torch."),
@@ -122,10 +123,10 @@ def _of_checkpoint(stages: Stages, name: str) -> dict[str, Any]:
     }
 
 
-def _link_weights(checkpoint: Path, target: Path) -> None:
+def _link_weights(checkpoint: Checkpoint, target: Path) -> None:
     """The checkpoint's weights beside their configurations; the same files, if they are on the same file system."""
-    for folder in sorted({architecture.folder for architecture in ARCHITECTURES.values()}):
-        for file in sorted((checkpoint / folder).glob("*.safetensors")):
+    for folder in sorted({architecture.folder for architecture in architectures(checkpoint.spec).values()}):
+        for file in sorted(checkpoint.component(folder).glob("*.safetensors")):
             place = target / folder / file.name
             try:
                 place.hardlink_to(file.resolve())

@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +28,10 @@ from export.fp8 import (
 )
 from fluxserve.artifact import Scales
 from fluxserve.errors import ExportError
+from fluxserve.imaging import write_image
 from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import parse
+from fluxserve.request import DEFAULT_QUALITY, parse
 from fluxserve.text import Tokenizers
 
 METHODS = ("max", "percentile-99.999", "percentile-99.99")
@@ -164,7 +168,7 @@ def calibrate(
     size: tuple[int, int],
     progress: Progress = lambda *_: None,
 ) -> dict[str, Ranges]:
-    """Draw every prompt and watch.
+    """Draw every prompt and watch; with a model that takes references, each picture once more with itself as one.
 
     Args:
         pipeline: over torch_eager's components of `modules`, so that the hooks see what it runs.
@@ -175,21 +179,32 @@ def calibrate(
     """
     assert set(ATTENTION) <= set(KEPT)
     with ExitStack() as stack:
-        ranges = {name: stack.enter_context(watched(name, modules[name])) for name in KEPT}
+        found = (name for name in KEPT if name in modules)
+        ranges = {name: stack.enter_context(watched(name, modules[name])) for name in found}
         prompts = asked.prompts.lines[: asked.count]
         for index, prompt in enumerate(prompts):
             fields = {
+                "prompt": prompt.encode(),
                 "height": size[0],
                 "width": size[1],
                 "num_inference_steps": asked.steps,
                 "seed": asked.seed + index,
             }
-            request = parse({"prompt": prompt.encode(), **fields}, pipeline.spec)
-            pipeline.draw([plan(request, pipeline.spec, tokenizers)])
+            picture = _draw(pipeline, tokenizers, fields)
+            if pipeline.spec.takes_references:
+                _draw(pipeline, tokenizers, {**fields, "image": [write_image(picture, "png", DEFAULT_QUALITY)]})
             progress(index + 1, len(prompts))
     for name, seen in ranges.items():
         _refuse_unseen(name, seen, modules[name])
     return ranges
+
+
+def _draw(pipeline: Pipeline, tokenizers: Tokenizers, fields: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
+    """What a caller would get, uint8 [height, width, 3]."""
+    (drawing,) = pipeline.draw([plan(parse(fields, pipeline.spec), pipeline.spec, tokenizers)])
+    assert drawing is not None, "nobody can cancel it"
+    image: npt.NDArray[np.uint8] = drawing.images[0]
+    return image
 
 
 def _refuse_unseen(component: str, seen: Ranges, module: nn.Module) -> None:

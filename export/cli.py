@@ -25,13 +25,14 @@ from export.options import (
     Sizes,
     default_sizes,
 )
-from fluxserve.artifact import COMPONENTS
 from fluxserve.errors import ArtifactUnsuited, DeviceUnsuited, ExportError, FluxserveError, LibraryMissing
+from fluxserve.spec import FAMILY
 
 if TYPE_CHECKING:
     from export.stages import Stages
 
 STAGES = ("onnx", "quantize", "build", "verify")
+_NAMES = tuple(dict.fromkeys(name for spec in FAMILY for name in spec.components))
 _PROMPTS = Path(__file__).parent / "prompts.txt"
 _EPILOG = """\
 examples:
@@ -98,7 +99,7 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     )
     if stage:
         parser.add_argument(
-            "--component", action="append", choices=COMPONENTS, default=[], help="only this one; may be repeated"
+            "--component", action="append", choices=_NAMES, default=[], help="only this one; may be repeated"
         )
     shapes = parser.add_argument_group("shapes that the engines are built for")
     shapes.add_argument("--min-size", type=_size, metavar="HxW", help="default: the model's smallest")
@@ -158,8 +159,12 @@ def _export(stage: str, options: argparse.Namespace) -> int:
     stages = _stages(options, stage)
     if stage and options.engine == FUSED:
         raise ExportError(f"{stage}: the fused engine has no such stage; it runs the checkpoint's own weights")
-    usual = tuple(KEPT) if stage == "quantize" else COMPONENTS
+    own = stages.checkpoint.spec.components
+    usual = tuple(name for name in KEPT if name in own) if stage == "quantize" else own
     components = tuple(getattr(options, "component", ())) or usual
+    for name in components:
+        if name not in own:
+            raise ExportError(f"component: got {name}; {stages.checkpoint.spec.name} has {', '.join(own)}")
     if stage in ("", "build"):
         stages.check_engine()
     if stage:
@@ -169,8 +174,8 @@ def _export(stage: str, options: argparse.Namespace) -> int:
         return 0
     numerics = {}
     if stages.options.engine != FUSED:  # which reads the checkpoint's weights as they are
-        numerics = {component: stages.numerics(component) for component in COMPONENTS}
-        for component in COMPONENTS:
+        numerics = {component: stages.numerics(component) for component in own}
+        for component in own:
             stages.engines(component)
     artifact = assemble(stages, numerics, options.out)
     print(

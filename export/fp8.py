@@ -31,10 +31,11 @@ E4M3_MAX = 448.0
 SOFTMAX_AMAX = 1.0
 
 KEPT = {
-    "transformer": r"(x_embedder|context_embedder|time_text_embed\..*|.*norm1(_context)?\.linear|.*\.norm\.linear"
-    r"|norm_out\.linear|proj_out)",
+    "transformer": r"(x_embedder|context_embedder|time_(text|guidance)_embed\..*|.*norm1(_context)?\.linear"
+    r"|.*\.norm\.linear|(double_stream_modulation_(img|txt)|single_stream_modulation)\.linear|norm_out\.linear|proj_out)",
     "t5": r"$",
     "clip": r"$",
+    "qwen3": r"$",
 }
 """Component → regular expression for the names of linears that stay in high precision. Others have no FP8 at all."""
 

@@ -7,6 +7,7 @@ import torch
 
 from export.fp8 import ATTENTION, KEPT
 from fluxserve.artifact import Range
+from fluxserve.engines import signatures
 from fluxserve.engines.signatures import MAX_ROWS
 from fluxserve.errors import ExportError
 from fluxserve.spec import PATCH, ModelSpec
@@ -28,6 +29,9 @@ FUSED_ARCHITECTURES = ("sm90",)
 
 FUSED_WITHOUT = ("clip",)
 """Components that the fused engine leaves in BF16 under fp8: a thousandth of the time."""
+
+_NOT_FUSED = ("mistral3",)
+"""Components that the fused engine has no code for."""
 
 Size = tuple[int, int]
 """Height, width in pixels."""
@@ -101,8 +105,11 @@ class Options:
 
     def check(self, spec: ModelSpec) -> None:
         """Raises ExportError."""
-        if spec.transformer.generation != 1:
-            raise ExportError(f"checkpoint: got {spec.name}; expected a FLUX.1 model. torch_eager runs FLUX.2 as it is")
+        if spec.transformer.generation != 1 and self.engine != FUSED:
+            raise ExportError(f"{self.engine}: {spec.name} is not exported yet; fused and torch_eager run FLUX.2")
+        missing = [name for name in spec.components if name in _NOT_FUSED]
+        if missing:
+            raise ExportError(f"{self.engine}: {spec.name} has {missing[0]}, which torch_eager alone runs")
         self.sizes.check(spec)
         if self.engine == ONNXRUNTIME and self.precision == "bf16":
             raise ExportError("precision: got bf16; ONNX Runtime on a CPU computes in fp32, fp16 or (simulated) fp8")
@@ -119,17 +126,23 @@ class Options:
 def ranges(component: str, spec: ModelSpec, sizes: Sizes) -> dict[str, Range]:
     """The varying dimensions of a component's signature: least, typical, most.
 
-    Text is always padded to its full length, so that its dimension does not vary.
+    Text is always padded to its full length, so that its dimension does not vary. References add to the tokens, and
+    may be longer or smaller than any picture.
     """
     rows = (1, 1, sizes.max_batch)
     if component in (encoder.name for encoder in spec.text.encoders):
         tokens = spec.text.named(component).tokens
         return {"rows": rows, "tokens": (tokens,) * 3}
     if component == "transformer":
-        least = min(sizes.min_size)
-        image = tuple(spec.image_tokens(*size) for size in ((least, least), sizes.opt_size, sizes.max_size))
-        return {"rows": rows, "image_tokens": image, "text_tokens": (spec.text.sequence.tokens,) * 3}  # type: ignore[dict-item]
+        least, limits = min(sizes.min_size), spec.limits
+        small, usual, large = (spec.image_tokens(*size) for size in ((least, least), sizes.opt_size, sizes.max_size))
+        references = limits.max_references * limits.max_reference_pixels // spec.size_multiple**2
+        text = spec.text.sequence.tokens
+        return {"rows": rows, "image_tokens": (small, usual, large + references), "text_tokens": (text,) * 3}
     least, most = min(sizes.min_size) // spec.vae.downscale, max(sizes.max_size) // spec.vae.downscale
+    if component == "vae_encoder" and spec.takes_references:
+        least = min(least, spec.limits.min_reference_side // spec.vae.downscale)
+        most = max(most, signatures.vae_encoder(spec).most("latent_height"))
     height, width = spec.latent_size(*sizes.opt_size)
     return {"rows": rows, "latent_height": (least, height, most), "latent_width": (least, width, most)}
 

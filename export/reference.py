@@ -1,9 +1,9 @@
 """What the float reference computes, kept in the artifact: it is verified wherever it runs, without the weights.
 
-Two pictures are drawn with torch_eager: one from a prompt at the size that is fastest, and one image-to-image from it
-at another size. On the way the inputs and outputs of every component are noted, the transformer's at the first, the
-middle and the last step. The same calls are then made by *plain* PyTorch in the artifact's own precision (its dtype, or
-fp8.py): an engine is judged by that error, not by a constant.
+Two pictures are drawn with torch_eager: one from a prompt at the size that is fastest, and one from it at another size:
+image-to-image, or an edit by a model that takes references. On the way the inputs and outputs of every component are
+noted, the transformer's at the first, the middle and the last step. The same calls are then made by *plain* PyTorch in
+the artifact's own precision (its dtype, or fp8.py): an engine is judged by that error, not by a constant.
 
     reference/<component>.safetensors   <case>/in/<name>, <case>/out/<name>; metadata: plain errors
     reference/images.safetensors        uint8 images; metadata: what was asked for, plain PSNR
@@ -28,7 +28,6 @@ from export.metrics import cosine, outputs_of, psnr, relative_error
 from export.options import Sizes
 from fluxserve.artifact import Scales
 from fluxserve.engines.base import Bound, Components, Engine, Shapes, Signature
-from fluxserve.engines.torch_eager import ARCHITECTURES
 from fluxserve.errors import ExportError
 from fluxserve.imaging import write_image
 from fluxserve.job import Job, plan
@@ -71,10 +70,16 @@ class Asked:
     num_images: int = 1
     strength: float | None = None
     """Of image-to-image, from the first picture."""
+    edits: bool = False
+    """Whether the first picture is a reference."""
+
+    @property
+    def task(self) -> str:
+        return "edit" if self.edits else "text-to-image" if self.strength is None else "image-to-image"
 
     def job(self, spec: ModelSpec, tokenizers: Tokenizers, first: Images | None) -> Job:
-        fields = {name: value for name, value in asdict(self).items() if value is not None}
-        if self.strength is not None:
+        fields = {name: value for name, value in asdict(self).items() if value is not None and name != "edits"}
+        if self.edits or self.strength is not None:
             assert first is not None
             fields["image"] = [write_image(first, "png", DEFAULT_QUALITY)]
         return plan(parse({**fields, "prompt": self.prompt.encode()}, spec), spec, tokenizers)
@@ -86,16 +91,17 @@ def pictures(spec: ModelSpec, sizes: Sizes, prompts: Sequence[str], steps: int, 
     step = spec.size_multiple
     narrow = max(min(sizes.min_size), width * 3 // 4 // step * step)
     rows = min(sizes.max_batch, _ROWS)
+    how: dict[str, Any] = {"edits": True} if spec.takes_references else {"strength": _STRENGTH}
     return [
         Asked(prompts[0], height, width, steps, seed),
-        Asked(prompts[-1], height, narrow, steps, seed + 1, rows, _STRENGTH),
+        Asked(prompts[-1], height, narrow, steps, seed + 1, rows, **how),
     ]
 
 
 def draw(
     asked: Sequence[Asked], pipeline: Pipeline, tokenizers: Tokenizers, first: Images | None = None
 ) -> list[Images]:
-    """The last image [height, width, 3] of each; those with a strength start from `first`, or the first drawn."""
+    """The last image [height, width, 3] of each; what is drawn from one is from `first`, or the first drawn."""
     drawn: list[Images] = []
     for each in asked:
         start = first if first is not None or not drawn else drawn[0]
@@ -155,7 +161,7 @@ def record(
     noted = {name: _Noted(engine, calls.get(name, (0, 1))) for name, engine in components.by_name().items()}
     rows = rows_of(asked)
     images = draw(asked, Pipeline(spec, Components.of(noted), device, rows), tokenizers)
-    for name in ("clip", "t5", "vae_encoder"):  # the pipeline calls these for one row at a time
+    for name in (*components.text, "vae_encoder"):  # the pipeline calls these for one row at a time
         if rows > 1:
             noted[name].cases.append(_together(components.by_name()[name], noted[name].cases, rows))
     return {name: engine.cases for name, engine in noted.items()}, images
@@ -189,13 +195,12 @@ def in_precision(modules: Mapping[str, nn.Module], scales: Mapping[str, Scales] 
         yield
 
 
-def measure_plain(component: str, signature: Signature, module: nn.Module, cases: Sequence[Case]) -> None:
-    """Note in each case how far the module, as it computes now, is from the reference.
+def measure_plain(component: str, signature: Signature, wrapper: nn.Module, cases: Sequence[Case]) -> None:
+    """Note in each case how far torch_eager's wrapper, as its module computes now, is from the reference.
 
     Raises:
         ExportError: too far to judge anything by: it overflows, or the scales do not fit the model.
     """
-    wrapper = ARCHITECTURES[component].wrapper(module)
     for case in cases:
         got = outputs_of(wrapper, signature, case.inputs)
         case.plain = {name: relative_error(got[name], case.outputs[name]) for name in got}

@@ -23,7 +23,7 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures, tensorrt_library, torch_eager
 from fluxserve.engines.base import Components
 from fluxserve.engines.tensorrt import Cuda
-from fluxserve.engines.torch_eager import ARCHITECTURES
+from fluxserve.engines.torch_eager import architectures
 from fluxserve.errors import ExportError
 from fluxserve.pipeline import Pipeline
 from fluxserve.text import Tokenizers
@@ -107,7 +107,8 @@ class Stages:
         return ranges(component, self.checkpoint.spec, self.options.sizes)
 
     def _weights(self, components: Iterable[str]) -> dict[str, str]:
-        folders = tuple(f"{ARCHITECTURES[name].folder}/" for name in components)
+        found = architectures(self.checkpoint.spec)
+        folders = tuple(f"{found[name].folder}/" for name in components)
         return {name: digest for name, digest in self.hashes.items() if name.startswith(folders)}
 
     @cached_property
@@ -275,7 +276,7 @@ class Stages:
         spec, sizes, device = self.checkpoint.spec, self.options.sizes, self.calibration.device
         calibration = self.calibration
         asked = reference.pictures(spec, sizes, calibration.prompts.lines, calibration.steps, calibration.seed)
-        quantised = [name for name in KEPT if self.options.precision_of(name) == FP8]
+        quantised = [n for n in KEPT if n in spec.components and self.options.precision_of(n) == FP8]
         scales = {name: self.scales_of(name) for name in quantised} or None
 
         def make(folder: Path, line: Line) -> dict[str, Any]:
@@ -288,8 +289,9 @@ class Stages:
                 del modules, components
                 modules = self._modules(self.options.dtype)
             with reference.in_precision(modules, scales):
-                for name, calls in cases.items():
-                    reference.measure_plain(name, signatures.BY_COMPONENT[name](spec), modules[name], calls)
+                for name, each in architectures(spec).items():
+                    signature, wrapper = signatures.BY_COMPONENT[name](spec), each.wrapper(modules[name])
+                    reference.measure_plain(name, signature, wrapper, cases[name])
                 pipeline = self._pipeline(modules, reference.rows_of(asked))
                 plain = reference.draw(asked, pipeline, tokenizers, images[0])
             reference.save(folder, cases, asked, images, plain)
@@ -307,7 +309,7 @@ class Stages:
 
     def _modules(self, dtype: torch.dtype) -> dict[str, nn.Module]:
         device = self.calibration.device
-        names = ("clip", "t5", "transformer", "vae_decoder")
+        names = [name for name in self.checkpoint.spec.components if name != "vae_encoder"]  # the decoder's module
         modules = {name: torch_eager.load_module(self.checkpoint, name, device, dtype) for name in names}
         return {**modules, "vae_encoder": modules["vae_decoder"]}
 

@@ -29,7 +29,7 @@ from fluxserve.artifact import Range
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Dim, TensorSpec
-from fluxserve.engines.torch_eager import ARCHITECTURES, load_module
+from fluxserve.engines.torch_eager import Architecture, architectures, load_module
 from fluxserve.errors import ExportError
 
 _LARGE = 2**16
@@ -62,7 +62,7 @@ def trace(
     """
     signature = signatures.BY_COMPONENT[component](checkpoint.spec)
     with _weights_of(checkpoint, component, dtype) as (module, weights):
-        wrapper = ARCHITECTURES[component].wrapper(module).eval().requires_grad_(False)
+        wrapper = architectures(checkpoint.spec)[component].wrapper(module).eval().requires_grad_(False)
         at = signature.at(example(shapes))
         program = torch.onnx.export(
             wrapper,
@@ -110,15 +110,16 @@ def _weights_of(
     if component in _LOADED:
         yield load_module(checkpoint, component, "cpu", dtype), {}
         return
-    folder = checkpoint.component(ARCHITECTURES[component].folder)
-    module = _hollow(component, folder, dtype)
+    architecture = architectures(checkpoint.spec)[component]
+    folder = checkpoint.component(architecture.folder)
+    module = _hollow(architecture, folder, dtype)
     sources = _sources(module, folder)
     yield module, dict(_lazy_parameters(module, sources, folder))
 
 
-def _hollow(component: str, folder: Path, dtype: torch.dtype) -> nn.Module:
+def _hollow(architecture: Architecture, folder: Path, dtype: torch.dtype) -> nn.Module:
     """The module with parameters of one number each, spread over their shape."""
-    cls: Any = ARCHITECTURES[component].module
+    cls: Any = architecture.module
     with init_empty_weights(include_buffers=False):
         if hasattr(cls, "load_config"):  # diffusers
             module = cls.from_config(cls.load_config(str(folder)))

@@ -9,7 +9,7 @@ import torch
 
 from export import reference
 from export.metrics import psnr
-from fluxserve.artifact import COMPONENTS, REFERENCE, Artifact
+from fluxserve.artifact import REFERENCE, Artifact
 from fluxserve.engines.base import Components
 from fluxserve.engines.open import CPU_ONLY, open_artifact
 from fluxserve.errors import ArtifactError
@@ -35,9 +35,9 @@ def verify(artifact: Artifact, device: str) -> dict[str, Any]:
     try:
         files = _files(artifact)
         rows = []
-        for name in COMPONENTS:
+        for name, engine in components.by_name().items():
             cases = reference.load_cases(files[name])
-            results = [reference.call(components.by_name()[name], case.inputs) for case in cases]
+            results = [reference.call(engine, case.inputs) for case in cases]
             rows += [{"component": name, **row} for row in reference.compare(cases, results)]
         images = _images(artifact, components, device, files)
     finally:
@@ -56,7 +56,7 @@ def verify(artifact: Artifact, device: str) -> dict[str, Any]:
 def _files(artifact: Artifact) -> dict[str, Path]:
     """The reference's files, by what they are of."""
     files = {file.stem: file for file in artifact.folder(REFERENCE)}
-    missing = sorted({*COMPONENTS, reference.IMAGES} - set(files))
+    missing = sorted({*artifact.spec.components, reference.IMAGES} - set(files))
     if missing:
         raise ArtifactError(f"{artifact.path / REFERENCE}: got no {', '.join(missing)}; nothing to compare with")
     return files
@@ -69,7 +69,7 @@ def _images(artifact: Artifact, components: Components, device: str, files: Mapp
     return [
         {
             "size": [each.height, each.width],
-            "task": "text-to-image" if each.strength is None else "image-to-image",
+            "task": each.task,
             "psnr": psnr(image, wanted),
             "plain": plain_psnr,
             "allowed": min(PSNR_ENOUGH, plain_psnr - PSNR_SLACK),

@@ -126,7 +126,7 @@ class Work:
 
         Those of its component folders, linked ones too; weights beside them, in one file, are of no concern.
         """
-        suffixes = (".safetensors", ".json", ".txt", ".model")
+        suffixes = (".safetensors", ".json", ".txt", ".model", ".jinja")
         files = [f for each in sorted(folder.iterdir()) if each.is_dir() for f in sorted(each.iterdir())]
         index = [f for f in (folder / "model_index.json",) if f.is_file()]
         wanted = [f for f in (*index, *files) if f.is_file() and f.suffix in suffixes]

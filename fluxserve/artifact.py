@@ -32,7 +32,6 @@ MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"
 SCALES = "scales.json"
 REFERENCE = "reference"
-COMPONENTS = ("clip", "t5", "transformer", "vae_encoder", "vae_decoder")
 WEIGHTS = ".safetensors"
 ANYWHERE = "any"
 """The key of an engine that is not built for one GPU architecture."""
@@ -90,7 +89,7 @@ class Artifact:
         return versions
 
     def component(self, name: str) -> Component:
-        """One of COMPONENTS."""
+        """One of the spec's components."""
         entry = self.manifest["components"][name]
         shapes = {symbol: tuple(values) for symbol, values in entry["shapes"].items()}
         return Component(name, entry["precision"], entry["compute_dtype"], shapes, entry["engines"])
@@ -173,6 +172,7 @@ def read(path: Path) -> Artifact:
     if folder.spec.name != manifest["model"]:
         got = f"model {manifest['model']!r}; the configurations are of {folder.spec.name!r}"
         raise ArtifactError(f"{path / MANIFEST}: {got}")
+    _check_components(path / MANIFEST, manifest["components"], folder.spec)
     return Artifact(path, manifest, folder)
 
 
@@ -185,6 +185,15 @@ def _check_files(path: Path, files: Mapping[str, Any]) -> None:
     for file in (path / CHECKPOINT).rglob("*"):
         if file.is_file() and file.relative_to(path).as_posix() not in files:
             raise ArtifactDamaged(file, "not listed in the manifest")
+
+
+def _check_components(file: Path, listed: Mapping[str, Any], spec: ModelSpec) -> None:
+    """The manifest lists what the model is made of: all of it and nothing else. The schema knows no models."""
+    for name in spec.components:
+        if name not in listed:
+            raise ArtifactError(f"{file}: components: {name!r} is a required property")
+    for name in sorted(set(listed) - set(spec.components)):
+        raise ArtifactError(f"{file}: components: {name!r} is no part of {spec.name}")
 
 
 def _check_engines(path: Path, manifest: Mapping[str, Any]) -> None:

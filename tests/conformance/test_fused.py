@@ -29,6 +29,7 @@ from fluxserve.engines.torch_eager import TorchEngine, architectures, load_modul
 from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations, as_they_are
+from fluxserve.spec import FLUX1_DEV
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
@@ -147,7 +148,7 @@ def judge(request: pytest.FixtureRequest, tiny: Judge, tmp_path_factory: pytest.
     """tiny's trained weights, or random ones at FLUX.1-dev's widths in so many double and single blocks."""
     if request.param == "tiny":
         return tiny
-    folder = random_weights.write(tmp_path_factory.mktemp("wide") / "flux", *request.param, guidance=True)
+    folder = random_weights.write(tmp_path_factory.mktemp("wide") / "flux", FLUX1_DEV, *request.param, text_layers=1)
     return Judge(checkpoint.read(folder), (64, 64) if GPU else (16, 16))
 
 

@@ -15,6 +15,7 @@ from fluxserve.engines.fused import open as fused
 from fluxserve.errors import ArtifactDamaged, DeviceUnsuited, SettingsError
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.settings import Settings
+from fluxserve.spec import FLUX1_DEV
 from tests.support.exports import QUICK, SHAPES, TINY, Exports, run
 
 pytestmark = pytest.mark.xdist_group("export")
@@ -64,7 +65,7 @@ def test_passes_its_own_gate(artifact: Artifact, plainly: None) -> None:
 
 def test_random_weights_keep_digits_as_trained_ones_do(tmp_path: Path, plainly: None) -> None:
     """As deep as FLUX.1-dev and T5-XXL: the whole of it, which is what is timed on a GPU, must pass the same gates."""
-    folder = random_weights.write(tmp_path / "flux", 19, 38, guidance=True, text_layers=24, narrow=16)
+    folder = random_weights.write(tmp_path / "flux", FLUX1_DEV, narrow=16)
     out, work = tmp_path / "artifact", tmp_path / "work"
     arguments = ("--engine", "fused", "--precision", "fp8", "--prompts", "1", "--steps", "1", "--opt-size", "64x64")
     status, said = run(str(folder), "--out", str(out), "--work", str(work), *arguments)

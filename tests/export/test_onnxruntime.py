@@ -17,7 +17,8 @@ from export.metrics import outputs_of, relative_error
 from export.trace import MODULE
 from fluxserve import artifact as artifacts
 from fluxserve import checkpoint
-from fluxserve.artifact import COMPONENTS, Scales
+from fluxserve import spec as specs
+from fluxserve.artifact import Scales
 from fluxserve.engines import signatures
 from fluxserve.engines.open import open_artifact
 from fluxserve.engines.torch_eager import ARCHITECTURES, load_module
@@ -26,6 +27,7 @@ from tests.support.exports import QUICK, SHAPES, TINY, Exports, run
 
 pytestmark = pytest.mark.xdist_group("export")
 
+COMPONENTS = specs.TINY.components
 PRECISIONS = ("fp32", "fp16", "fp8")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "fp8": torch.float32}
 

@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks import random_weights
 from fluxserve import artifact as artifacts
-from fluxserve.artifact import COMPONENTS, Artifact
+from fluxserve.artifact import Artifact
+from fluxserve.spec import FLUX1_SCHNELL
 from tests.support.exports import TINY, Exports, run
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 alone")
@@ -30,7 +31,7 @@ def test_all_components_for_both_architectures(export: Exports, precision: str) 
     assert "not verified, because it can't run here" in made.said
     artifact = made.artifact
     assert artifact.manifest["architectures"] == ["sm89", "sm120"]
-    for name in COMPONENTS:
+    for name in artifact.spec.components:
         component = artifact.component(name)
         assert set(component.engines) == {"sm89", "sm120"}
         for architecture, file in component.engines.items():
@@ -74,7 +75,7 @@ def test_an_attention_that_is_not_counted_on_fails_the_build(tmp_path: Path, exp
 
 def test_a_slice_at_real_width(tmp_path: Path) -> None:
     """From weights on disk to FP8 plans for two architectures, every graph compared with PyTorch on the way."""
-    folder = random_weights.write(tmp_path / "wide", DOUBLE, SINGLE)
+    folder = random_weights.write(tmp_path / "wide", FLUX1_SCHNELL, DOUBLE, SINGLE, text_layers=1)
     shapes = ("--min-size", "64x64", "--opt-size", "64x64", "--max-size", "1024x1024", "--prompts", "1", "--steps", "1")
     prompts = ("--calibration", str(TINY / "calibration.txt"))
     given = ("--engine", "tensorrt-rtx", "--precision", "fp8", *BOTH, *shapes, *prompts)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxserve.artifact import ANYWHERE, CHECKPOINT, COMPONENTS, MANIFEST, REFERENCE, sha256
+from fluxserve.artifact import ANYWHERE, CHECKPOINT, MANIFEST, REFERENCE, sha256
 from fluxserve.settings import default_checkpoint
+from fluxserve.spec import TINY
 
 ROWS = (1, 1, 2)
 RANGES = {
@@ -30,10 +31,10 @@ def write(folder: Path, engine: str = "onnxruntime", architectures: Sequence[str
         architectures: an engine's file is written for each; none: one file for anywhere.
     """
     name = "model.plan" if architectures else "model.onnx"
-    engines = {c: {a: f"{c}/{a}/{name}" for a in architectures or (ANYWHERE,)} for c in COMPONENTS}
+    engines = {c: {a: f"{c}/{a}/{name}" for a in architectures or (ANYWHERE,)} for c in TINY.components}
     for file in (file for files in engines.values() for file in files.values()):
         write_file(folder / file, f"the engine {file}")
-    for component in COMPONENTS:
+    for component in TINY.components:
         write_file(folder / REFERENCE / f"{component}.safetensors", f"what {component} should compute")
     left_out = shutil.ignore_patterns("*.safetensors", "*.txt", "*.jsonl", "*.md", "quality.json", "samples")
     shutil.copytree(default_checkpoint(), folder / CHECKPOINT, ignore=left_out)
@@ -45,7 +46,7 @@ def write(folder: Path, engine: str = "onnxruntime", architectures: Sequence[str
             "engines": engines[component],
             "numerics": {},
         }
-        for component in COMPONENTS
+        for component in TINY.components
     }
     _write_manifest(folder, _manifest(folder, engine, list(architectures), components))
     return folder

@@ -28,25 +28,18 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
-    Qwen2TokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from benchmarks.stand_in import qwen_tokenizer
 from fluxserve import checkpoint
 from fluxserve.checkpoint import Checkpoint
 from tests.support.random_flux import SCHEDULER
 
 VOCABULARY = 512
 TOKENS = 64
-TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
-    "{%- endif %}"
-)
 
 
 class RandomFlux2:
@@ -77,7 +70,7 @@ def klein(tied: bool = True, seed: int = 0, head_dim: int = 32) -> RandomFlux2:
     """
     torch.manual_seed(seed)
     text, transformer, vae = _scaled(_qwen3(tied), _transformer(guidance_embeds=False, head_dim=head_dim), _vae())
-    return RandomFlux2(Flux2KleinPipeline(_scheduler(), vae, text, tokenizer(), transformer, is_distilled=True))
+    return RandomFlux2(Flux2KleinPipeline(_scheduler(), vae, text, qwen_tokenizer(), transformer, is_distilled=True))
 
 
 @cache
@@ -162,21 +155,6 @@ def _qwen3(tied: bool) -> Qwen3ForCausalLM:
             tie_word_embeddings=tied,
         )
     )
-
-
-def tokenizer() -> Qwen2TokenizerFast:
-    """A word for each byte, Qwen's special tokens, and what of its chat template a prompt passes through."""
-    words = {character: index for index, character in enumerate(bytes_to_unicode().values())}
-    made = Qwen2TokenizerFast(
-        vocab=words,
-        merges=[],
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    made.add_tokens(["<think>", "</think>"])
-    made.chat_template = TEMPLATE
-    return made
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:

@@ -9,7 +9,7 @@ import pytest
 
 from fluxserve import artifact as artifacts
 from fluxserve import checkpoint as checkpoints
-from fluxserve.artifact import COMPONENTS, MANIFEST
+from fluxserve.artifact import MANIFEST
 from fluxserve.engines import signatures
 from fluxserve.errors import ArtifactDamaged, ArtifactError, ShapeError
 from fluxserve.settings import default_checkpoint
@@ -79,7 +79,7 @@ def test_what_only_some_manifests_have(folder: Path) -> None:
     assert artifacts.read(folder).manifest["verified"][0]["passed"] is True
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", TINY.components)
 def test_components(folder: Path, name: str) -> None:
     """Their ranges, which are those of their engine's signature."""
     read = artifacts.read(folder)
@@ -160,13 +160,19 @@ def test_violations_name_their_field(folder: Path, where: list[str], value: obje
     assert reason in message
 
 
+def test_components_of_another_model(folder: Path) -> None:
+    entry = made.manifest(folder)["components"]["t5"] | {"engines": {"any": CONFIG}}
+    made.put(folder, ["components", "qwen3"], entry)
+    assert refusal(folder) == f"{folder / MANIFEST}: components: 'qwen3' is no part of tiny"
+
+
 @pytest.mark.parametrize(
     ("where", "field"),
     [
         *(([name], "$") for name in ("format", "model", "engine", "precision", "architectures", "shapes", "components",
           "files", "checkpoint", "calibration", "made")),
         *((["shapes", name], "shapes") for name in ("min_size", "opt_size", "max_size", "max_batch")),
-        *((["components", name], "components") for name in COMPONENTS),
+        *((["components", name], "components") for name in TINY.components),
         *((["components", "clip", name], "components.clip") for name in
           ("precision", "compute_dtype", "shapes", "engines", "numerics")),
         *((["made", name], "made") for name in ("fluxserve", "commit", "when", "versions")),
@@ -317,7 +323,8 @@ def test_folders(folder: Path) -> None:
     read = artifacts.read(folder)
     (folder / "t5/any/unlisted").write_text("x")
     assert read.folder("t5") == [folder / "t5/any/model.onnx"]
-    assert read.folder("reference") == [folder / "reference" / f"{name}.safetensors" for name in sorted(COMPONENTS)]
+    names = sorted(TINY.components)
+    assert read.folder("reference") == [folder / "reference" / f"{name}.safetensors" for name in names]
     assert read.folder("vae") == [], "not what only begins like it"
 
 

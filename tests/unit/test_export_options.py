@@ -12,6 +12,7 @@ from export.options import (
     ATTENTION_OPSET,
     DTYPES,
     FP8,
+    FUSED,
     ONNXRUNTIME,
     SPELLED_OUT_OPSET,
     TENSORRT,
@@ -24,13 +25,22 @@ from export.options import (
     profile,
     ranges,
 )
-from fluxserve.artifact import COMPONENTS, Artifact
+from fluxserve.artifact import Artifact
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Dim
 from fluxserve.errors import ExportError, InvalidRequest
 from fluxserve.request import parse
-from fluxserve.spec import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, TINY, ModelSpec
+from fluxserve.spec import (
+    FAMILY,
+    FLUX1_DEV,
+    FLUX1_SCHNELL,
+    FLUX2_DEV,
+    FLUX2_KLEIN_4B,
+    FLUX2_KLEIN_9B,
+    TINY,
+    ModelSpec,
+)
 
 USUAL = default_sizes(TINY)
 NAMES = [spec.name for spec in FAMILY]
@@ -168,18 +178,18 @@ def test_what_graphs_compute_in(engine: str, precision: str, dtype: torch.dtype)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("precision", DTYPES)
 def test_one_precision_for_all(engine: str, precision: str) -> None:
-    assert {options(engine, precision).precision_of(name) for name in COMPONENTS} == {precision}
+    assert {options(engine, precision).precision_of(name) for name in TINY.components} == {precision}
 
 
 @pytest.mark.parametrize(("engine", "rest"), [(ONNXRUNTIME, "fp32"), (TENSORRT, "bf16"), (TENSORRT_RTX, "bf16")])
 def test_fp8_is_not_for_the_vae(engine: str, rest: str) -> None:
-    found = {name: options(engine, FP8).precision_of(name) for name in COMPONENTS}
+    found = {name: options(engine, FP8).precision_of(name) for name in TINY.components}
     assert found == {"clip": "fp8", "t5": "fp8", "transformer": "fp8", "vae_encoder": rest, "vae_decoder": rest}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("precision", [*DTYPES, FP8])
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", TINY.components)
 def test_dialects_of_onnx(engine: str, precision: str, component: str) -> None:
     """Attention is one operator where a kernel is for it: in the transformer, by a TensorRT, not in float32."""
     fused = component == "transformer" and engine != ONNXRUNTIME and precision != "fp32"
@@ -202,7 +212,7 @@ def test_ranges_of_every_component() -> None:
         "vae_encoder": sides,
         "vae_decoder": sides,
     }
-    found = {name: ranges(name, TINY, sizes) for name in COMPONENTS}
+    found = {name: ranges(name, TINY, sizes) for name in TINY.components}
     assert found == {name: {"rows": (1, 1, 3), **each} for name, each in expected.items()}
 
 
@@ -271,7 +281,7 @@ def test_profiles() -> None:
     ]
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", TINY.components)
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(
     ("spec", "sizes"),
@@ -336,8 +346,32 @@ def test_methods() -> None:
     assert all(0 < float(name.removeprefix("percentile-")) < 100 for name in METHODS[1:])
 
 
+# --- FLUX.2 ----------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("spec", [s for s in FAMILY if s.transformer.generation == 2], ids=lambda s: s.name)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_flux2_is_not_exported_yet(engine: str, spec: ModelSpec) -> None:
-    with pytest.raises(ExportError, match=rf"checkpoint: got {spec.name}; expected a FLUX\.1 model"):
-        options(engine, "fp32").check(spec)
+def test_flux2_is_exported_for_the_fused_engine_alone(engine: str, spec: ModelSpec) -> None:
+    expected = f"{engine}: {spec.name} is not exported yet; fused and torch_eager run FLUX.2"
+    assert refusal(options(engine, "fp32"), spec) == expected
+
+
+@pytest.mark.parametrize("precision", ["bf16", FP8])
+def test_what_the_fused_engine_takes(precision: str) -> None:
+    for spec in (TINY, FLUX1_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B):
+        options(FUSED, precision, default_sizes(spec)).check(spec)
+    expected = "fused: flux.2-dev has mistral3, which torch_eager alone runs"
+    assert refusal(options(FUSED, precision, default_sizes(FLUX2_DEV)), FLUX2_DEV) == expected
+
+
+def test_precisions_of_a_klein() -> None:
+    found = {name: options(FUSED, FP8).precision_of(name) for name in FLUX2_KLEIN_4B.components}
+    assert found == {"qwen3": "fp8", "transformer": "fp8", "vae_encoder": "bf16", "vae_decoder": "bf16"}
+
+
+def test_ranges_with_references() -> None:
+    """Four of a megapixel add to the picture's tokens; one may be longer than any picture, or smaller."""
+    spec, sizes = FLUX2_KLEIN_4B, Sizes((128, 128), (256, 256), (1280, 1280))
+    assert ranges("transformer", spec, sizes)["image_tokens"] == (64, 256, 80 * 80 + 4 * 64 * 64)
+    assert ranges("vae_decoder", spec, sizes)["latent_width"] == (16, 32, 160)
+    assert ranges("vae_encoder", spec, sizes)["latent_width"] == (8, 32, 2896 // 8)

@@ -157,9 +157,9 @@ def klein_tokens(prompt: str, tokens: int = 128) -> Tokens:
 
 def test_a_prompt_is_a_turn_of_a_chat() -> None:
     read = klein_tokens("a fox")
-    words = random_flux2.tokenizer().decode(read.ids[read.mask == 1])
+    words = random_flux2.qwen_tokenizer().decode(read.ids[read.mask == 1])
     assert words == "<|im_start|>user\na fox<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    padding = random_flux2.tokenizer().pad_token_id
+    padding = random_flux2.qwen_tokenizer().pad_token_id
     assert (read.ids[read.mask == 0] == padding).all()
     assert (np.diff(read.mask) <= 0).all() and read.mask[0] == 1, "padding is at the end"
     assert read.ids.dtype == read.mask.dtype == np.int64
@@ -168,12 +168,12 @@ def test_a_prompt_is_a_turn_of_a_chat() -> None:
 def test_a_chat_that_is_too_long_loses_its_end() -> None:
     read = klein_tokens("a fox " * 50, tokens=64)
     assert read.ids.shape == (64,) and read.mask.all()
-    assert "<|im_end|>" not in random_flux2.tokenizer().decode(read.ids)
+    assert "<|im_end|>" not in random_flux2.qwen_tokenizer().decode(read.ids)
 
 
 def test_a_prompt_that_spells_padding_is_not_padding() -> None:
     read = klein_tokens("a<|endoftext|>b")
-    padding = random_flux2.tokenizer().pad_token_id
+    padding = random_flux2.qwen_tokenizer().pad_token_id
     assert (read.mask[read.ids == padding] == 1).sum() == 1
 
 

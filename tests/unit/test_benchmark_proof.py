@@ -1,6 +1,10 @@
 """The table that compares: every number in it comes from a part's result."""
 
-from benchmarks.flux1 import markdown
+import argparse
+
+from benchmarks import floor, peers, served
+from benchmarks.proof import PARTS, commands, markdown
+from fluxserve.spec import FLUX1_SCHNELL, FLUX2_KLEIN_4B
 
 FLOOR = {"gpu": "G", "torch": "T", "commit": "C", "steps": 4, "total_ms": 100.0, "step_ms": 25.0}
 PEERS = {"steps": 4, "modes": {"eager": {"total_ms": {"median": 300.0}, "step_ms": 60.0}}}
@@ -37,3 +41,32 @@ def test_memory_is_told_in_its_parts() -> None:
 
 def test_without_a_floor_there_is_no_ratio() -> None:
     assert "| fluxserve, gRPC to PNG | 120 | 108 | 27.00 |  |" in markdown({"served": SERVED})
+
+
+def test_an_edit_has_a_floor_and_peers_of_its_own() -> None:
+    edit = {"floor-edit": {**FLOOR, "total_ms": 200.0}, "peers-edit": PEERS, "served-edit": SERVED}
+    table = markdown({"floor": FLOOR, "served": SERVED, **edit})
+    assert "| fluxserve, gRPC to PNG | 120 | 108 | 27.00 | 1.200 |" in table
+    assert "| diffusers BF16, eager, with a reference | 300 | 240 | 60.00 | 1.500 |" in table
+    assert "| fluxserve, gRPC to PNG, with a reference | 120 | 108 | 27.00 | 0.600 |" in table
+    assert "- with a reference: stages, ms: denoise 108.0, decode 5.0" in table
+
+
+ASKED = argparse.Namespace(checkpoint="C", artifact="A", size="512x768", steps=None, reference="1024x1024")
+
+
+def test_what_is_run_of_a_model() -> None:
+    """Its own steps; an edit only of one that takes references."""
+    found = commands(ASKED, FLUX1_SCHNELL)
+    assert list(found) == ["floor", "peers", "engines", "served"]
+    assert found["floor"] == ["--model", "flux.1-schnell", "--size", "512x768", "--steps", "4"]
+    found = commands(ASKED, FLUX2_KLEIN_4B)
+    assert tuple(found) == PARTS
+    assert found["served-edit"] == [*found["served"], "--reference", "1024x1024"]
+
+
+def test_the_parts_understand_their_arguments() -> None:
+    found = commands(ASKED, FLUX2_KLEIN_4B)
+    for module, part in ((floor, "floor-edit"), (peers, "peers-edit"), (served, "served-edit")):
+        args = module.parser().parse_args(found[part])
+        assert args.reference == (1024, 1024) and args.steps == 4

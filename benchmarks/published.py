@@ -1,0 +1,64 @@
+"""The models as they are published: their modules at their real shapes, and what published.json says of them.
+
+Transformers and VAEs come from the spec and the defaults of diffusers' classes, text encoders from published.json.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin
+from transformers import CLIPTextConfig, Mistral3Config, MistralConfig, PretrainedConfig, Qwen3Config, T5Config
+
+from fluxserve.engines.torch_eager import architectures
+from fluxserve.spec import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, TINY, ModelSpec, TransformerSpec
+
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
+MODELS = {spec.name: spec for spec in FAMILY if spec is not TINY}
+_CONFIGS = {"clip": CLIPTextConfig, "t5": T5Config, "qwen3": Qwen3Config}
+_CHANNELS = (128, 256, 512, 512)
+"""Of each level of every VAE."""
+
+
+def module(spec: ModelSpec, name: str) -> torch.nn.Module:
+    """One component at its published shape. A language model is as deep as the last layer that is used."""
+    cls = architectures(spec)[name].module
+    if issubclass(cls, ConfigMixin):
+        given = vae(spec) if name.startswith("vae") else transformer(spec.transformer)
+        made: torch.nn.Module = cls(**given)
+        return made
+    layers = spec.text.named(name).layers
+    return cls(text_config(spec, name, **({"num_hidden_layers": max(layers)} if layers else {})))
+
+
+def transformer(shape: TransformerSpec) -> dict[str, Any]:
+    """The configuration of diffusers' class."""
+    names = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
+    given = {name: getattr(shape, name) for name in (*names, "guidance_embeds", "in_channels", "axes_dims_rope")}
+    return given if shape.generation > 1 else {**given, "pooled_projection_dim": shape.pooled_projection_dim}
+
+
+def vae(spec: ModelSpec, narrow: int = 1) -> dict[str, Any]:
+    """Of AutoencoderKL, or AutoencoderKLFlux2, whose defaults are FLUX.2's. `narrow` divides channels, down to 32."""
+    channels = tuple(max(32, whole // narrow) for whole in _CHANNELS)
+    given = {"latent_channels": spec.vae.latent_channels, "block_out_channels": channels, "layers_per_block": 2}
+    if spec.transformer.generation > 1:
+        return given
+    return {
+        **given,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+
+
+def text_config(spec: ModelSpec, name: str, **changed: Any) -> PretrainedConfig:
+    """Of a text encoder; `changed` are entries of its own."""
+    of = FLUX1_DEV.name if spec is FLUX1_SCHNELL else spec.name
+    known = {**PUBLISHED["text_encoders"][of][name], **changed}
+    if name == "mistral3":
+        return Mistral3Config(text_config=MistralConfig(**known).to_dict())
+    config: PretrainedConfig = _CONFIGS[name](**known)
+    return config
