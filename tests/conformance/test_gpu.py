@@ -82,7 +82,6 @@ def test_the_host_runs_at_most_two_steps_ahead() -> None:
 
 
 def test_pictures_come_into_pinned_memory() -> None:
-    """And whole: the copy is not waited for until the clock is."""
     cpu, gpu = pipeline_of("cpu", "float32"), pipeline_of("cuda:0", "float32")
     for job in (job_of(cpu), job_of(cpu)):
         (expected,), (image,) = draw(cpu, job), draw(gpu, job)
@@ -95,11 +94,16 @@ def test_a_new_size_is_rehearsed_behind_the_first_step(engine: str, monkeypatch:
     pipeline = pipeline_of("cuda:0", "bfloat16", engine=engine)
     rehearsed: list[bool] = []
     rehearse = pipeline._rehearse_decode
+    bound: list[object] = []
+    decoder = pipeline._engines.vae_decoder
+    bind = decoder.bind
+    monkeypatch.setattr(decoder, "bind", lambda shapes: bound.append(shapes) or bind(shapes))
 
     def noted(rows: int, size: tuple[int, int]) -> None:
-        known = len(pipeline._bounds)
+        known, runs = len(pipeline._bounds), len(bound)
         rehearse(rows, size)
-        rehearsed.append(len(pipeline._bounds) > known)
+        rehearsed.append(len(bound) > runs)
+        assert len(pipeline._bounds) == known, "kept: then the picture's own run would be captured"
 
     monkeypatch.setattr(pipeline, "_rehearse_decode", noted)
     job = job_of(pipeline, height=96, width=112)
