@@ -1,5 +1,6 @@
 """What every model of the server does when it is loaded and unloaded."""
 
+import gc
 import json
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ class ServedModel:
         config = settings.load(json.loads(args["model_config"])["parameters"])
         self._table = InflightTable(config.inflight_path)
         self.load(config, args)
+        gc.freeze()  # what is there now stays: no collection in the middle of a request walks a million objects of it
         self._table.register(self.name)
 
     def finalize(self) -> None:
