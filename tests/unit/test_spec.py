@@ -1,4 +1,4 @@
-"""The tables of spec.py against the published configurations, and how a folder's numbers are read."""
+"""The tables of fluxserve.spec against the published configurations, and how a folder's numbers are read."""
 
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
