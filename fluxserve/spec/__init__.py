@@ -4,12 +4,13 @@
 reads those of a folder.
 """
 
-from fluxserve.spec.configs import from_configs
+from fluxserve.spec.configs import as_member, from_configs
 from fluxserve.spec.models import (
     FAMILY,
     FLUX1_DEV,
     FLUX1_SCHNELL,
     FLUX2_DEV,
+    FLUX2_DEV_TURBO,
     FLUX2_KLEIN_4B,
     FLUX2_KLEIN_9B,
     TINY,
@@ -31,6 +32,7 @@ __all__ = [
     "FLUX1_DEV",
     "FLUX1_SCHNELL",
     "FLUX2_DEV",
+    "FLUX2_DEV_TURBO",
     "FLUX2_KLEIN_4B",
     "FLUX2_KLEIN_9B",
     "PATCH",
@@ -43,5 +45,6 @@ __all__ = [
     "TextSpec",
     "TransformerSpec",
     "VaeSpec",
+    "as_member",
     "from_configs",
 ]

@@ -34,8 +34,18 @@ def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], schedul
         base,
         transformer=shape,
         vae=VaeSpec(vae["latent_channels"], downscale, *factors),
-        schedule=replace(schedule, empirical_shift=shape.generation == 2),
+        schedule=replace(schedule, empirical_shift=shape.generation == 2, base_sigmas=base.schedule.base_sigmas),
     )
+
+
+def as_member(found: ModelSpec, member: ModelSpec) -> ModelSpec:
+    """What a folder holds, taken for a member of the family whose transformer has the same shape.
+
+    Defaults, limits and base sigmas are the member's; the VAE's scale and the schedule's shift stay the folder's own.
+    """
+    assert found.transformer == member.transformer, "another shape is another model"
+    schedule = replace(found.schedule, base_sigmas=member.schedule.base_sigmas)
+    return replace(found, name=member.name, schedule=schedule, defaults=member.defaults, limits=member.limits)
 
 
 def _transformer(config: Mapping[str, Any]) -> TransformerSpec:

@@ -82,7 +82,8 @@ class VaeSpec(_Numbers):
 class ScheduleSpec(_Numbers):
     """FlowMatchEulerDiscreteScheduler: a static `shift`, or one that grows with the number of image tokens.
 
-    With `empirical_shift` the latter is Flux2Pipeline's, which depends on the number of steps as well.
+    With `empirical_shift` the latter is Flux2Pipeline's, which depends on the number of steps as well. `base_sigmas`
+    are the noise levels before the shift, one for each step, of a model that was distilled to them and to no others.
     """
 
     use_dynamic_shifting: bool
@@ -93,6 +94,7 @@ class ScheduleSpec(_Numbers):
     max_image_seq_len: int = 4096
     num_train_timesteps: int = 1000
     empirical_shift: bool = False
+    base_sigmas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,11 +186,21 @@ class ModelSpec:
         packed = self.vae.latent_channels * PATCH * PATCH
         if self.transformer.in_channels != packed:
             raise ValueError(f"in_channels {self.transformer.in_channels} must be {packed} for this VAE")
+        steps, most = self.defaults.num_inference_steps, self.limits.max_inference_steps
+        if self.only_steps and not steps == most == self.only_steps:
+            raise ValueError(
+                f"{steps} steps by default, {most} at most: both must be the {self.only_steps} base sigmas'"
+            )
 
     @property
     def components(self) -> tuple[str, ...]:
         """The names of what the model is run with, text encoders first."""
         return (*(encoder.name for encoder in self.text.encoders), "transformer", "vae_encoder", "vae_decoder")
+
+    @property
+    def only_steps(self) -> int | None:
+        """The number of steps that the model is drawn in, if there is but one."""
+        return len(self.schedule.base_sigmas) or None
 
     @property
     def takes_references(self) -> bool:

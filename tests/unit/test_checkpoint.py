@@ -17,7 +17,7 @@ from fluxserve.engines.open import open_components
 from fluxserve.errors import CheckpointError, EngineError, UnsafeWeights, UnsupportedArchitecture
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.settings import default_checkpoint
-from fluxserve.spec import FLUX2_DEV, FLUX2_KLEIN_4B, TINY
+from fluxserve.spec import FLUX2_DEV, FLUX2_DEV_TURBO, FLUX2_KLEIN_4B, TINY
 from tests.support import random_flux2
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -264,6 +264,42 @@ def test_flux2_dev() -> None:
     assert (read.spec.defaults, read.spec.limits) == (FLUX2_DEV.defaults, FLUX2_DEV.limits)
     (encoder,) = read.spec.text.encoders
     assert (encoder.name, encoder.vocabulary, encoder.layers) == ("mistral3", random_flux2.VOCABULARY, (10, 20, 30))
+
+
+@pytest.fixture
+def published_dev(tmp_path: Path) -> Path:
+    """FLUX.2-dev's configurations at its real shape, with weights of no tensor."""
+    source, target, shape = random_flux2.dev().folder, tmp_path / "dev", FLUX2_DEV.transformer
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
+    for file in source.glob("*/*.safetensors"):
+        write_header(target / file.relative_to(source), {})
+    names = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
+    real = {name: getattr(shape, name) for name in (*names, "axes_dims_rope")}
+    change(target / "transformer/config.json", **real)
+    text = json.loads((target / "text_encoder/config.json").read_text())["text_config"]
+    wide = {**text, "hidden_size": shape.joint_attention_dim // 3}
+    change(target / "text_encoder/config.json", text_config=wide)
+    return target
+
+
+def test_turbo_is_told(published_dev: Path) -> None:
+    dev, turbo = checkpoint.read(published_dev), checkpoint.read(published_dev, model="flux.2-dev-turbo")
+    assert (dev.spec.name, dev.spec.defaults) == ("flux.2-dev", FLUX2_DEV.defaults)
+    assert (turbo.spec.name, turbo.spec.defaults) == ("flux.2-dev-turbo", FLUX2_DEV_TURBO.defaults)
+    assert (turbo.spec.limits, turbo.spec.only_steps) == (FLUX2_DEV_TURBO.limits, 8)
+    assert (turbo.spec.text, turbo.spec.vae) == (dev.spec.text, dev.spec.vae), "what the folder says stays"
+    assert checkpoint.read(published_dev, model="flux.2-dev") == dev
+
+
+def test_a_model_that_the_folder_is_not(published_dev: Path, folder: Path, klein: Path) -> None:
+    for path, model, expected in (
+        (published_dev, "flux.2-klein-9b", "flux.2-dev or flux.2-dev-turbo"),
+        (folder, "flux.2-dev-turbo", "tiny"),
+        (klein, "flux.2-dev-turbo", "no name"),
+    ):
+        with pytest.raises(UnsupportedArchitecture) as caught:
+            checkpoint.read(path, model=model)
+        assert str(caught.value) == f"{path}: model: got {model!r}; expected {expected}, by its transformer's shape"
 
 
 @pytest.mark.parametrize("is_distilled", [False, None, "remove", 1])
