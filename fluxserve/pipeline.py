@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fluxserve import flow
-from fluxserve.device import DeviceClock, Pacer
+from fluxserve.device import DeviceClock, Pacer, sent
 from fluxserve.engines.base import Bound, Components, Engine, Foreseeing, Shapes
 from fluxserve.errors import SettingsError
 from fluxserve.imaging import Pixels
@@ -170,7 +170,7 @@ class Pipeline:
             given = {"input_ids": ids, "attention_mask": job.token_mask} if encoder.layers else {"input_ids": ids}
             bound = self._bind(self._engines.text[encoder.name], {name: (1, len(a)) for name, a in given.items()})
             for name, array in given.items():
-                bound.inputs[name].copy_(torch.from_numpy(array)[None])
+                bound.inputs[name].copy_(sent(torch.from_numpy(array), self.device)[None])
             bound.run()
             outputs |= {name: value.clone() for name, value in bound.outputs.items()}
         guidance = torch.full((1,), job.guidance, dtype=torch.float32, device=self.device)
@@ -192,7 +192,8 @@ class Pipeline:
         generator = torch.Generator("cpu").manual_seed(seed)
 
         def draw() -> Tensor:
-            return torch.randn(1, channels, *places, generator=generator, dtype=torch.float32).to(self.device)
+            shape, pinned = (1, channels, *places), self.device.type == "cuda"
+            return sent(torch.randn(shape, generator=generator, dtype=torch.float32, pin_memory=pinned), self.device)
 
         if folded:
             return flow.pack(draw(), patch=1)
@@ -204,7 +205,7 @@ class Pipeline:
     def _encode_pixels(self, image: Pixels, sample: Tensor | None = None) -> Tensor:
         """An image as latents, float32 [1, C, h, w]: mean + std·sample, or the mean alone, shifted and scaled."""
         bound = self._bind(self._engines.vae_encoder, {"pixels": (1, 3, *image.shape[:2])})
-        pixels = torch.tensor(image).to(self.device, torch.float32) / 255.0
+        pixels = sent(torch.tensor(image), self.device).float() / 255.0
         bound.inputs["pixels"].copy_((2.0 * pixels - 1.0).permute(2, 0, 1)[None])
         bound.run()
         mean, std = bound.outputs["mean"].float(), bound.outputs["std"].float()
@@ -230,7 +231,7 @@ class Pipeline:
             bound.inputs["timestep"],
             bound.outputs["velocity"][:, :own],
         )
-        levels = torch.from_numpy(sigmas).to(self.device)
+        levels = sent(torch.from_numpy(sigmas), self.device)
         times = flow.timesteps(levels, self.spec.schedule, timestep.dtype)
         dsigmas = levels.diff()[:, None, None, None]
         if isinstance(bound, Foreseeing):
@@ -253,8 +254,8 @@ class Pipeline:
             "encoder_hidden_states": conditioning.sequence,
             "pooled_projections": conditioning.pooled,
             "guidance": conditioning.guidance,
-            "img_ids": torch.from_numpy(np.concatenate(ids)),
-            "txt_ids": torch.from_numpy(flow.text_ids(conditioning.sequence.shape[1], axes)),
+            "img_ids": sent(torch.from_numpy(np.concatenate(ids)), self.device),
+            "txt_ids": sent(torch.from_numpy(flow.text_ids(conditioning.sequence.shape[1], axes)), self.device),
         }
         taken = {tensor.name for tensor in engine.signature.inputs}
         fixed = {name: value for name, value in known.items() if name in taken and value is not None}

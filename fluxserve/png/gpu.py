@@ -18,6 +18,7 @@ _ADLER_BASE = 65521
 _LAST_OF_DYNAMIC = 0b101  # the stream's last block, with a code of its own
 _LITERALS = 257
 _LENGTHS, _LENGTH_BITS = 16, 4  # lengths of codes are written in 4 bits each: 0 to 15 are as likely to deflate
+_NIBBLES = [huffman.reversed_bits(length, _LENGTH_BITS) for length in range(_LENGTHS)]
 _ORDER_BEFORE_LENGTHS = 3  # three symbols for repetitions come first, and are not used
 _RUN_EXTRA, _RUN_EXTRA_BITS, _DISTANCE_BITS = 5, 3, 1  # of 59 to 66 bytes, 64; and distance 1, the only one, is a 0
 _WORD = 32
@@ -68,8 +69,9 @@ def _head(lengths: list[int]) -> _Bits:
         bits.put(value, count)
     for length in [0] * _ORDER_BEFORE_LENGTHS + [_LENGTH_BITS] * _LENGTHS:
         bits.put(length, 3)
-    for length in [*lengths, _DISTANCE_BITS]:
-        bits.put(huffman.reversed_bits(length, _LENGTH_BITS), _LENGTH_BITS)
+    nibbles = [_NIBBLES[length] for length in (*lengths, _DISTANCE_BITS)]  # of an even number
+    pairs = bytes(low | high << _LENGTH_BITS for low, high in zip(nibbles[::2], nibbles[1::2], strict=True))
+    bits.put(int.from_bytes(pairs, "little"), 8 * len(pairs))
     return bits
 
 

@@ -24,8 +24,9 @@ REGISTERS = 65536
 KNOWN = (13, 0)
 """Each NVRTC allots registers anew; with this one no more is spilled than SPILLED says."""
 
-FEW = 64
-"""Bytes a thread that may be spilled: once in a tile, behind thousands of products."""
+FEW = 80
+"""Bytes a thread that may be spilled: once in a tile, behind thousands of products. `linear_heads` spills up to 72, and
+how many depends on what else its source holds."""
 
 
 @dataclass(frozen=True)
