@@ -12,7 +12,16 @@ from diffusers import ConfigMixin
 from transformers import CLIPTextConfig, Mistral3Config, MistralConfig, PretrainedConfig, Qwen3Config, T5Config
 
 from fluxserve.engines.torch_eager import architectures
-from fluxserve.spec import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, TINY, ModelSpec, TransformerSpec
+from fluxserve.spec import (
+    FAMILY,
+    FLUX1_DEV,
+    FLUX1_SCHNELL,
+    FLUX2_DEV,
+    FLUX2_DEV_TURBO,
+    TINY,
+    ModelSpec,
+    TransformerSpec,
+)
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 MODELS = {spec.name: spec for spec in FAMILY if spec is not TINY}
@@ -56,7 +65,7 @@ def vae(spec: ModelSpec, narrow: int = 1) -> dict[str, Any]:
 
 def text_config(spec: ModelSpec, name: str, **changed: Any) -> PretrainedConfig:
     """Of a text encoder; `changed` are entries of its own."""
-    of = FLUX1_DEV.name if spec is FLUX1_SCHNELL else spec.name
+    of = {FLUX1_SCHNELL.name: FLUX1_DEV.name, FLUX2_DEV_TURBO.name: FLUX2_DEV.name}.get(spec.name, spec.name)
     known = {**PUBLISHED["text_encoders"][of][name], **changed}
     if name == "mistral3":
         return Mistral3Config(text_config=MistralConfig(**known).to_dict())

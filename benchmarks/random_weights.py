@@ -121,7 +121,8 @@ def _klein(folder: Path, spec: ModelSpec, text_layers: int | None, narrow: int) 
     }
     narrowed["num_hidden_layers"] = text_layers or known["num_hidden_layers"]
     read = narrowed["hidden_size"] * len(encoder.layers)
-    schedule = {name: value for name, value in asdict(spec.schedule).items() if name != "empirical_shift"}
+    ours = ("empirical_shift", "base_sigmas")  # a scheduler is told by its pipeline
+    schedule = {name: value for name, value in asdict(spec.schedule).items() if name not in ours}
     tokenizer = qwen_tokenizer(QWEN_WORDS)
     with init_empty_weights():
         transformer = Flux2Transformer2DModel(

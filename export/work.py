@@ -26,7 +26,7 @@ from fluxserve.errors import ExportError
 
 _RECORD = "stage.json"
 _ROOT = Path(__file__).parents[1]
-_PACKAGES = ("export", "fluxserve", "fluxserve/engines")
+_PACKAGES = ("export", "fluxserve", "fluxserve/spec", "fluxserve/engines")
 
 
 @dataclass(frozen=True)

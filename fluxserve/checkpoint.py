@@ -58,19 +58,21 @@ class Checkpoint:
         return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else None
 
 
-def read(path: Path, weights: bool = True) -> Checkpoint:
+def read(path: Path, weights: bool = True, model: str = "") -> Checkpoint:
     """Look a checkpoint folder over.
 
     Args:
         weights: whether it must have them; an artifact keeps a copy of the folder without.
+        model: which member of the family it is, where two have one shape; empty: what the folder says.
 
     Raises:
         CheckpointError: missing, unreadable, incomplete or truncated.
         UnsafeWeights: weights only as pickles.
-        UnsupportedArchitecture: not a pipeline of FLUX.1 or FLUX.2.
+        UnsupportedArchitecture: not a pipeline of FLUX.1 or FLUX.2, or not that of `model`.
     """
     try:
-        return _read(path, weights)
+        found = _read(path, weights)
+        return _named(found, model) if model else found
     except OSError as error:
         raise CheckpointError(f"{path}: unreadable ({error})") from error
 
@@ -91,6 +93,14 @@ def _read(path: Path, weights: bool) -> Checkpoint:
         if weights:
             _check_weights(path / name)
     return Checkpoint(path, _spec(path))
+
+
+def _named(found: Checkpoint, model: str) -> Checkpoint:
+    alike = {member.name: member for member in specs.FAMILY if member.transformer == found.spec.transformer}
+    if model not in alike:
+        expected = f"{' or '.join(alike) or 'no name'}, by its transformer's shape"
+        raise UnsupportedArchitecture(f"{found.path}: model", model, expected)
+    return replace(found, spec=specs.as_member(found.spec, alike[model]))
 
 
 def _spec(path: Path) -> ModelSpec:

@@ -17,6 +17,7 @@ from fluxserve.errors import FluxserveError, ServerError
 from fluxserve.installation import Installation, bundled, installed_at
 from fluxserve.repository import lay_out
 from fluxserve.server import DRAIN_TIMEOUT_S, LOOPBACK, Ports, TritonServer
+from fluxserve.spec import FAMILY
 
 _EPILOG = """\
 examples:
@@ -130,6 +131,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--checkpoint", help="a diffusers-format folder; default: the tiny model that is shipped")
     model.add_argument("--artifact", help="a folder made by `fluxserve export`, in place of a checkpoint")
+    parser.add_argument(
+        "--model",
+        choices=[member.name for member in FAMILY],
+        metavar="NAME",
+        help="of a checkpoint that its shapes can't tell: flux.2-dev-turbo; default: what the folder says",
+    )
     parser.add_argument("--engine", help="default: the artifact's; for a checkpoint, torch_eager")
 
 
@@ -147,7 +154,8 @@ def _server_options(parser: argparse.ArgumentParser) -> None:
 
 def _chosen(options: argparse.Namespace) -> dict[str, str]:
     """The settings that were given on the command line."""
-    return {name: getattr(options, name) for name in ("checkpoint", "artifact", "engine") if getattr(options, name)}
+    names = ("checkpoint", "artifact", "model", "engine")
+    return {name: getattr(options, name) for name in names if getattr(options, name)}
 
 
 def _installation(server: str) -> Installation:

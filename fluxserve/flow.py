@@ -51,10 +51,12 @@ def empirical_mu(image_tokens: int, num_inference_steps: int) -> float:
 def sigmas(num_inference_steps: int, image_tokens: int, schedule: ScheduleSpec) -> FloatArray:
     """Noise levels from 1 down to 0, float32 [num_inference_steps + 1].
 
-    Dynamic shifting: e^μ / (e^μ + 1/s − 1); static: shift·s / (1 + (shift − 1)·s); s = linspace(1, 1/n, n).
+    Dynamic shifting: e^μ / (e^μ + 1/s − 1); static: shift·s / (1 + (shift − 1)·s); s = linspace(1, 1/n, n), or the
+    schedule's base sigmas, which must be n.
     """
-    n = num_inference_steps
-    s = np.linspace(1.0, 1.0 / n, n).astype(np.float32)
+    n, base = num_inference_steps, schedule.base_sigmas
+    assert len(base) in (0, n), "base sigmas are for so many steps as they are"
+    s = np.asarray(base or np.linspace(1.0, 1.0 / n, n)).astype(np.float32)
     if schedule.use_dynamic_shifting:
         mu = empirical_mu(image_tokens, n) if schedule.empirical_shift else shift_mu(image_tokens, schedule)
         e_mu = np.float32(math.exp(mu))

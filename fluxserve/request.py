@@ -55,13 +55,11 @@ def parse(fields: Mapping[str, Any], spec: ModelSpec) -> Request:
     Raises:
         InvalidRequest: names the field, what came and what is allowed.
     """
-    limits, defaults = spec.limits, spec.defaults
+    limits = spec.limits
     num_images = _integer(fields, "num_images", 1, 1, limits.max_images)
     cheap: dict[str, Any] = {
         "prompt": _prompt(fields.get("prompt"), limits.max_prompt_bytes),
-        "num_inference_steps": _integer(
-            fields, "num_inference_steps", defaults.num_inference_steps, 1, limits.max_inference_steps
-        ),
+        "num_inference_steps": _steps(fields, spec),
         "guidance_scale": _guidance(fields, spec),
         "seed": _seed(fields, num_images),
         "num_images": num_images,
@@ -97,6 +95,13 @@ def _integer(fields: Mapping[str, Any], name: str, default: int, least: int, mos
     if not least <= value <= most:
         raise InvalidRequest(name, str(value), f"{least} to {most}")
     return value
+
+
+def _steps(fields: Mapping[str, Any], spec: ModelSpec) -> int:
+    name, only = "num_inference_steps", spec.only_steps
+    if only and int(fields.get(name, only)) != only:
+        raise InvalidRequest(name, str(fields[name]), f"{only}, or nothing: {spec.name} is distilled to {only} steps")
+    return _integer(fields, name, spec.defaults.num_inference_steps, 1, spec.limits.max_inference_steps)
 
 
 def _images(given: Sequence[bytes], spec: ModelSpec) -> tuple[InputImage, ...]:

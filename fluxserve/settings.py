@@ -12,6 +12,7 @@ from typing import Any
 
 from fluxserve import process
 from fluxserve.errors import SettingsError
+from fluxserve.spec import FAMILY
 
 _PREFIX = "FLUXSERVE_"
 _PACKAGE = Path(__file__).resolve().parent
@@ -30,6 +31,8 @@ class Settings:
     """A diffusers-format folder; empty: the tiny model."""
     artifact: str = ""
     """A folder made by `fluxserve export`, served in place of a checkpoint."""
+    model: str = ""
+    """Which model of the family a checkpoint is, where its shapes can't tell (flux.2-dev-turbo); empty: they can."""
     engine: str = ""
     """Which engine runs the model; empty: the one that an artifact is for, and torch_eager for a checkpoint."""
     dtype: str = "auto"
@@ -44,6 +47,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise SettingsError("dtype", self.dtype, "auto, float32, bfloat16, float16")
+        models = [member.name for member in FAMILY]
+        if self.model not in ("", *models):
+            raise SettingsError("model", self.model, f"{', '.join(models)}; or nothing")
         for name, least in (("threads", 0), ("max_rows", 1)):
             if getattr(self, name) < least:
                 raise SettingsError(name, getattr(self, name), f"{least} or more")

@@ -50,10 +50,12 @@ def find(config: Settings) -> Source:
             raise SettingsError(
                 "artifact", "", f"the folder of an artifact, which {name} runs: `fluxserve export` makes one"
             )
-        return Source(name, checkpoints.read(config.checkpoint_path))
+        return Source(name, checkpoints.read(config.checkpoint_path, model=config.model))
     if config.dtype != "auto":
         raise SettingsError("dtype", config.dtype, "auto beside an artifact: its precision was chosen at export")
     artifact = artifacts.read(config.artifact_path)
     if config.engine not in ("", artifact.engine):
         raise SettingsError("engine", config.engine, f"{artifact.engine}, which {config.artifact} is for; or nothing")
+    if config.model not in ("", artifact.spec.name):
+        raise SettingsError("model", config.model, f"{artifact.spec.name}, which {config.artifact} is; or nothing")
     return Source(artifact.engine, artifact.checkpoint, artifact)

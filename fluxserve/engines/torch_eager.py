@@ -17,6 +17,7 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.mistral3.configuration_mistral3 import Mistral3Config
 from transformers.models.mistral3.modeling_mistral3 import Mistral3ForConditionalGeneration
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3Model
 from transformers.models.t5.modeling_t5 import T5EncoderModel
@@ -109,6 +110,24 @@ class Qwen3Layers(Qwen3Model):  # type: ignore[misc]
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__(config)
         self.norm = nn.Identity()
+
+
+class Mistral3Layers(Mistral3ForConditionalGeneration):  # type: ignore[misc]
+    """The first `text_config.num_hidden_layers` of a Mistral3ForConditionalGeneration's folder: it only reads words.
+
+    Without the norm that follows its last layer, without eyes, and without the head that would guess the next word.
+    """
+
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
+        r"(^|\.)language_model\.(model\.)?(layers|norm)\.",
+        r"(^|\.)(vision_tower|multi_modal_projector|lm_head)\.",
+    ]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, config: Mistral3Config) -> None:
+        super().__init__(config)
+        self.model.language_model.norm = nn.Identity()
+        self.model.vision_tower = self.model.multi_modal_projector = self.lm_head = nn.Identity()
 
 
 class LanguageModel(_Wrapper):
@@ -245,9 +264,10 @@ def architectures(spec: ModelSpec) -> Mapping[str, Architecture]:
         return ARCHITECTURES
     encoder = spec.text.sequence
     reads, folder = partial(LanguageModel, layers=encoder.layers), encoder.folder
+    depth = {"num_hidden_layers": max(encoder.layers)}
     texts = {
-        "qwen3": Architecture(folder, Qwen3Layers, reads, {"num_hidden_layers": max(encoder.layers)}),
-        "mistral3": Architecture(folder, Mistral3ForConditionalGeneration, reads),
+        "qwen3": Architecture(folder, Qwen3Layers, reads, depth),
+        "mistral3": Architecture(folder, Mistral3Layers, reads, {"text_config": depth}),
     }
     return {
         encoder.name: texts[encoder.name],

@@ -14,6 +14,7 @@ from fluxserve.imaging import write_image
 from fluxserve.job import Job, plan
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
+from fluxserve.spec import FLUX2_DEV_TURBO, ModelSpec
 from fluxserve.text import Tokenizers
 from tests.support import parity, random_flux2
 from tests.support.parity import RELATIVE, relative
@@ -24,24 +25,26 @@ pytestmark = pytest.mark.xdist_group("klein")
 PROMPT = "a fox on a blue background"
 
 
-def opened(flux: RandomFlux2, tokens: int = TOKENS, max_rows: int = 1) -> Pipeline:
-    folder = flux.checkpoint(tokens)
+def opened(flux: RandomFlux2, tokens: int = TOKENS, max_rows: int = 1, model: ModelSpec | None = None) -> Pipeline:
+    folder = flux.checkpoint(tokens, model)
     return Pipeline(folder.spec, open_components("torch_eager", folder, "cpu", "float32"), max_rows=max_rows)
 
 
 def job_of(
     flux: RandomFlux2,
     size: tuple[int, int] | None = (64, 64),
-    steps: int = 4,
+    steps: int | None = 4,
     seeds: Sequence[int] = (0,),
     prompt: str = PROMPT,
     tokens: int = TOKENS,
     images: Sequence[np.ndarray] = (),
+    model: ModelSpec | None = None,
     **more: object,
 ) -> Job:
     """As `prepare` makes it."""
-    folder = flux.checkpoint(tokens)
-    fields: dict[str, object] = {"num_inference_steps": steps, "num_images": len(seeds), "seed": seeds[0], **more}
+    folder = flux.checkpoint(tokens, model)
+    fields: dict[str, object] = {"num_images": len(seeds), "seed": seeds[0], **more}
+    fields |= {"num_inference_steps": steps} if steps else {}
     fields |= {"height": size[0], "width": size[1]} if size else {}
     fields |= {"image": [write_image(image, "png", 90) for image in images]} if images else {}
     request = parse({**fields, "prompt": prompt.encode()}, folder.spec)
@@ -58,6 +61,7 @@ def their_run(
     tokens: int = TOKENS,
     images: Sequence[np.ndarray] = (),
     size: tuple[int, int] | None = (64, 64),
+    sigmas: Sequence[float] = (),
 ) -> tuple[list[torch.Tensor], np.ndarray]:
     """diffusers' pipeline from the prompt: latents after every step, images [n, h, w, 3]."""
     seen: list[torch.Tensor] = []
@@ -73,6 +77,7 @@ def their_run(
         max_sequence_length=tokens,
         callback_on_step_end=parity.noting(seen),
         output_type="np",
+        **({"sigmas": list(sigmas)} if sigmas else {}),
     ).images
     return seen, drawn
 
@@ -170,6 +175,23 @@ def test_dev(
     job = job_of(flux, size, steps, seeds, prompt, tokens, images, guidance_scale=guidance)
     assert not job.token_mask.all() and job.token_mask[-1] == 1
     parity.agree(opened(flux, tokens), job, *their_run(flux, job, steps, prompt, tokens, images))
+
+
+@pytest.mark.parametrize(
+    ("size", "seeds", "sizes"), [((64, 64), [0], []), ((96, 80), [3, 4], []), ((64, 80), [5], [(80, 64)])]
+)
+def test_turbo(size: tuple[int, int], seeds: list[int], sizes: list[tuple[int, int]]) -> None:
+    """Dev with the noise levels of Turbo, which both have to shift; its steps and guidance are the defaults."""
+    flux, images, tokens = random_flux2.dev(), random_flux2.pictures(*sizes), 256
+    pipeline = opened(flux, tokens, model=FLUX2_DEV_TURBO)
+    job = job_of(flux, size, None, seeds, tokens=tokens, images=images, model=FLUX2_DEV_TURBO)
+    base = FLUX2_DEV_TURBO.schedule.base_sigmas
+    assert (job.steps, job.guidance) == (len(base), 2.5) == (8, 2.5)
+    theirs = their_run(flux, job, 8, tokens=tokens, images=images, sigmas=base)
+    parity.agree(pipeline, job, *theirs)
+    dev = job_of(flux, size, 8, seeds, tokens=tokens, images=images)
+    other = parity.our_steps(pipeline, replace(dev, guidance=job.guidance))
+    assert relative(other[-1], theirs[0][-1]) > RELATIVE, "the judge sees dev's own noise levels"
 
 
 def wrong_schedule(job: Job) -> Job:

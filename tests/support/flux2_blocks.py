@@ -37,7 +37,7 @@ def write(folder: Path, spec: ModelSpec, double: int, single: int) -> Checkpoint
             axes_dims_rope=shape.axes_dims_rope,
             guidance_embeds=shape.guidance_embeds,
         )
-    module = module.to_empty(device="cuda" if torch.cuda.is_available() else "cpu").to(torch.bfloat16)
+    module = module.to(torch.bfloat16).to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     for parameter in module.parameters():
         if parameter.ndim == 1:
             nn.init.uniform_(parameter, 0.5, 1.5)

@@ -36,6 +36,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from benchmarks.stand_in import qwen_tokenizer
 from fluxserve import checkpoint
 from fluxserve.checkpoint import Checkpoint
+from fluxserve.spec import ModelSpec, as_member
 from tests.support.random_flux import SCHEDULER
 
 VOCABULARY = 512
@@ -55,9 +56,15 @@ class RandomFlux2:
     def folder(self) -> Path:
         return Path(self._folder.name)
 
-    def checkpoint(self, tokens: int = TOKENS) -> Checkpoint:
-        """As it is read, but with fewer tokens: 512 would take most of the time, and most of them are padding."""
+    def checkpoint(self, tokens: int = TOKENS, model: ModelSpec | None = None) -> Checkpoint:
+        """As it is read, but with fewer tokens: 512 would take most of the time, and most of them are padding.
+
+        Args:
+            model: the member of the family that it is taken for, as if it were as large.
+        """
         read = checkpoint.read(self.folder)
+        if model:
+            read = replace(read, spec=as_member(read.spec, replace(model, transformer=read.spec.transformer)))
         text = read.spec.text.changed(read.spec.text.sequence.name, tokens=tokens)
         return replace(read, spec=replace(read.spec, text=text, defaults=replace(read.spec.defaults, side=64)))
 

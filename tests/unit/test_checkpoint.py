@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from fluxserve import checkpoint, errors
 from fluxserve.engines.open import open_components
+from fluxserve.engines.torch_eager import load_module
 from fluxserve.errors import CheckpointError, EngineError, UnsafeWeights, UnsupportedArchitecture
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.settings import default_checkpoint
-from fluxserve.spec import FLUX2_DEV, FLUX2_KLEIN_4B, TINY
+from fluxserve.spec import FLUX2_DEV, FLUX2_DEV_TURBO, FLUX2_KLEIN_4B, TINY
 from tests.support import random_flux2
+from tests.support.random_flux2 import RandomFlux2
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
@@ -266,6 +268,42 @@ def test_flux2_dev() -> None:
     assert (encoder.name, encoder.vocabulary, encoder.layers) == ("mistral3", random_flux2.VOCABULARY, (10, 20, 30))
 
 
+@pytest.fixture
+def published_dev(tmp_path: Path) -> Path:
+    """FLUX.2-dev's configurations at its real shape, with weights of no tensor."""
+    source, target, shape = random_flux2.dev().folder, tmp_path / "dev", FLUX2_DEV.transformer
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
+    for file in source.glob("*/*.safetensors"):
+        write_header(target / file.relative_to(source), {})
+    names = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim")
+    real = {name: getattr(shape, name) for name in (*names, "axes_dims_rope")}
+    change(target / "transformer/config.json", **real)
+    text = json.loads((target / "text_encoder/config.json").read_text())["text_config"]
+    wide = {**text, "hidden_size": shape.joint_attention_dim // 3}
+    change(target / "text_encoder/config.json", text_config=wide)
+    return target
+
+
+def test_turbo_is_told(published_dev: Path) -> None:
+    dev, turbo = checkpoint.read(published_dev), checkpoint.read(published_dev, model="flux.2-dev-turbo")
+    assert (dev.spec.name, dev.spec.defaults) == ("flux.2-dev", FLUX2_DEV.defaults)
+    assert (turbo.spec.name, turbo.spec.defaults) == ("flux.2-dev-turbo", FLUX2_DEV_TURBO.defaults)
+    assert (turbo.spec.limits, turbo.spec.only_steps) == (FLUX2_DEV_TURBO.limits, 8)
+    assert (turbo.spec.text, turbo.spec.vae) == (dev.spec.text, dev.spec.vae), "what the folder says stays"
+    assert checkpoint.read(published_dev, model="flux.2-dev") == dev
+
+
+def test_a_model_that_the_folder_is_not(published_dev: Path, folder: Path, klein: Path) -> None:
+    for path, model, expected in (
+        (published_dev, "flux.2-klein-9b", "flux.2-dev or flux.2-dev-turbo"),
+        (folder, "flux.2-dev-turbo", "tiny"),
+        (klein, "flux.2-dev-turbo", "no name"),
+    ):
+        with pytest.raises(UnsupportedArchitecture) as caught:
+            checkpoint.read(path, model=model)
+        assert str(caught.value) == f"{path}: model: got {model!r}; expected {expected}, by its transformer's shape"
+
+
 @pytest.mark.parametrize("is_distilled", [False, None, "remove", 1])
 def test_a_klein_that_is_not_distilled(klein: Path, is_distilled: object) -> None:
     """It is drawn in two passes per step; in one, it would draw something else without a word."""
@@ -297,21 +335,49 @@ def test_the_fused_engine_has_no_text_encoder_for_dev() -> None:
         fused.assemble(random_flux2.dev().checkpoint(), torch.device("cpu"), fused.BF16, None, PLAIN)
 
 
-@pytest.mark.parametrize("lost", ["model.layers.26.mlp.up_proj.weight", "model.embed_tokens.weight"])
-def test_a_language_model_that_lacks_a_layer(tmp_path: Path, lost: str) -> None:
-    """What is after the last layer that is read may be missing, and only that."""
-    target = tmp_path / "klein"
-    shutil.copytree(random_flux2.klein().folder, target)
+LANGUAGE_MODELS = {
+    random_flux2.klein: ("model.", r"model\.(layers\.(27|28|29)\.|norm\.)|lm_head\."),
+    random_flux2.dev: (
+        "language_model.model.",
+        r"language_model\.(model\.(layers\.3[01]\.|norm\.)|lm_head)|vision|multi",
+    ),
+}
+"""Of a folder: what its language model's names begin with, and what of the file nobody reads."""
+
+
+@pytest.mark.parametrize("made", LANGUAGE_MODELS)
+@pytest.mark.parametrize("lost", ["layers.26.mlp.up_proj.weight", "embed_tokens.weight"])
+def test_a_language_model_that_lacks_a_layer(tmp_path: Path, made: Callable[[], RandomFlux2], lost: str) -> None:
+    """What is after the last layer that is read may be missing, and only that; a head, and eyes, too."""
+    target, (prefix, beyond) = tmp_path / "flux", LANGUAGE_MODELS[made]
+    shutil.copytree(made().folder, target)
     (file,) = (target / "text_encoder").glob("*.safetensors")
     tensors = load_file(file)
-    beyond = re.compile(r"model\.(layers\.(27|28|29)\.|norm\.)|lm_head\.")
-    kept = {name: tensor for name, tensor in tensors.items() if not beyond.match(name)}
+    kept = {name: tensor for name, tensor in tensors.items() if not re.match(beyond, name)}
+    assert len(kept) < len(tensors)
     save_file(kept, file, metadata={"format": "pt"})
     open_components("torch_eager", checkpoint.read(target), "cpu", "float32").close()
-    del kept[lost]
+    del kept[prefix + lost]
     save_file(kept, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="missing keys"):
         open_components("torch_eager", checkpoint.read(target), "cpu", "float32")
+
+
+def test_of_mistral_three_quarters_are_loaded(tmp_path: Path) -> None:
+    """Whichever way its weights are called: as it was published first, or as its classes are built today."""
+    target = tmp_path / "dev"
+    shutil.copytree(random_flux2.dev().folder, target)
+    (file,) = (target / "text_encoder").glob("*.safetensors")
+    old = load_module(checkpoint.read(target), "mistral3", "cpu", torch.float32).state_dict()
+    assert {name.split(".layers.")[0] for name in old} == {
+        "model.language_model",
+        "model.language_model.embed_tokens.weight",
+    }
+    assert {int(name.split(".")[3]) for name in old if ".layers." in name} == set(range(30))
+    names = {name: "model." + name.replace("language_model.model.", "language_model.") for name in load_file(file)}
+    save_file({names[name]: tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    new = load_module(checkpoint.read(target), "mistral3", "cpu", torch.float32).state_dict()
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
 
 
 # --- weights that do not fit the architecture: seen by the engine, while it loads them -------------------------------

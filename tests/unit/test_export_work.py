@@ -115,13 +115,13 @@ def test_other_code_makes_another(folder: Path, make: Maker, monkeypatch: pytest
 
 def test_the_code_is_every_file_of_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = module._code()
-    for package in ("export", "fluxserve", "fluxserve/engines"):
+    for package in ("export", "fluxserve", "fluxserve/spec", "fluxserve/engines"):
         (tmp_path / package).mkdir()
         for file in (ROOT / package).glob("*.py"):
             (tmp_path / package / file.name).write_bytes(file.read_bytes())
     monkeypatch.setattr(module, "_ROOT", tmp_path)
     assert module._code() == before
-    for file in ("export/trace.py", "fluxserve/engines/torch_eager.py"):
+    for file in ("export/trace.py", "fluxserve/spec/models.py", "fluxserve/engines/torch_eager.py"):
         before = module._code()
         with (tmp_path / file).open("a") as f:
             f.write("\n")

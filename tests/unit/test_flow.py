@@ -11,7 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from fluxserve import flow
-from fluxserve.spec import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_KLEIN_4B, ScheduleSpec
+from fluxserve.spec import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV_TURBO, FLUX2_KLEIN_4B, ScheduleSpec
 
 STEPS = (1, 2, 3, 4, 7, 20, 28, 50, 99, 100)
 TOKENS = (16, 64, 255, 256, 257, 1024, 4096, 4300, 4301, 16384)
@@ -26,13 +26,13 @@ SCHEDULES = (
 
 def their_schedule(steps: int, tokens: int, schedule: ScheduleSpec) -> FlowMatchEulerDiscreteScheduler:
     """Set up as FluxPipeline.__call__ and Flux2KleinPipeline.__call__ do it."""
-    config = {name: value for name, value in vars(schedule).items() if name != "empirical_shift"}
+    config = {name: value for name, value in vars(schedule).items() if name not in ("empirical_shift", "base_sigmas")}
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
     ours = schedule
     mu = calculate_shift(tokens, ours.base_image_seq_len, ours.max_image_seq_len, ours.base_shift, ours.max_shift)
     if schedule.empirical_shift:
         mu = compute_empirical_mu(tokens, steps)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu, device="cpu")
+    scheduler.set_timesteps(sigmas=schedule.base_sigmas or np.linspace(1.0, 1 / steps, steps), mu=mu, device="cpu")
     return scheduler
 
 
@@ -42,6 +42,19 @@ def test_sigmas_are_those_of_diffusers(schedule: ScheduleSpec) -> None:
         ours, theirs = flow.sigmas(steps, tokens, schedule), their_schedule(steps, tokens, schedule).sigmas.numpy()
         assert ours.dtype == theirs.dtype == np.float32
         assert ours.tobytes() == theirs.tobytes(), (steps, tokens)
+
+
+def test_base_sigmas_are_shifted() -> None:
+    """As diffusers does it with those that are given to a call."""
+    schedule = FLUX2_DEV_TURBO.schedule
+    for tokens in TOKENS:
+        assert (
+            flow.sigmas(8, tokens, schedule).tobytes() == their_schedule(8, tokens, schedule).sigmas.numpy().tobytes()
+        )
+    expected = [1, 0.9474, 0.8825, 0.8003, 0.6928, 0.5462, 0.3347, 0.0030, 0]
+    assert flow.sigmas(8, 4096, schedule) == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(AssertionError, match="base sigmas"):
+        flow.sigmas(7, 4096, schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES[:4])

@@ -8,6 +8,7 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 
 from fluxserve import settings
+from fluxserve.cli import main
 from fluxserve.errors import ServerError
 from fluxserve.repository import lay_out
 
@@ -31,6 +32,16 @@ def test_settings_are_read_as_they_were_given(tmp_path: Path) -> None:
         assert (found.artifact, found.engine, found.checkpoint) == (ODD, "fused", "")
     (group,) = config(tmp_path / "dev", "generate")["instance_group"]
     assert group == {"kind": "KIND_GPU", "count": 1, "gpus": [1, 3]}
+
+
+def test_the_model_that_was_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["repository", str(tmp_path / "made"), "--checkpoint", str(settings.default_checkpoint())]
+    assert main([*command, "--model", "flux.2-dev-turbo"]) == 1
+    assert "model: got 'flux.2-dev-turbo'; expected tiny, by its transformer's shape" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+    assert main([*command, "--model", "tiny"]) == 0
+    for model in ("prepare", "generate"):
+        assert settings.load(config(tmp_path / "made", model)["parameters"]).model == "tiny"
 
 
 def test_everything_else_is_the_shipped_one(tmp_path: Path) -> None:

@@ -12,7 +12,17 @@ from PIL import Image
 from fluxserve.errors import InvalidRequest
 from fluxserve.imaging import write_image
 from fluxserve.request import DRAWN_SEEDS, MAX_SEED, Request, _fit, parse
-from fluxserve.spec import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, TINY, ModelSpec
+from fluxserve.spec import (
+    FAMILY,
+    FLUX1_DEV,
+    FLUX1_SCHNELL,
+    FLUX2_DEV,
+    FLUX2_DEV_TURBO,
+    FLUX2_KLEIN_4B,
+    FLUX2_KLEIN_9B,
+    TINY,
+    ModelSpec,
+)
 
 PNG = write_image(np.zeros((96, 160, 3), np.uint8), "png", 90)
 
@@ -66,6 +76,18 @@ def test_what_makes_no_sense_for_a_klein(spec: ModelSpec) -> None:
     for fields in ({}, {"image": [PNG]}):
         allowed = f"nothing: {spec.name} draws after its images and redraws none of them"
         assert str(refusal(spec, strength=0.5, **fields)) == f"strength: got 0.5; allowed: {allowed}"
+
+
+def test_turbo_is_drawn_in_its_own_steps() -> None:
+    """Its noise levels are those that it was distilled to: fewer or more of them would be others."""
+    assert (
+        ask(FLUX2_DEV_TURBO).num_inference_steps == ask(FLUX2_DEV_TURBO, num_inference_steps=8).num_inference_steps == 8
+    )
+    assert ask(FLUX2_DEV_TURBO).guidance_scale == 2.5
+    for steps in (0, 1, 4, 7, 9, 28, 101, -8):
+        allowed = "8, or nothing: flux.2-dev-turbo is distilled to 8 steps"
+        error = str(refusal(FLUX2_DEV_TURBO, num_inference_steps=steps))
+        assert error == f"num_inference_steps: got {steps}; allowed: {allowed}"
 
 
 BAD: list[tuple[str, list[Any], str]] = [

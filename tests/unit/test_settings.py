@@ -9,6 +9,7 @@ import pytest
 from fluxserve import process, settings
 from fluxserve.errors import SettingsError
 from fluxserve.settings import Settings
+from fluxserve.spec import FAMILY
 
 NAMES = [f.name for f in fields(Settings)]
 
@@ -32,6 +33,7 @@ def test_defaults() -> None:
 VALUES = {
     "checkpoint": ("/a", "/b"),
     "artifact": ("/c", "/d"),
+    "model": ("flux.2-dev", "flux.2-dev-turbo"),
     "engine": ("one", "two"),
     "dtype": ("float16", "bfloat16"),
     "threads": ("3", "4"),
@@ -59,6 +61,7 @@ def test_precedence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("dtype", "int8", "auto, float32, bfloat16, float16"),
         ("dtype", "", "auto, float32, bfloat16, float16"),
+        ("model", "flux.2-turbo", f"{', '.join(member.name for member in FAMILY)}; or nothing"),
         ("threads", "many", "an integer"),
         ("threads", "1.5", "an integer"),
         ("threads", "", "an integer"),

@@ -94,6 +94,14 @@ def test_a_dtype_beside_an_artifact(folder: Path, dtype: str) -> None:
     assert message == f"dtype: got {dtype!r}; allowed: auto beside an artifact: its precision was chosen at export"
 
 
+def test_a_model_that_is_named(folder: Path) -> None:
+    assert source.find(Settings(model="tiny")).spec == source.find(Settings()).spec
+    assert "model: got 'flux.1-dev'; expected tiny, by its" in refusal(Settings(model="flux.1-dev"), CheckpointError)
+    assert source.find(Settings(artifact=str(folder), model="tiny")).spec.name == "tiny"
+    message = refusal(Settings(artifact=str(folder), model="flux.1-dev"))
+    assert message == f"model: got 'flux.1-dev'; allowed: tiny, which {folder} is; or nothing"
+
+
 def test_the_fused_engine_runs_weights_and_artifacts() -> None:
     assert source.find(Settings(engine="fused")).artifact is None
     assert "fused" in ARTIFACTS

@@ -1,4 +1,4 @@
-"""The tables of spec.py against the published configurations, and how a folder's numbers are read."""
+"""The tables of fluxserve.spec against the published configurations, and how a folder's numbers are read."""
 
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
@@ -7,7 +7,16 @@ import pytest
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
 from fluxserve import spec
-from fluxserve.spec import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, TINY, ModelSpec
+from fluxserve.spec import (
+    FLUX1_DEV,
+    FLUX1_SCHNELL,
+    FLUX2_DEV,
+    FLUX2_DEV_TURBO,
+    FLUX2_KLEIN_4B,
+    FLUX2_KLEIN_9B,
+    TINY,
+    ModelSpec,
+)
 
 # What the published folders say.
 DEV = {
@@ -112,7 +121,27 @@ def test_the_family() -> None:
     assert FLUX1_DEV.defaults == spec.Defaults(1024, 28, 3.5)
     assert FLUX1_SCHNELL.defaults == spec.Defaults(1024, 4, 0.0)
     assert FLUX2_KLEIN_4B.defaults == FLUX2_KLEIN_9B.defaults == spec.Defaults(1024, 4, 1.0)
-    assert len({m.name for m in spec.FAMILY}) == len({m.transformer for m in spec.FAMILY}) == 6
+    assert FLUX2_DEV_TURBO.defaults == spec.Defaults(1024, 8, 2.5)
+    assert len({m.name for m in spec.FAMILY}) == len(spec.FAMILY) == 7
+    assert len({m.transformer for m in spec.FAMILY}) == 6, "dev's Turbo has dev's"
+
+
+def test_turbo_is_dev_drawn_in_eight_steps() -> None:
+    turbo = spec.as_member(spec.from_configs(FLUX2, KLEIN_VAE, {**DEV_SCHEDULE, "shift": 2.0}), FLUX2_DEV_TURBO)
+    assert turbo == replace(FLUX2_DEV_TURBO, schedule=replace(FLUX2_DEV_TURBO.schedule, shift=2.0))
+    assert (turbo.only_steps, turbo.limits.max_references) == (8, FLUX2_DEV.limits.max_references)
+    assert spec.as_member(turbo, FLUX2_DEV).schedule.base_sigmas == ()
+    assert {m.name for m in spec.FAMILY if m.only_steps} == {"flux.2-dev-turbo"}
+
+
+def test_base_sigmas_are_not_the_folders_to_say() -> None:
+    assert spec.from_configs(FLUX2, KLEIN_VAE, {**DEV_SCHEDULE, "base_sigmas": [1.0, 0.5]}) == FLUX2_DEV
+
+
+@pytest.mark.parametrize("change", ["defaults", "limits"])
+def test_other_steps_than_base_sigmas(change: str) -> None:
+    with pytest.raises(ValueError, match="must be the 8 base sigmas'"):
+        replace(FLUX2_DEV_TURBO, **{change: getattr(FLUX2_DEV, change)})
 
 
 @pytest.mark.parametrize("model", spec.FAMILY, ids=lambda m: m.name)

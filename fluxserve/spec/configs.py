@@ -1,0 +1,79 @@
+"""The numbers in a diffusers folder → a ModelSpec: which member of the family it is, or what it is nearest to."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+from fluxserve.spec.models import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV, FLUX2_KLEIN_4B
+from fluxserve.spec.parts import ModelSpec, ScheduleSpec, TransformerSpec, VaeSpec
+
+
+def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> ModelSpec:
+    """Read a ModelSpec out of a diffusers folder's three config.json files.
+
+    A fine-tune keeps its base's transformer shape, and with it the base's defaults and limits; the VAE's scale and
+    the schedule are always the folder's own. A shape nobody published gets FLUX.1-dev's or -schnell's defaults,
+    by whether it has a guidance embedding; one of generation 2 FLUX.2-dev's or -klein's.
+
+    Raises:
+        ValueError: the numbers contradict each other.
+        KeyError: a number is missing.
+    """
+    for name, neutral in _NOT_IMPLEMENTED.items():
+        if scheduler.get(name, neutral) != neutral:
+            raise ValueError(f"scheduler {name}: got {scheduler[name]!r}; expected {neutral!r}")
+    shape = _transformer(transformer)
+    base = next((m for m in FAMILY if m.transformer == shape), None)
+    if base is None:
+        guided, unguided = (FLUX2_DEV, FLUX2_KLEIN_4B) if shape.generation == 2 else (FLUX1_DEV, FLUX1_SCHNELL)
+        base = replace(guided if shape.guidance_embeds else unguided, name="custom")
+    factors = (1.0, 0.0) if shape.generation == 2 else (vae["scaling_factor"], vae["shift_factor"])
+    downscale = 2 ** (len(vae["block_out_channels"]) - 1)
+    schedule = ScheduleSpec(**_pick(ScheduleSpec, scheduler))
+    return replace(
+        base,
+        transformer=shape,
+        vae=VaeSpec(vae["latent_channels"], downscale, *factors),
+        schedule=replace(schedule, empirical_shift=shape.generation == 2, base_sigmas=base.schedule.base_sigmas),
+    )
+
+
+def as_member(found: ModelSpec, member: ModelSpec) -> ModelSpec:
+    """What a folder holds, taken for a member of the family whose transformer has the same shape.
+
+    Defaults, limits and base sigmas are the member's; the VAE's scale and the schedule's shift stay the folder's own.
+    """
+    assert found.transformer == member.transformer, "another shape is another model"
+    schedule = replace(found.schedule, base_sigmas=member.schedule.base_sigmas)
+    return replace(found, name=member.name, schedule=schedule, defaults=member.defaults, limits=member.limits)
+
+
+def _transformer(config: Mapping[str, Any]) -> TransformerSpec:
+    generation = 2 if config.get("_class_name") == "Flux2Transformer2DModel" else 1
+    needed = "axes_dims_rope" if generation == 2 else "pooled_projection_dim"  # without a default that would fit
+    if config.get(needed) is None:
+        raise KeyError(needed)
+    klein = FLUX2_KLEIN_4B.transformer
+    usual = {name: getattr(klein, name) for name in ("rope_theta", "mlp_ratio")} if generation == 2 else {}
+    return replace(TransformerSpec(**_pick(TransformerSpec, {**usual, **config})), generation=generation)
+
+
+# Options of FlowMatchEulerDiscreteScheduler that FLUX does not use and flow.py lacks, and their neutral values.
+_NOT_IMPLEMENTED = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "shift_terminal": None,
+    "time_shift_type": "exponential",
+}
+
+
+def _pick(spec: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `config` that `spec` has fields for; lists become tuples so that specs compare and hash."""
+    for field in fields(spec):
+        if field.default is MISSING and field.name not in config:
+            raise KeyError(field.name)
+    named = {f.name: config[f.name] for f in fields(spec) if config.get(f.name) is not None}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}
