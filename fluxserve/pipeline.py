@@ -78,16 +78,24 @@ class Pipeline:
     Args:
         max_rows: images that go through the transformer together. With 1, an image has the same bytes alone and in a
             batch; with more, matrix products of another height may round differently in the last place.
+        rehearse: decode nothing once at each size that is new, see `_rehearse_decode`; for who waits for the picture.
 
     Raises:
         SettingsError: the engine takes fewer rows than max_rows.
     """
 
-    def __init__(self, spec: ModelSpec, components: Components, device: str = "cpu", max_rows: int = 1) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        components: Components,
+        device: str = "cpu",
+        max_rows: int = 1,
+        rehearse: bool = False,
+    ) -> None:
         most = components.transformer.signature.most("rows")
         if max_rows > most:
             raise SettingsError("max_rows", max_rows, f"1 to {most}, which this engine takes")
-        self.spec, self._engines, self._max_rows = spec, components, max_rows
+        self.spec, self._engines, self._max_rows, self._rehearses = spec, components, max_rows, rehearse
         self.device = torch.device(device)
         self._bounds: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
 
@@ -95,27 +103,28 @@ class Pipeline:
         """One step through every component, at the default size twice: engines capture the second.
 
         So that no first request pays for what is loaded, compiled or captured late, and that what can't run fails now.
-        Then the smallest size: libraries have kernels for multiples of something, and others for all other sizes.
+        References make the transformer's rows more, so they come after. Then the smallest size: libraries have kernels
+        for multiples of something, and others for all other sizes.
         """
-        side, least = self.spec.defaults.side, self.spec.limits.min_side
-        for height, width in ((side, side), (side, side), (least, least)):
-            self.draw([self._nothing(height, width)])
+        side, least, alone = self.spec.defaults.side, self.spec.limits.min_side, not self.spec.takes_references
+        for size, given in ((side, alone), (side, alone), (side, True), (least, True)):
+            self.draw([self._nothing(size, given)])
 
-    def _nothing(self, height: int, width: int) -> Job:
-        """A job of no words and a black image."""
+    def _nothing(self, side: int, given: bool) -> Job:
+        """A square job of no words; `given` a black image, or a reference where the model takes those."""
         first, *rest = self.spec.text.encoders
-        channels = TEXT_TO_IMAGE_CHANNELS if self.spec.takes_references else RGB_CHANNELS
-        side = self.spec.limits.min_reference_side
-        black = np.zeros((side, side, RGB_CHANNELS), dtype=np.uint8)
+        least, refers = self.spec.limits.min_reference_side, given and self.spec.takes_references
+        channels = RGB_CHANNELS if given and not refers else TEXT_TO_IMAGE_CHANNELS
+        black = np.zeros((least, least, RGB_CHANNELS), dtype=np.uint8)
         return Job(
             token_ids=np.zeros(first.tokens, dtype=np.int64),
             token_ids_2=np.zeros(rest[0].tokens if rest else 0, dtype=np.int64),
             token_mask=np.ones(first.tokens if first.layers else 0, dtype=np.int64),
-            pixels=np.zeros((height, width, channels), dtype=np.uint8),
+            pixels=np.zeros((side, side, channels), dtype=np.uint8),
             sigmas=np.array([1.0, 0.0], dtype=np.float32),
             guidance=self.spec.defaults.guidance_scale,
             noise_seeds=(0,),
-            references=(black,) if self.spec.takes_references else (),
+            references=(black,) if refers else (),
         )
 
     def close(self) -> None:
@@ -156,7 +165,7 @@ class Pipeline:
         size = self.spec.latent_size(jobs[0].height, jobs[0].width)
         with clock.stage("denoise"):
             for step, _ in enumerate(self.denoise(latents, conditioning, jobs[0].sigmas, size)):
-                if step == 0 and self.device.type == "cuda":
+                if step == 0 and self._rehearses:
                     self._rehearse_decode(len(latents), size)
                 batch.tell(members)
                 if not batch.any_wanted(members):

@@ -62,7 +62,7 @@ class GenerateModel(ServedModel):
         device = found.device(device)
         components = found.open_components(device, config.dtype)
         self._spec, self._max_rows = found.spec, config.max_rows
-        self._pipeline = Pipeline(found.spec, components, device, config.max_rows)
+        self._pipeline = Pipeline(found.spec, components, device, config.max_rows, rehearse=on_gpu)
         self._pipeline.warm_up()
         self._files = Files(torch.device(device), found.spec.defaults.side)
         self._metrics = DrawingMetrics()

@@ -19,9 +19,11 @@ pytestmark = [
 ]
 
 
-def pipeline_of(device: str, dtype: str, max_rows: int = 1, engine: str = "torch_eager") -> Pipeline:
+def pipeline_of(
+    device: str, dtype: str, max_rows: int = 1, engine: str = "torch_eager", rehearse: bool = False
+) -> Pipeline:
     folder = checkpoint.read(settings.default_checkpoint())
-    return Pipeline(folder.spec, open_components(engine, folder, device, dtype), device, max_rows)
+    return Pipeline(folder.spec, open_components(engine, folder, device, dtype), device, max_rows, rehearse)
 
 
 @pytest.fixture(params=["torch_eager", "fused"])
@@ -91,7 +93,7 @@ def test_pictures_come_into_pinned_memory() -> None:
 
 def test_a_new_size_is_rehearsed_behind_the_first_step(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once; the picture is the same as when it is not new any more."""
-    pipeline = pipeline_of("cuda:0", "bfloat16", engine=engine)
+    pipeline = pipeline_of("cuda:0", "bfloat16", engine=engine, rehearse=True)
     rehearsed: list[bool] = []
     rehearse = pipeline._rehearse_decode
     bound: list[object] = []
