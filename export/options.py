@@ -105,11 +105,11 @@ class Options:
 
     def check(self, spec: ModelSpec) -> None:
         """Raises ExportError."""
-        if spec.transformer.generation != 1 and self.engine != FUSED:
-            raise ExportError(f"{self.engine}: {spec.name} is not exported yet; fused and torch_eager run FLUX.2")
         missing = [name for name in spec.components if name in _NOT_FUSED]
         if missing:
             raise ExportError(f"{self.engine}: {spec.name} has {missing[0]}, which torch_eager alone runs")
+        if spec.transformer.generation != 1 and self.engine != FUSED:
+            raise ExportError(f"{self.engine}: {spec.name} is not exported yet; fused and torch_eager run it")
         self.sizes.check(spec)
         if self.engine == ONNXRUNTIME and self.precision == "bf16":
             raise ExportError("precision: got bf16; ONNX Runtime on a CPU computes in fp32, fp16 or (simulated) fp8")

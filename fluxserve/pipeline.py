@@ -78,24 +78,16 @@ class Pipeline:
     Args:
         max_rows: images that go through the transformer together. With 1, an image has the same bytes alone and in a
             batch; with more, matrix products of another height may round differently in the last place.
-        rehearse: decode nothing once at each size that is new, see `_rehearse_decode`; for who waits for the picture.
 
     Raises:
         SettingsError: the engine takes fewer rows than max_rows.
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        components: Components,
-        device: str = "cpu",
-        max_rows: int = 1,
-        rehearse: bool = False,
-    ) -> None:
+    def __init__(self, spec: ModelSpec, components: Components, device: str = "cpu", max_rows: int = 1) -> None:
         most = components.transformer.signature.most("rows")
         if max_rows > most:
             raise SettingsError("max_rows", max_rows, f"1 to {most}, which this engine takes")
-        self.spec, self._engines, self._max_rows, self._rehearses = spec, components, max_rows, rehearse
+        self.spec, self._engines, self._max_rows = spec, components, max_rows
         self.device = torch.device(device)
         self._bounds: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
 
@@ -107,7 +99,8 @@ class Pipeline:
         for multiples of something, and others for all other sizes.
         """
         side, least, alone = self.spec.defaults.side, self.spec.limits.min_side, not self.spec.takes_references
-        for size, given in ((side, alone), (side, alone), (side, True), (least, True)):
+        sizes = [(side, alone), (side, alone), *([] if alone else [(side, True)]), (least, True)]
+        for size, given in sizes:
             self.draw([self._nothing(size, given)])
 
     def _nothing(self, side: int, given: bool) -> Job:
@@ -164,9 +157,7 @@ class Pipeline:
         conditioning = Conditioning.stack([batch.conditionings[row.job] for row in rows])
         size = self.spec.latent_size(jobs[0].height, jobs[0].width)
         with clock.stage("denoise"):
-            for step, _ in enumerate(self.denoise(latents, conditioning, jobs[0].sigmas, size)):
-                if step == 0 and self._rehearses:
-                    self._rehearse_decode(len(latents), size)
+            for _ in self.denoise(latents, conditioning, jobs[0].sigmas, size):
                 batch.tell(members)
                 if not batch.any_wanted(members):
                     return None
@@ -286,23 +277,9 @@ class Pipeline:
         pixels = (bound.outputs["pixels"].float() / 2 + 0.5).clamp_(0, 1)
         return (pixels * 255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
-    def _rehearse_decode(self, rows: int, size: tuple[int, int]) -> None:
-        """Decode nothing at a size that is new, behind the first step: a library that chooses kernels for it does so on
-        the host, 50 ms for cuDNN's convolutions, and the GPU is at the loop meanwhile and does not wait.
-
-        On a bound that is not kept: a kept one's second run would be captured, which takes as long, at the end.
-        """
-        shapes = {"latents": (rows, self.spec.vae.latent_channels, *size)}
-        if self._key(self._engines.vae_decoder, shapes) not in self._bounds:
-            self._engines.vae_decoder.bind(shapes).run()
-
-    @staticmethod
-    def _key(engine: Engine, shapes: Shapes) -> tuple[object, ...]:
-        return (id(engine), *sorted(shapes.items()))
-
     def _bind(self, engine: Engine, shapes: Shapes) -> Bound:
         """An engine bound to shapes, from the few that were used last."""
-        key = self._key(engine, shapes)
+        key = (id(engine), *sorted(shapes.items()))
         if key in self._bounds:
             self._bounds.move_to_end(key)
         else:

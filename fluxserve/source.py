@@ -35,6 +35,11 @@ class Source:
         """Where the engine runs: on what is offered, or on the CPU if it runs nowhere else."""
         return "cpu" if self.engine in engines.CPU_ONLY else offered
 
+    @property
+    def compiles(self) -> bool:
+        """Whether kernels may be compiled where the engine runs, because its own are."""
+        return self.engine in engines.COMPILING
+
 
 def find(config: Settings) -> Source:
     """The source that the settings name; an artifact is served in place of a checkpoint.

@@ -70,8 +70,10 @@ def _load(checkpoint: Checkpoint, encoder: EncoderSpec) -> Any:
     if not vocabulary / 2 < len(tokenizer) <= vocabulary:
         got = f"{len(tokenizer)} words for an encoder that knows {vocabulary}"
         raise CheckpointError(f"{folder}: no usable tokenizer ({got})")
+    if getattr(tokenizer, "backend_tokenizer", None) is None or tokenizer.pad_token_id is None:
+        raise CheckpointError(f"{folder}: no usable tokenizer (no padding token, or not one of the library tokenizers)")
+    _pad(tokenizer, encoder.tokens)
     try:
-        _pad(tokenizer, encoder.tokens)
         _encode(tokenizer, "", encoder)
     except (ValueError, TemplateError) as error:
         raise CheckpointError(f"{folder}: no usable chat template ({error})") from error

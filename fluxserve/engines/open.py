@@ -21,6 +21,8 @@ ARTIFACTS = {
 ENGINES = {**WEIGHTS, **ARTIFACTS}
 DEFAULT = "torch_eager"
 CPU_ONLY = ("onnxruntime",)
+COMPILING = ("fused",)
+"""Engines that compile kernels where they run: with a C compiler, and a cache whose files may be executed."""
 
 
 def needs_artifact(name: str) -> bool:

@@ -11,12 +11,16 @@ Finish = Callable[[], list[bytes]]
 
 
 class Files:
-    """Writes them, for pictures of one device."""
+    """Writes them.
 
-    def __init__(self, device: torch.device, side: int) -> None:
-        """side: of a picture to try it on, so that no request waits for what is compiled late."""
-        self._encode = None
-        if device.type == "cuda":
+    Args:
+        device: a GPU whose kernels may be compiled here, to write PNGs on; None: the host writes them.
+        side: of a picture to try it on, so that no request waits for what is compiled late.
+    """
+
+    def __init__(self, device: torch.device | None, side: int) -> None:
+        self._encode: Callable[[torch.Tensor], bytes] | None = None
+        if device is not None:
             from fluxserve.png import gpu  # it brings Triton's compiler, which comes with PyTorch for CUDA alone
 
             self._encode = gpu.encode

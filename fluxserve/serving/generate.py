@@ -55,16 +55,20 @@ class GenerateModel(ServedModel):
     name = "generate"
 
     def load(self, config: Settings, args: dict[str, str]) -> None:
-        on_gpu = args["model_instance_kind"] == "GPU"
-        device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
+        offered = f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "cpu"
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         found = source.find(config)
-        device = found.device(device)
-        components = found.open_components(device, config.dtype)
+        name = found.device(offered)
+        device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(
+                device
+            )  # where kernels are launched and events recorded, whoever's tensors they are of
+        components = found.open_components(name, config.dtype)
         self._spec, self._max_rows = found.spec, config.max_rows
-        self._pipeline = Pipeline(found.spec, components, device, config.max_rows, rehearse=on_gpu)
+        self._pipeline = Pipeline(found.spec, components, name, config.max_rows)
         self._pipeline.warm_up()
-        self._files = Files(torch.device(device), found.spec.defaults.side)
+        self._files = Files(device if found.compiles else None, found.spec.defaults.side)
         self._metrics = DrawingMetrics()
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="answer")
 

@@ -23,6 +23,7 @@ class ServedModel:
         config = settings.load(json.loads(args["model_config"])["parameters"])
         self._table = InflightTable(config.inflight_path)
         self.load(config, args)
+        gc.collect()
         gc.freeze()  # what is there now stays: no collection in the middle of a request walks a million objects of it
         self._table.register(self.name)
 

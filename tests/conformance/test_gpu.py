@@ -19,11 +19,9 @@ pytestmark = [
 ]
 
 
-def pipeline_of(
-    device: str, dtype: str, max_rows: int = 1, engine: str = "torch_eager", rehearse: bool = False
-) -> Pipeline:
+def pipeline_of(device: str, dtype: str, max_rows: int = 1, engine: str = "torch_eager") -> Pipeline:
     folder = checkpoint.read(settings.default_checkpoint())
-    return Pipeline(folder.spec, open_components(engine, folder, device, dtype), device, max_rows, rehearse)
+    return Pipeline(folder.spec, open_components(engine, folder, device, dtype), device, max_rows)
 
 
 @pytest.fixture(params=["torch_eager", "fused"])
@@ -89,29 +87,6 @@ def test_pictures_come_into_pinned_memory() -> None:
         (expected,), (image,) = draw(cpu, job), draw(gpu, job)
         assert torch.from_numpy(image).is_pinned()
         assert psnr(expected, image) > 45
-
-
-def test_a_new_size_is_rehearsed_behind_the_first_step(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once; the picture is the same as when it is not new any more."""
-    pipeline = pipeline_of("cuda:0", "bfloat16", engine=engine, rehearse=True)
-    rehearsed: list[bool] = []
-    rehearse = pipeline._rehearse_decode
-    bound: list[object] = []
-    decoder = pipeline._engines.vae_decoder
-    bind = decoder.bind
-    monkeypatch.setattr(decoder, "bind", lambda shapes: bound.append(shapes) or bind(shapes))
-
-    def noted(rows: int, size: tuple[int, int]) -> None:
-        known, runs = len(pipeline._bounds), len(bound)
-        rehearse(rows, size)
-        rehearsed.append(len(bound) > runs)
-        assert len(pipeline._bounds) == known, "kept: then the picture's own run would be captured"
-
-    monkeypatch.setattr(pipeline, "_rehearse_decode", noted)
-    job = job_of(pipeline, height=96, width=112)
-    (new,), (again,) = draw(pipeline, job), draw(pipeline, job)
-    assert rehearsed == [True, False]
-    assert np.array_equal(new, again)
 
 
 def test_times_are_the_devices() -> None:

@@ -48,7 +48,7 @@ def test_published_shapes_make_the_published_model(spec: ModelSpec) -> None:
 def test_diffusers_draws_from_it(folder: tuple[ModelSpec, Path], reference: tuple[int, int] | None) -> None:
     """Through its own pipeline, from the prompt, and the picture is no flat one."""
     peer = peers.Peer(folder[1], "cpu", reference)
-    spent, loop = peer.draw(2, SIZE, 0)
-    assert spent > loop > 0
+    drawn = peer.draw(2, SIZE, 0)
+    assert drawn.picture > drawn.loop > 0 and drawn.file > 0
     image = np.asarray(peer.picture(2, SIZE, 0))
     assert image.shape == (*SIZE, 3) and image.std() > 3

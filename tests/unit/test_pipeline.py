@@ -175,25 +175,6 @@ def test_bounds_are_kept_and_no_more_than_a_few() -> None:
     assert decoder.bound == _BOUNDS_KEPT + 2, "longest unused: gone"
 
 
-def test_a_new_size_is_decoded_once_for_nothing_behind_the_first_step() -> None:
-    """If it was asked for; the picture is the same."""
-    decoder = Runs(FLUX().components().vae_decoder)
-    pipeline = Pipeline(FLUX().spec, replace(FLUX().components(), vae_decoder=decoder), rehearse=True)
-    (alone,) = Pipeline(FLUX().spec, FLUX().components()).draw([a_job()])
-    steps: list[int] = []
-
-    def watch(_: int) -> bool:
-        steps.append(len(decoder.rows))
-        return True
-
-    (drawing,), (again,) = pipeline.draw([a_job()], watch), pipeline.draw([a_job()], watch)
-    assert alone and drawing and again
-    assert np.array_equal(drawing.images, alone.images) and np.array_equal(again.images, alone.images)
-    assert steps == [*[1] * STEPS, *[2] * STEPS]
-    assert decoder.rows == [1, 1, 1], "the rehearsal, and each picture"
-    assert decoder.bound == 2, "what was rehearsed on is not kept"
-
-
 def test_unlike_jobs_are_our_own_mistake(pipeline: Pipeline) -> None:
     with pytest.raises(AssertionError, match="alike"):
         pipeline.draw([a_job(steps=2), a_job(steps=3)])

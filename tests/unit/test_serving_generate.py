@@ -1,5 +1,6 @@
 """serving/generate against a stand-in for Triton: unlike jobs in a batch, files, errors, cancellation, metrics."""
 
+import gc
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from fluxserve import contract
+from fluxserve.png import strips
 from fluxserve.serving import files
 from fluxserve.serving.inflight import NO_TICKET, InflightTable
 from tests.support.fake_triton import InferenceRequest, Logger, answers, counted, error_of, installed, outputs
@@ -42,6 +44,7 @@ def generate(serving: dict[str, Any], table: InflightTable) -> Iterator[Any]:
     model.initialize({"model_config": config, "model_instance_kind": "CPU", "model_instance_device_id": "0"})
     yield model
     model.finalize()
+    gc.unfreeze()  # a model's process ends with it; this one goes on
     torch.set_num_threads(threads)
 
 
@@ -132,6 +135,37 @@ def test_a_file_that_fails_is_its_own_requests_error(
     monkeypatch.setattr(files, "write_image", fail_for_webp)
     bad, good = answers(generate, [job(table.claim("a"), output_format=b"webp"), job(table.claim("b"))])
     assert error_of(bad) == ("INTERNAL", "internal error: RuntimeError: no such codec")
+    assert not good.has_error()
+
+
+def test_pngs_are_written_where_the_picture_is(
+    generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, played here; other formats are the host's."""
+    drawn: list[torch.Tensor] = []
+
+    def encode(pixels: torch.Tensor) -> bytes:
+        drawn.append(pixels)
+        return strips.encode(pixels.numpy())
+
+    monkeypatch.setattr(generate._files, "_encode", encode)
+    wanted = job(table.claim("a"), seeds=(1, 2), output_format=b"png")
+    png, raw = answers(generate, [wanted, job(table.claim("b"), output_format=b"raw")])
+    assert [tuple(pixels.shape) for pixels in drawn] == [(64, 64, 3)] * 2
+    first = np.asarray(Image.open(io.BytesIO(outputs(png)["images"][0, 0])))
+    assert outputs(raw)["images"][0, 0] == first.tobytes(), "the same picture"
+
+
+def test_a_gpu_that_fails_at_a_file_fails_that_request_alone(
+    generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pixels: torch.Tensor) -> bytes:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(generate._files, "_encode", fail)
+    wanted = job(table.claim("a"), output_format=b"png")
+    bad, good = answers(generate, [wanted, job(table.claim("b"), output_format=b"raw")])
+    assert error_of(bad) == ("INTERNAL", "internal error: RuntimeError: no such kernel")
     assert not good.has_error()
 
 
@@ -298,3 +332,26 @@ def test_an_unusable_checkpoint_fails_while_loading(serving: dict[str, Any], tmp
     args = {"model_config": json.dumps({"parameters": parameters}), "model_instance_kind": "CPU"}
     with pytest.raises(Exception, match="nowhere: no such folder"):
         serving["generate"].GenerateModel().initialize(args)
+
+
+def test_the_gpu_that_was_given_is_the_current_one(
+    serving: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's kernels are launched on the current one, whichever their tensors are on."""
+
+    class Opened(Exception):
+        pass
+
+    chosen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+
+    def opened(source: object, device: str, dtype: str) -> None:
+        chosen.append(device)
+        raise Opened
+
+    monkeypatch.setattr("fluxserve.source.Source.open_components", opened)
+    parameters = {"inflight": {"string_value": str(tmp_path / "table")}}
+    args = {"model_config": json.dumps({"parameters": parameters}), "model_instance_kind": "GPU"}
+    with pytest.raises(Opened):
+        serving["generate"].GenerateModel().initialize({**args, "model_instance_device_id": "1"})
+    assert chosen == ["cuda:1", "cuda:1"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,17 @@ def test_a_damaged_tokenizer(tmp_path: Path, name: str, text: str) -> None:
 def test_a_t5_tokenizer_without_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tokenizer_2: no usable tokenizer"):
         Tokenizers(edited(tmp_path, "tokenizer_2", None))
+
+
+def test_a_tokenizer_that_can_not_pad(tmp_path: Path) -> None:
+    dev = random_flux2.dev().checkpoint()
+    shutil.copytree(dev.path, tmp_path / "dev", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = tmp_path / "dev" / "tokenizer" / "tokenizer_config.json"
+    said = json.loads(file.read_text())
+    del said["pad_token"]
+    file.write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="tokenizer: no usable tokenizer \\(no padding token"):
+        Tokenizers(replace(dev, path=tmp_path / "dev"))
 
 
 def test_a_clip_tokenizer_without_vocabulary(tmp_path: Path) -> None:
