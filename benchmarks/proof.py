@@ -7,7 +7,8 @@
 Each part is a command of its own and runs in a process of its own, so that the GPU's memory is free for it:
 benchmarks.floor, .peers, .engines, .served; and with a model that takes references floor, peers and served once more
 with one of --reference's size ("floor-edit" and so on). Writes OUT.json with all of their results and OUT.md with the
-table that compares them. --parts leaves some out; those that OUT.json has from before stay in it.
+table that compares them. --parts leaves some out; those that OUT.json has from before stay in it, and the table says so
+where they are of another commit: such a part has no ratio to this one's floor.
 """
 
 import argparse
@@ -62,7 +63,8 @@ def markdown(found: Results) -> str:
         if f"served{suffix}" in found:
             lines += ["", *(f"- {of}{line}" for line in _details(found[f"served{suffix}"]))]
     for mode, peer in found.get("peers", {}).get("modes", {}).items():
-        lines.append(f"- PNG by Pillow, which the row of {mode} leaves out, ms: {peer['file_ms']['median']}")
+        if "file_ms" in peer:
+            lines.append(f"- PNG by Pillow, which the row of {mode} leaves out, ms: {peer['file_ms']['median']}")
     for engine in found.get("engines", {}).get("engines", []):
         lines.append(f"- memory of {engine['engine']}, GiB: {json.dumps(engine['gib'])}")
     return "\n".join(lines) + "\n"
@@ -71,18 +73,29 @@ def markdown(found: Results) -> str:
 def _rows(found: Results, suffix: str = "") -> Iterator[str]:
     """Of the parts without a reference, or of those with one."""
     floor, peers, served = (found.get(f"{part}{suffix}", {}) for part in ("floor", "peers", "served"))
-    under, of = floor.get("total_ms"), ", with a reference" if suffix else ""
-    if under:
-        yield row(f"floor: products and attentions of the loop alone{of}", None, under, floor["step_ms"], 1)
+    own, of = next(iter(found.values())).get("commit"), ", with a reference" if suffix else ""
+
+    def of_floor(part: dict[str, Any], total: float) -> float | None:
+        same = floor and floor.get("commit") == part.get("commit", own)
+        return total / floor["total_ms"] if same else None
+
+    def named(name: str, part: dict[str, Any]) -> str:
+        commit = part.get("commit", own)
+        return f"{name}{of}" + (f"; another run, commit {commit}" if commit != own else "")
+
+    if floor:
+        name = named("floor: products and attentions of the loop alone", floor)
+        yield row(name, None, floor["total_ms"], floor["step_ms"], 1)
     for mode, peer in peers.get("modes", {}).items():
-        total, step = peer["picture_ms"]["median"], peer["step_ms"]
-        ratio = total / under if under else None
-        yield row(f"diffusers BF16, {mode}{of}, without its PNG", total, step * peers["steps"], step, ratio)
+        kind = "without its PNG" if "picture_ms" in peer else "with Pillow's PNG"  # timed together until 8e0d13b
+        total, step = (peer.get("picture_ms") or peer["total_ms"])["median"], peer["step_ms"]
+        name = named(f"diffusers BF16, {mode}, {kind}", peers)
+        yield row(name, total, step * peers["steps"], step, of_floor(peers, total))
     if served:
         total, denoise = served["client_ms"]["median"], served["stages_ms"]["denoise"]
         steps = floor.get("steps") or served.get("num_inference_steps")
         step = denoise / steps if steps else None
-        yield row(f"fluxserve, gRPC to PNG{of}", total, denoise, step, total / under if under else None)
+        yield row(named("fluxserve, gRPC to PNG", served), total, denoise, step, of_floor(served, total))
 
 
 def row(name: str, total: float | None, denoise: float, step: float | None, ratio: float | None) -> str:

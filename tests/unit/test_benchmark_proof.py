@@ -43,11 +43,19 @@ def test_without_a_floor_there_is_no_ratio() -> None:
     assert "| fluxserve, gRPC to PNG | 120 | 108 | 27.00 |  |" in markdown({"served": SERVED})
 
 
+def test_a_part_of_another_commit_says_so_and_has_no_ratio() -> None:
+    """And one from when Pillow's PNG was not timed apart says that."""
+    old = {"commit": "B", "steps": 4, "modes": {"eager": {"total_ms": {"median": 500.0}, "step_ms": 60.0}}}
+    table = markdown({"floor": FLOOR, "peers": old, "served": {**SERVED, "commit": "C"}})
+    assert "| diffusers BF16, eager, with Pillow's PNG; another run, commit B | 500 | 240 | 60.00 |  |" in table
+    assert "| fluxserve, gRPC to PNG | 120 | 108 | 27.00 | 1.200 |" in table
+
+
 def test_an_edit_has_a_floor_and_peers_of_its_own() -> None:
     edit = {"floor-edit": {**FLOOR, "total_ms": 200.0}, "peers-edit": PEERS, "served-edit": SERVED}
     table = markdown({"floor": FLOOR, "served": SERVED, **edit})
     assert "| fluxserve, gRPC to PNG | 120 | 108 | 27.00 | 1.200 |" in table
-    assert "| diffusers BF16, eager, with a reference, without its PNG | 300 | 240 | 60.00 | 1.500 |" in table
+    assert "| diffusers BF16, eager, without its PNG, with a reference | 300 | 240 | 60.00 | 1.500 |" in table
     assert "| fluxserve, gRPC to PNG, with a reference | 120 | 108 | 27.00 | 0.600 |" in table
     assert "- with a reference: stages, ms: denoise 108.0, decode 5.0" in table
 
