@@ -8,6 +8,7 @@ Everything below is either NumPy on the host or methods of the tensors that come
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,8 +49,9 @@ def empirical_mu(image_tokens: int, num_inference_steps: int) -> float:
     return slope * num_inference_steps + (at_200 - 200.0 * slope)
 
 
+@lru_cache(maxsize=256)
 def sigmas(num_inference_steps: int, image_tokens: int, schedule: ScheduleSpec) -> FloatArray:
-    """Noise levels from 1 down to 0, float32 [num_inference_steps + 1].
+    """Noise levels from 1 down to 0, float32 [num_inference_steps + 1]; read-only: it is kept for the next call.
 
     Dynamic shifting: e^μ / (e^μ + 1/s − 1); static: shift·s / (1 + (shift − 1)·s); s = linspace(1, 1/n, n), or the
     schedule's base sigmas, which must be n.
@@ -64,7 +66,9 @@ def sigmas(num_inference_steps: int, image_tokens: int, schedule: ScheduleSpec) 
     else:
         shift = np.float32(schedule.shift)
         s = shift * s / (1 + (shift - 1) * s)
-    return np.append(s, np.float32(0.0)).astype(np.float32)
+    levels = np.append(s, np.float32(0.0)).astype(np.float32)
+    levels.setflags(write=False)
+    return levels
 
 
 def image_to_image_start(num_inference_steps: int, strength: float) -> int:

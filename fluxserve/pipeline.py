@@ -231,7 +231,7 @@ class Pipeline:
             bound.inputs["timestep"],
             bound.outputs["velocity"][:, :own],
         )
-        levels = sent(torch.from_numpy(sigmas), self.device)
+        levels = sent(torch.tensor(sigmas), self.device)
         times = flow.timesteps(levels, self.spec.schedule, timestep.dtype)
         dsigmas = levels.diff()[:, None, None, None]
         if isinstance(bound, Foreseeing):
