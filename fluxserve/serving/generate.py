@@ -61,9 +61,7 @@ class GenerateModel(ServedModel):
         name = found.device(offered)
         device = torch.device(name)
         if device.type == "cuda":
-            torch.cuda.set_device(
-                device
-            )  # where kernels are launched and events recorded, whoever's tensors they are of
+            torch.cuda.set_device(device)  # kernels are launched, and events recorded, on the current one
         components = found.open_components(name, config.dtype)
         self._spec, self._max_rows = found.spec, config.max_rows
         self._pipeline = Pipeline(found.spec, components, name, config.max_rows)

@@ -11,6 +11,7 @@ from fluxserve.job import Job, plan
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.text import Tokenizers
+from tests.support.waiting import loop_never_waits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -98,17 +99,7 @@ def test_times_are_the_devices() -> None:
 
 
 def test_the_loop_does_not_wait_for_the_device(engine: str) -> None:
-    """Between the first step and the last nothing synchronises: torch raises on any call that would."""
     pipeline = pipeline_of("cuda:0", "bfloat16", engine=engine)
     job = job_of(pipeline)
     draw(pipeline, job)  # allocations and kernels are loaded
-    with torch.inference_mode():
-        conditioning, latents = pipeline.encode(job), pipeline.start(job, 3)
-        size = pipeline.spec.latent_size(job.height, job.width)
-        steps = pipeline.denoise(latents, conditioning, job.sigmas, size)
-        next(steps)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            assert len(list(steps)) == job.steps - 1
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    loop_never_waits(pipeline, job)
