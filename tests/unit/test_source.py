@@ -102,6 +102,12 @@ def test_a_model_that_is_named(folder: Path) -> None:
     assert message == f"model: got 'flux.1-dev'; allowed: tiny, which {folder} is; or nothing"
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_only_the_fused_engine_compiles_where_it_runs(engine: str) -> None:
+    """So no other needs a compiler, or a cache that may be executed, to write its PNGs."""
+    assert Source(engine, source.find(Settings()).checkpoint).compiles == (engine == "fused")
+
+
 def test_the_fused_engine_runs_weights_and_artifacts() -> None:
     assert source.find(Settings(engine="fused")).artifact is None
     assert "fused" in ARTIFACTS
