@@ -108,14 +108,15 @@ class Work:
         return self._hash([file])[0]
 
     def _hash(self, files: Sequence[Path]) -> list[str]:
-        """The same of several, side by side: one thread takes half a minute for a checkpoint of FLUX.1-dev."""
+        """The same of several, side by side: checkpoints are tens of gigabytes."""
         memory = self.folder / "hashes.json"
         known: dict[str, list[Any]] = {}
         with contextlib.suppress(FileNotFoundError, ValueError):  # a memory that can't be read is no memory
             known = json.loads(memory.read_text(encoding="utf-8"))
         if not isinstance(known, dict):
             known = {}
-        names = {str(file.resolve()): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+        stats = {str(file.resolve()): file.stat() for file in files}
+        names = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
         new = [name for name, stamp in names.items() if not _remembered(known.get(name), stamp)]
         if new:
             with ThreadPoolExecutor() as pool:
