@@ -14,6 +14,8 @@ from fluxserve import settings
 from tests.support import exports
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests.support.fused import FusedOf
 
 settings.let_threads_sleep()
@@ -22,6 +24,13 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
+
+
+@pytest.fixture(autouse=torch.cuda.is_available())
+def _give_memory_back() -> "Iterator[None]":
+    """Tests share a GPU with one another: what PyTorch's pool kept of one test's is no other process's memory."""
+    yield
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")
