@@ -5,8 +5,7 @@ In BF16 and FP8 with its kernels on a GPU; else with their plain references, whi
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ from fluxserve.engines.fused.qwen3 import FusedQwen3
 from fluxserve.engines.fused.weights import Precision
 from fluxserve.engines.torch_eager import LanguageModel, TorchEngine, load_module
 from fluxserve.errors import CheckpointError, UnsupportedArchitecture
-from fluxserve.kernels.fp8 import E4M3, quantise_rows
+from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
 from tests.support import random_flux2
 from tests.support.parity import relative
+from tests.support.text import quantised, run
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
@@ -56,24 +56,16 @@ def inputs_of(*lengths: int) -> dict[str, Tensor]:
     return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
-def sequence(engine: FusedQwen3 | TorchEngine, inputs: dict[str, Tensor]) -> Tensor:
-    bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
-    for name, value in inputs.items():
-        bound.inputs[name].copy_(value)
-    bound.run()
-    return bound.outputs["sequence"].float().cpu()
-
-
 def eager(folder: Checkpoint, dtype: torch.dtype = torch.float32) -> tuple[TorchEngine, nn.Module]:
     module = load_module(folder, "qwen3", str(DEVICE), dtype)
     layers = folder.spec.text.sequence.layers
     return TorchEngine(signatures.language_model(folder.spec), LanguageModel(module, layers)), module
 
 
-def fused(folder: Checkpoint, precision: Precision = EXACT, run: Operations | None = None) -> FusedQwen3:
+def fused(folder: Checkpoint, precision: Precision = EXACT, operations: Operations | None = None) -> FusedQwen3:
     """In float32 plainly everywhere: on a GPU the kernels' products of it would be TF32's."""
     usual = PLAIN if precision.compute == torch.float32 else KERNELS
-    return FusedQwen3(folder, DEVICE, precision, run or usual)
+    return FusedQwen3(folder, DEVICE, precision, operations or usual)
 
 
 def by_state(got: Tensor, expected: Tensor) -> list[float]:
@@ -84,7 +76,7 @@ def by_state(got: Tensor, expected: Tensor) -> list[float]:
 def test_all_states_of_all_rows(folder: Checkpoint) -> None:
     """A full row, one with padding, one of a single word; padding's own rows count as well."""
     inputs = inputs_of(TOKENS, 7, 1)
-    got, expected = sequence(fused(folder), inputs), sequence(eager(folder)[0], inputs)
+    got, expected = run(fused(folder), inputs), run(eager(folder)[0], inputs)
     for row in range(3):
         assert max(by_state(got[row], expected[row])) < RELATIVE, f"row {row}"
         assert max(by_state(got[row, 7:], expected[row, 7:])) < RELATIVE, f"row {row}'s end"
@@ -93,18 +85,18 @@ def test_all_states_of_all_rows(folder: Checkpoint) -> None:
 def test_the_judge_sees_each_input(tied: Checkpoint) -> None:
     """What was not read would still pass, if the reference did not care either."""
     engine, inputs = fused(tied), inputs_of(7)
-    once = sequence(engine, inputs)
-    seen = sequence(engine, {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])})
+    once = run(engine, inputs)
+    seen = run(engine, {**inputs, "attention_mask": torch.ones_like(inputs["attention_mask"])})
     assert relative(seen[:, :7], once[:, :7]) == 0, "a word looks at no later one"
     assert relative(seen[:, 7:], once[:, 7:]) > 0.01
-    assert relative(sequence(engine, {**inputs, "input_ids": inputs["input_ids"].flip(1)}), once) > 0.1
+    assert relative(run(engine, {**inputs, "input_ids": inputs["input_ids"].flip(1)}), once) > 0.1
 
 
 def test_states_in_the_order_of_the_spec(tied: Checkpoint) -> None:
     deeper = replace(tied.spec, text=tied.spec.text.changed("qwen3", layers=(30, 1, 9)))
     other = Checkpoint(tied.path, deeper)
     inputs = inputs_of(9)
-    assert max(by_state(sequence(fused(other), inputs), sequence(eager(other)[0], inputs))) < RELATIVE
+    assert max(by_state(run(fused(other), inputs), run(eager(other)[0], inputs))) < RELATIVE
 
 
 @pytest.mark.skipif(GPU, reason="its products of float32 are TF32's; BF16 and FP8 are launched there")
@@ -112,8 +104,8 @@ def test_launched(tied: Checkpoint) -> None:
     """In Triton's interpreter: few layers, because it is slow."""
     shallow = Checkpoint(tied.path, replace(tied.spec, text=tied.spec.text.changed("qwen3", layers=(1, 2, 3))))
     inputs = inputs_of(7)
-    got = sequence(fused(shallow, EXACT, LAUNCHED), inputs)
-    assert max(by_state(got, sequence(eager(shallow)[0], inputs))) < RELATIVE
+    got = run(fused(shallow, EXACT, LAUNCHED), inputs)
+    assert max(by_state(got, run(eager(shallow)[0], inputs))) < RELATIVE
 
 
 @pytest.mark.parametrize("precision", [EXACT, BF16, FP8], ids=["exact", "bf16", "fp8"])
@@ -125,60 +117,40 @@ def test_a_bound_keeps_nothing_of_the_run_before(tied: Checkpoint, precision: Pr
         for name, value in inputs.items():
             bound.inputs[name].copy_(value)
         bound.run()
-        assert torch.equal(bound.outputs["sequence"].float().cpu(), sequence(engine, inputs))
+        assert torch.equal(bound.outputs["sequence"].float().cpu(), run(engine, inputs))
 
 
 def test_a_row_of_nothing_but_padding_stays_finite(tied: Checkpoint) -> None:
     for precision in (EXACT, BF16):
-        assert torch.isfinite(sequence(fused(tied, precision), inputs_of(0))).all()
+        assert torch.isfinite(run(fused(tied, precision), inputs_of(0))).all()
 
 
 def test_bf16_loses_no_more_than_eager_bf16(tied: Checkpoint) -> None:
     inputs = inputs_of(TOKENS, 7)
-    expected = sequence(eager(tied)[0], inputs)
-    theirs = by_state(sequence(eager(tied, torch.bfloat16)[0], inputs), expected)
-    ours = by_state(sequence(fused(tied, BF16), inputs), expected)
+    expected = run(eager(tied)[0], inputs)
+    theirs = by_state(run(eager(tied, torch.bfloat16)[0], inputs), expected)
+    ours = by_state(run(fused(tied, BF16), inputs), expected)
     assert all(a <= 1.2 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
-
-
-@contextmanager
-def quantised(module: nn.Module) -> Iterator[None]:
-    """Every product of E4M3 numbers, with a scale for each row on both sides; float32 around them."""
-
-    def rounded(x: Tensor) -> Tensor:
-        data, scale = quantise_rows(x.reshape(-1, x.shape[-1]))
-        return (data.float() * scale[:, None]).reshape(x.shape)
-
-    def take(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (rounded(given[0]),)
-
-    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    for linear in linears:
-        linear.weight.copy_(rounded(linear.weight))
-    hooks = [linear.register_forward_pre_hook(take) for linear in linears]
-    yield
-    for hook in hooks:
-        hook.remove()
 
 
 def plain_fp8(folder: Checkpoint, inputs: dict[str, Tensor]) -> Tensor:
     engine, module = eager(folder)
     with torch.inference_mode(), quantised(module):
-        return sequence(engine, inputs)
+        return run(engine, inputs)
 
 
 def test_fp8_in_float32_is_plain_fp8(tied: Checkpoint) -> None:
     """But for a number here and there that lies between two of E4M3."""
     inputs = inputs_of(TOKENS, 7)
-    got = sequence(fused(tied, Precision(torch.float32, E4M3)), inputs)
+    got = run(fused(tied, Precision(torch.float32, E4M3)), inputs)
     assert max(by_state(got, plain_fp8(tied, inputs))) < 0.02
 
 
 def test_fp8_loses_no_more_than_plain_fp8(tied: Checkpoint) -> None:
     """Over many rows: of two alone, either may be the better one by an eighth."""
     inputs = inputs_of(*[TOKENS] * 6, 7, 1)
-    expected = sequence(eager(tied)[0], inputs)
-    ours = relative(sequence(fused(tied, FP8), inputs), expected)
+    expected = run(eager(tied)[0], inputs)
+    ours = relative(run(fused(tied, FP8), inputs), expected)
     assert ours <= 1.1 * relative(plain_fp8(tied, inputs), expected)
 
 
@@ -207,7 +179,7 @@ def test_an_old_configuration_and_no_prefix(tmp_path: Path, tied: Checkpoint) ->
 
     old = changed(tmp_path, tied, bare, rope_parameters=None, rope_theta=1e6)
     inputs = inputs_of(7)
-    assert torch.equal(sequence(fused(old), inputs), sequence(fused(tied), inputs))
+    assert torch.equal(run(fused(old), inputs), run(fused(tied), inputs))
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def test_float32_draws_what_the_cpu_draws() -> None:
 
 def test_bfloat16_draws_the_same_picture(engine: str) -> None:
     full, half = pipeline_of("cuda:0", "float32"), pipeline_of("cuda:0", "bfloat16", engine=engine)
-    (a,), (b,) = draw(full, job_of(full)), draw(half, job_of(half))
-    assert psnr(a, b) > 20
+    (a,), (b,), (other,) = draw(full, job_of(full)), draw(half, job_of(half)), draw(full, job_of(full, seed=4))
+    assert psnr(a, b) > max(28, psnr(a, other) + 6), "the worst of 200 is 28.2; another seed's median is 20.3"
 
 
 def test_the_same_bytes_run_to_run_and_in_a_batch(engine: str) -> None:
