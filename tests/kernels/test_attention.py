@@ -49,7 +49,7 @@ def test_the_reference_loses_what_fp8_loses() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="cuDNN needs a CUDA device")
-@pytest.mark.parametrize(("rows", "heads"), [(17, 3), (512, 3), (4608, 3), (9217, 3), (4608, 32), (4608, 48)])
+@pytest.mark.parametrize(("rows", "heads"), [(1, 3), (17, 3), (512, 3), (4608, 3), (9217, 3), (4608, 32), (4608, 48)])
 @pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16])
 def test_into_a_part_of_wider_rows(rows: int, heads: int, dtype: torch.dtype) -> None:
     """No worse than the same arithmetic done plainly; what lies beside it is left alone."""
@@ -64,6 +64,23 @@ def test_into_a_part_of_wider_rows(rows: int, heads: int, dtype: torch.dtype) ->
     allowed = 1.2 * relative(plain.float() * factor, expected) + 1e-3
     assert relative(whole[:, :width].float() * factor, expected) <= allowed
     assert torch.isnan(whole[:, width:].float()).all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="cuDNN needs a CUDA device")
+@pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16])
+def test_extremes(dtype: torch.dtype) -> None:
+    """Scores in the hundreds, so that one key takes all; values as large as they can be held."""
+    rows, heads = 300, 3
+    qkv, scales = q_k_v(rows, heads, torch.float32)
+    held = (448 * scales[:3] if dtype == E4M3 else torch.full((3,), 8.0, device=DEVICE)).repeat_interleave(heads * DIM)
+    wide = qkv.sign() * held * torch.where(qkv.abs() > 0.3, 1.0, 0.5)
+    factor = scales[:3].repeat_interleave(heads * DIM) if dtype == E4M3 else 1.0
+    given = cast(wide / factor, dtype)
+    out, plain = (torch.full((rows, heads * DIM), float("nan"), device=DEVICE).to(dtype) for _ in range(2))
+    attention(given, heads, scales, out)
+    plain_attention(given, heads, scales, plain)
+    expected, shown = exact(given, heads, scales), SCALES[2] if dtype == E4M3 else 1.0
+    assert relative(out.float() * shown, expected) <= 1.2 * relative(plain.float() * shown, expected) + 1e-3
 
 
 @pytest.mark.skipif(INTERPRETED, reason="cuDNN needs a CUDA device")

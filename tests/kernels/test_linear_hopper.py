@@ -9,7 +9,7 @@ from fluxserve.kernels import linear_plain as plain
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.spec import FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from tests.kernels.judge import DEVICE, INTERPRETED, of_product, poisoned, random, same
-from tests.kernels.test_linear import HEAD, heads_of, operands
+from tests.kernels.test_linear import HEAD, extremes, heads_of, operands, row_by_row
 
 ALONE = [ending for ending in hopper.ENDINGS if not ending.startswith("heads_")]
 """Endings of all columns."""
@@ -106,6 +106,22 @@ def test_as_the_reference(rows: int, columns: int, inner: int, ending: str) -> N
     before_rounding = of_product(E4M3) * (2 if ending == "swiglu" else 1) + 2**-10  # of two products
     same(got, expected if bf16 else expected.clamp(-448, 448), got.dtype, before_rounding)
     assert DEVICE == "cuda"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("ending", ALONE)
+def test_extremes(ending: str) -> None:
+    """As the general kernel's test, which see."""
+    x, x_scale, w = extremes(768, 208)
+    gate, heads = 100 * random(1, 768), heads_of(4, 1)
+    bf16, width = ending in ("none", "add"), 384 if ending == "swiglu" else 768
+    got = 100 * random(4, width).to(torch.bfloat16) if bf16 else poisoned(4, width, dtype=E4M3)
+    expected = got.float()
+    more: dict[str, tuple[object, ...]] = {"gelu": (20.0,), "swiglu": (20.0,), "add": (gate,), "heads": (heads,)}
+    name = "plain_linear" if ending == "none" else f"plain_linear_{ending}"
+    getattr(plain, name)(x, x_scale, w, 0, *more.get(ending, ()), expected)
+    hopper.launch(ending, x, x_scale, hopper.arranged(w), 0, got, gate, heads if ending == "heads" else None, 20.0)
+    row_by_row(got, expected, 2 * of_product(E4M3) + 2**-10)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
