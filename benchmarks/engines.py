@@ -35,9 +35,9 @@ class Contender:
         if found.artifact:
             self.name += f" {found.artifact.manifest['precision']}"
         device = found.device(device)
-        before = allocated()
+        before = allocated(reset=True)
         components = found.open_components(device, config.dtype)
-        self.memory = {"opened": allocated() - before}
+        self.memory = {"opened": allocated() - before, "most while opening": allocated(peak=True) - before}
         if arena := getattr(components.transformer, "arena", None):
             self.memory["of which arena"] = arena.bytes / 2**30
         self._pipeline = Pipeline(found.spec, components, device)

@@ -24,6 +24,8 @@ from fluxserve import checkpoint
 from fluxserve.spec import ModelSpec
 
 _EDIT = "-edit"
+_NEVER_SEEN = ("896x1152", "832x1216", "960x1088")
+"""Of different numbers of tokens: what was built for one serves another of as many."""
 PARTS = ("floor", "peers", "engines", "served", *(f"{part}{_EDIT}" for part in ("floor", "peers", "served")))
 Results = dict[str, dict[str, Any]]
 
@@ -35,7 +37,7 @@ def commands(args: argparse.Namespace, spec: ModelSpec) -> dict[str, list[str]]:
         "floor": ["--model", spec.name, *asked],
         "peers": [args.checkpoint, *asked],
         "engines": ["--artifacts-only", "--artifact", args.artifact, "--n", "3"],
-        "served": ["--artifact", args.artifact, *asked, "--unseen", "896x1152"],
+        "served": ["--artifact", args.artifact, *asked, "--unseen", *_NEVER_SEEN],
     }
     edits = [part for part in PARTS if part.endswith(_EDIT)] if spec.takes_references else []
     return made | {part: [*made[part.removesuffix(_EDIT)], "--reference", args.reference] for part in edits}
@@ -109,13 +111,14 @@ def _details(served: dict[str, Any]) -> list[str]:
     client = served["client_ms"]
     spread = ", ".join(f"{name} {client[name]}" for name in ("median", "p90", "p99", "n"))
     stages = ", ".join(f"{name} {value}" for name, value in served["stages_ms"].items())
+    unseen = ", ".join("{} × {} {more}".format(*new["size"], **new) for new in served["unseen_sizes_ms"])
     return [
         f"a picture's file: {served['image_bytes']:,} bytes",
         f"client, ms: {spread}; ready after {served['ready_s']} s, first request {served['first_ms']} ms",
         f"stages, ms: {stages}",
         f"pictures a second, so many at once: {json.dumps(served['images_per_s'])}; GPU memory in use, all of it:"
         f" {served['gpu_memory_mib']} MiB",
-        f"a size never seen, ms: {json.dumps(served['unseen_size_ms'])}",
+        f"a size never seen, ms more than its next times: {unseen}",
         f"client − device − encoding, ms: {served['overhead_ms']['median']}; everything but the loop:"
         f" {served['around_the_loop_ms']['median']}",
     ]

@@ -7,9 +7,9 @@ Speed depends on shapes, and on numbers that are finite and random, not on what 
 FLUX.1-dev takes 34 GB, klein-4B 16, klein-9B 35. --text-layers cuts the text encoder: a klein reads 27 of its 36
 layers, and fluxserve loads no more; diffusers runs all that are there, so that with fewer it is timed too fast.
 
-FLUX.1: transformer 3072 wide, 24 heads of 128; T5 4096 wide; CLIP 768 wide; the VAE whole. The tokenizers, and with
-them the vocabularies, are tiny's. Without a guidance embedding, as -schnell, it has 256 text tokens instead of 512.
-FLUX.2-klein: the vocabulary is Qwen's, the tokenizer a stand-in (stand_in.py).
+FLUX.1: transformer 3072 wide, 24 heads of 128; T5 4096 wide; CLIP 768 wide; the VAE whole. Without a guidance
+embedding, as -schnell, it has 256 text tokens instead of 512. Tokenizers are stand-ins (stand_in.py) with as many words
+as the published ones; a FLUX.1 whose text encoders are cut keeps tiny's.
 
 Spreads are such that rounding does not grow from layer to layer, because in a trained network it does not either: else
 FP8 would fail the export's gate, whatever computes it. `_spread` says what is narrower or wider than usual.
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, Qwen3ForCausalLM, T5Config, T5EncoderModel
 
 from benchmarks import published
-from benchmarks.stand_in import QWEN_WORDS, qwen_tokenizer
+from benchmarks.stand_in import QWEN_WORDS, qwen_tokenizer, widen
 from fluxserve import settings
 from fluxserve.spec import FLUX1_DEV, ModelSpec
 
@@ -99,15 +99,20 @@ def _flux1(folder: Path, spec: ModelSpec, text_layers: int | None, narrow: int) 
         copy = shutil.copytree if (_TINY / name).is_dir() else shutil.copy
         copy(_TINY / name, folder / name)
     text, pooled, layers = _t5(narrow), _clip(narrow), text_layers or _T5_LAYERS
+    if not text_layers:
+        encoders = published.PUBLISHED["text_encoders"][FLUX1_DEV.name]
+        for shape_of, name, tokenizer in ((pooled, "clip", "tokenizer"), (text, "t5", "tokenizer_2")):
+            shape_of["vocab_size"] = encoders[name]["vocab_size"]
+            widen(folder / tokenizer, shape_of["vocab_size"])
     shape = replace(spec.transformer, joint_attention_dim=text["d_model"], pooled_projection_dim=pooled["hidden_size"])
     vae = {**_tiny("vae"), **published.vae(spec, narrow), "norm_num_groups": 32}
-    clip = {**_of_tiny("text_encoder"), **pooled, "num_hidden_layers": min(layers, _CLIP_LAYERS)}
+    clip = _of_tiny("text_encoder") | pooled | {"num_hidden_layers": min(layers, _CLIP_LAYERS)}
     with init_empty_weights():
         return {
             "transformer": FluxTransformer2DModel(**published.transformer(shape)),
             "vae": AutoencoderKL(**vae),
             "text_encoder": CLIPTextModel(CLIPTextConfig(**clip)),
-            "text_encoder_2": T5EncoderModel(T5Config(**_of_tiny("text_encoder_2"), **text, num_layers=layers)),
+            "text_encoder_2": T5EncoderModel(T5Config(**(_of_tiny("text_encoder_2") | text), num_layers=layers)),
         }
 
 

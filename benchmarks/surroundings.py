@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from datetime import UTC, datetime
 from importlib import metadata
 
 import torch
@@ -16,12 +17,13 @@ def surroundings() -> dict[str, str]:
     The commit is that of the environment variable COMMIT, if it is set: for a tree that was copied without its history.
     """
     found = {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
     if torch.cuda.is_available():
-        found["driver"] = of_gpu("driver_version")
+        found["gpu uuid"], found["driver"] = of_gpu("uuid"), of_gpu("driver_version")
         found["cudnn"] = str(torch.backends.cudnn.version())
     for library in _LIBRARIES:
         try:

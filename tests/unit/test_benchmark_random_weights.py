@@ -1,4 +1,4 @@
-"""Random weights of a klein, few blocks of it and narrow: diffusers draws from the folder, and it is a klein's."""
+"""Random weights of few blocks, narrow: of a klein, that diffusers draws from the folder; of a FLUX.1, its words."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,9 +9,9 @@ from accelerate import init_empty_weights
 
 from benchmarks import peers, published, random_weights
 from benchmarks.stand_in import QWEN_WORDS
-from fluxserve import checkpoint
+from fluxserve import checkpoint, settings
 from fluxserve import spec as specs
-from fluxserve.spec import FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
+from fluxserve.spec import FLUX1_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from fluxserve.text import Tokenizers
 
 SIZE = (64, 96)
@@ -32,6 +32,17 @@ def test_it_is_a_klein(folder: tuple[ModelSpec, Path]) -> None:
     assert config["num_hidden_layers"] == 36, "diffusers runs all of them"
     assert config["tie_word_embeddings"] == (spec is FLUX2_KLEIN_4B)
     assert QWEN_WORDS < Tokenizers(read)("a fox")["qwen3"].ids.max() < config["vocab_size"]
+
+
+@pytest.mark.parametrize(("layers", "words"), [(None, (49408, 32128)), (1, (1505, 625))])
+def test_a_flux1_knows_as_many_words(tmp_path: Path, layers: int | None, words: tuple[int, int]) -> None:
+    """As the published one, unless its text encoders are cut; and prompts become the same numbers as tiny's."""
+    path = random_weights.write(tmp_path / "flux", FLUX1_DEV, 1, 1, text_layers=layers, narrow=16)
+    read, tiny = checkpoint.read(path), checkpoint.read(settings.default_checkpoint())
+    assert tuple(encoder.vocabulary for encoder in read.spec.text.encoders) == words
+    assert tuple(read.config(name)["vocab_size"] for name in ("text_encoder", "text_encoder_2")) == words
+    ids, known = (Tokenizers(of)("a fox") for of in (read, tiny))
+    assert all(np.array_equal(ids[name].ids[:20], known[name].ids[:20]) for name in ("clip", "t5"))
 
 
 @pytest.mark.parametrize("spec", [FLUX2_KLEIN_4B, FLUX2_KLEIN_9B], ids=lambda spec: spec.name)
