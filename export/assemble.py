@@ -34,10 +34,10 @@ NOTES = {
     "`fluxserve export verify` on the GPU is the proof.",
     TENSORRT_RTX: "fluxserve's tests build such plans, but no RTX GPU was there to run one: "
     "`fluxserve export verify` on the GPU is the proof.",
-    FUSED: "fluxserve's tests run this engine's arithmetic on a CPU, with plain references in place of its kernels: "
-    "`fluxserve export verify` on the GPU is the proof.",
+    FUSED: "fluxserve's tests run this engine on a Hopper GPU, and its arithmetic with plain references on a CPU, with "
+    "random and the tiny model's weights: `fluxserve export verify` on the GPU is the proof for these.",
 }
-"""What was never run, by engine; see README.md."""
+"""How far each engine was tried; see README.md."""
 
 _CONFIGURATIONS = (".json", ".model", ".txt", ".jinja")
 
