@@ -118,6 +118,7 @@ def _details(served: dict[str, Any]) -> list[str]:
         f"stages, ms: {stages}",
         f"pictures a second, so many at once: {json.dumps(served['images_per_s'])}; GPU memory in use, all of it:"
         f" {served['gpu_memory_mib']} MiB",
+        f"the same bytes from the same seed: {json.dumps(served['same_bytes'])}",
         f"a size never seen, ms more than its next times: {unseen}",
         f"client − device − encoding, ms: {served['overhead_ms']['median']}; everything but the loop:"
         f" {served['around_the_loop_ms']['median']}",

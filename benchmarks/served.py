@@ -1,11 +1,12 @@
 """A served model as its users see it: gRPC request in, picture out, one after the other; and where the time goes.
 
     python -m benchmarks.served [--artifact A | --checkpoint C] [--engine E] [--n 20] [--size 1024x1024]
-        [--reference 1024x1024] [--json OUT]
+        [--unseen 896x1152 832x1216] [--reference 1024x1024] [--json OUT]
 
 Starts Triton on free ports of this machine, asks it for pictures one at a time with the client, and sets beside each
 other: what the client measured, the device's stages, the image's encoding, and Triton's own statistics of every model.
-What is left over is overhead: client − device − encoding. With --reference each request brings a picture of that size
+What is left over is overhead: client − device − encoding. One seed is drawn again after other sizes, and beside
+another picture: its file must have the same bytes. With --reference each request brings a picture of that size
 along, as a PNG, which a model that takes references draws after. The last line on stdout is JSON.
 """
 
@@ -89,6 +90,11 @@ def sizes_never_seen(client: Client, fields: dict[str, Any], sizes: list[tuple[i
     return found
 
 
+def files_of(client: Client, fields: dict[str, Any]) -> tuple[bytes, ...]:
+    """Of a request that always has the same seed."""
+    return client.generate(PROMPT, seed=WARM_UP, **fields).images
+
+
 def rates(client: Client, fields: dict[str, Any]) -> dict[str, float]:
     """Pictures a second, asked for so many at once, by one request each."""
     spent = {count: ask(client, 0, fields | {"num_images": count}).ms for count in _BATCHES}
@@ -112,12 +118,15 @@ def measure(options: dict[str, str], fields: dict[str, Any], n: int, unseen: lis
                 asked = [ask(client, WARM_UP + i, fields) for i in range(n)]
                 after = statistics_of(server.grpc_url)
                 used, batches = of_gpu("memory.used"), rates(client, fields)
+                (before_others,) = files_of(client, fields)
                 new = sizes_never_seen(client, fields, unseen)
+                (again,), (beside, _) = files_of(client, fields), files_of(client, fields | {"num_images": 2})
     return {
         "n": n,
         "ready_s": round(ready, 1),
         "first_ms": round(first, 1),
         "unseen_sizes_ms": new,
+        "same_bytes": {"after other sizes": again == before_others, "beside another": beside == before_others},
         **table(asked),
         "image_bytes": asked[-1].size,
         "images_per_s": batches,
@@ -172,7 +181,7 @@ def main() -> None:
     print(
         f"pictures a second, so many at once: {found['images_per_s']}; GPU memory used: {found['gpu_memory_mib']} MiB"
     )
-    print(f"a picture's file: {found['image_bytes']:,} bytes")
+    print(f"a picture's file: {found['image_bytes']:,} bytes; the same bytes from the same seed: {found['same_bytes']}")
     for name in ("client_ms", "overhead_ms", "around_the_loop_ms"):
         print(f"{name:<20}" + "".join(f"{key} {value:<10}" for key, value in found[name].items()))
     print(f"{'stages':<20}" + "".join(f"{key} {value:<10}" for key, value in found["stages_ms"].items()))

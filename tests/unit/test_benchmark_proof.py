@@ -14,6 +14,7 @@ SERVED = {
     "ready_s": 9.0,
     "first_ms": 200.0,
     "unseen_sizes_ms": [{"size": [896, 1152], "first": 150.0, "next": 120.0, "more": 30.0}],
+    "same_bytes": {"after other sizes": True, "beside another": True},
     "client_ms": SUMMARY,
     "overhead_ms": {"median": 3.0},
     "around_the_loop_ms": {"median": 12.0},
@@ -31,6 +32,7 @@ def test_ratios_are_to_the_floor_of_the_same_run() -> None:
     assert "| diffusers BF16, eager, without its PNG | 300 | 240 | 60.00 | 3.000 |" in table
     assert "| fluxserve, gRPC to PNG | 120 | 108 | 27.00 | 1.200 |" in table
     assert "client, ms: median 120.0, p90 121.0, p99 122.0, n 20; ready after 9.0 s" in table
+    assert '- the same bytes from the same seed: {"after other sizes": true, "beside another": true}' in table
     assert "- a size never seen, ms more than its next times: 896 × 1152 30.0" in table
 
 
