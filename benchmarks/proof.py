@@ -111,18 +111,21 @@ def _details(served: dict[str, Any]) -> list[str]:
     client = served["client_ms"]
     spread = ", ".join(f"{name} {client[name]}" for name in ("median", "p90", "p99", "n"))
     stages = ", ".join(f"{name} {value}" for name, value in served["stages_ms"].items())
-    unseen = ", ".join("{} × {} {more}".format(*new["size"], **new) for new in served["unseen_sizes_ms"])
-    return [
+    lines = [
         f"a picture's file: {served['image_bytes']:,} bytes",
         f"client, ms: {spread}; ready after {served['ready_s']} s, first request {served['first_ms']} ms",
         f"stages, ms: {stages}",
         f"pictures a second, so many at once: {json.dumps(served['images_per_s'])}; GPU memory in use, all of it:"
         f" {served['gpu_memory_mib']} MiB",
-        f"the same bytes from the same seed: {json.dumps(served['same_bytes'])}",
-        f"a size never seen, ms more than its next times: {unseen}",
         f"client − device − encoding, ms: {served['overhead_ms']['median']}; everything but the loop:"
         f" {served['around_the_loop_ms']['median']}",
     ]
+    if "unseen_sizes_ms" in served:  # since a932001, and the next since 9ff05b6: parts from before are shown without
+        unseen = ", ".join("{} × {} {more}".format(*new["size"], **new) for new in served["unseen_sizes_ms"])
+        lines.append(f"a size never seen, ms more than its next times: {unseen}")
+    if "same_bytes" in served:
+        lines.append(f"the same bytes from the same seed: {json.dumps(served['same_bytes'])}")
+    return lines
 
 
 def main() -> None:

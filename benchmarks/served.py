@@ -154,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument(f"--{name}", default="", help="as `fluxserve serve` takes it")
     made.add_argument("--size", default="", metavar="HxW", help="default: the model's own")
     made.add_argument(
-        "--unseen", nargs="+", type=sides, default=[(96, 160)], metavar="HxW", help="sizes asked for last"
+        "--unseen", nargs="+", type=sides, default=[(96, 160)], metavar="HxW", help="asked for last; default: 96x160"
     )
     made.add_argument("--reference", type=sides, metavar="HxW", help="of an image to send; default: none")
     made.add_argument("--steps", type=int, help="default: the model's own")

@@ -1,11 +1,16 @@
 """The table that compares: every number in it comes from a part's result."""
 
 import argparse
+import json
+from pathlib import Path
+
+import pytest
 
 from benchmarks import floor, peers, served
 from benchmarks.proof import PARTS, commands, markdown
 from fluxserve.spec import FLUX1_SCHNELL, FLUX2_KLEIN_4B
 
+RESULTS = Path(served.__file__).parent / "results"
 FLOOR = {"gpu": "G", "torch": "T", "commit": "C", "steps": 4, "total_ms": 100.0, "step_ms": 25.0}
 PEERS = {"steps": 4, "modes": {"eager": {"picture_ms": {"median": 300.0}, "file_ms": {"median": 9.0}, "step_ms": 60.0}}}
 SUMMARY = {"median": 120.0, "p90": 121.0, "p99": 122.0, "n": 20}
@@ -81,3 +86,11 @@ def test_the_parts_understand_their_arguments() -> None:
     for module, part in ((floor, "floor-edit"), (peers, "peers-edit"), (served, "served-edit")):
         args = module.parser().parse_args(found[part])
         assert args.reference == (1024, 1024) and args.steps == 4
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("flux*-h100-????-??-??.json")), ids=lambda file: file.stem)
+def test_kept_results_still_make_a_table(file: Path) -> None:
+    """A part may be measured again beside those that a file has from before; one named by its commit is done with."""
+    found = json.loads(file.read_text())
+    client = found["served"]["client_ms"]["median"]
+    assert f"client, ms: median {client}, " in markdown(found)
