@@ -153,14 +153,14 @@ def test_heads_and_an_activation_of_the_same_rows(ending: str) -> None:
         same(ours, theirs, torch.float32, 2 * of_product(E4M3) + 2**-10)
 
 
-def extremes(columns: int, inner: int, streams: int = 1) -> tuple[torch.Tensor, torch.Tensor, Linear]:
+def extremes(columns: int, inner: int) -> tuple[torch.Tensor, torch.Tensor, Linear]:
     """Rows of nothing, of the largest, of the largest in turns, of the smallest; weights are all the largest."""
     turns = torch.tensor([448.0, -448.0]).repeat(inner // 2)
     x = torch.stack([torch.zeros(inner), torch.full((inner,), 448.0), turns, torch.full((inner,), 2.0**-9)]).to(DEVICE)
-    w = 448 * random(streams, columns, inner, seed=4).sign()
-    scale = torch.full((streams, columns), 1 / (448 * inner**0.5), device=DEVICE)
+    w = 448 * random(1, columns, inner, seed=4).sign()
+    scale = torch.full((1, columns), 1 / (448 * inner**0.5), device=DEVICE)
     x_scale = torch.tensor([1, 1e-2, 1, 1e3], device=DEVICE)
-    return x.to(E4M3), x_scale, Linear(w.to(E4M3), scale, random(streams, columns, seed=5, spread=0.1))
+    return x.to(E4M3), x_scale, Linear(w.to(E4M3), scale, random(1, columns, seed=5, spread=0.1))
 
 
 def row_by_row(got: torch.Tensor, expected: torch.Tensor, before: float) -> None:
@@ -174,10 +174,9 @@ def test_extremes(ending: str) -> None:
     """Nothing overflows on its way, and what is too large for E4M3 becomes the largest."""
     x, x_scale, w = extremes(3 * HEAD, 256)
     width, gate, heads = 3 * HEAD // (2 if ending == "swiglu" else 1), 1e4 * random(1, 3 * HEAD), heads_of(4, 1)
-    got, expected = poisoned(4, width, dtype=RESULTS[-1]), torch.empty(4, width, device=DEVICE)
-    if ending == "none":
-        got = got.to(RESULTS[-1] if INTERPRETED else torch.bfloat16)
-    elif ending == "add":
+    out = RESULTS[0] if ending == "none" else RESULTS[-1]
+    got, expected = poisoned(4, width, dtype=out), torch.empty(4, width, device=DEVICE)
+    if ending == "add":
         got, expected = (1e6 * random(4, width, seed=7) for _ in range(2))
     more: dict[str, tuple[object, ...]] = {"gelu": (0, 20.0), "swiglu": (0, 5.0), "add": (0, gate), "heads": (0, heads)}
     name = "linear" if ending == "none" else f"linear_{ending}"
