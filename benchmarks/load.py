@@ -1,11 +1,13 @@
 """A served model under load, by NVIDIA's perf_analyzer: pictures a second and latency with several callers at once.
 
     python -m benchmarks.load [--artifact A | --checkpoint C] [--callers 1 2 4] [--n 20] [--protocol grpc]
+        [--size 1024x1024] [--steps 28]
 
 perf_analyzer must be on the PATH, or named with --perf-analyzer; it comes with `pip install perf-analyzer` (2.60 and
 later; Ubuntu 24.04, because it wants glibc 2.38). Starts Triton on free ports of this machine and lets each number of
-callers ask `--n` times, with benchmarks/perf_analyzer.json: prompts, all else the model's own. Its client is C++: what
-one caller waits beyond the device's time and the image's encoding is Triton's share alone. The last line is JSON.
+callers ask `--n` times, with the prompts of benchmarks/perf_analyzer.json, a seed each, and size and steps if given,
+which makes them the requests of benchmarks.served. Its client is C++: what one caller waits beyond the device's time
+and the image's encoding is the share of Triton and the wire alone. The last line is JSON.
 """
 
 import argparse
@@ -20,13 +22,14 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pictures import sides
 from benchmarks.served import WARM_UP
 from benchmarks.surroundings import surroundings
 from fluxserve import contract, settings
 from fluxserve.installation import bundled
 from fluxserve.server import LOOPBACK, Ports, TritonServer
 
-REQUESTS = Path(__file__).with_name("perf_analyzer.json")
+_PROMPTS = Path(__file__).with_name("perf_analyzer.json")
 _REPOSITORY = Path(__file__).parents[1] / "model_repository"
 _LATENCIES = ("p50", "p90", "p95", "p99")
 _SHARES = ("Client Send", "Network+Server Send/Recv", "Client Recv", "Server Queue")
@@ -36,12 +39,22 @@ _OF_A_PICTURE = ("total", "image")
 """Stages that are not Triton's: the device's time and the file's."""
 
 
-def command(program: str, ports: Ports, protocol: str, callers: int, n: int, table: Path) -> list[str]:
+def requests(fields: dict[str, int]) -> dict[str, Any]:
+    """perf_analyzer's input data: every prompt once, with its own seed and these fields, each one number."""
+    prompts = json.loads(_PROMPTS.read_text(encoding="utf-8"))["data"]
+    return {"data": [prompt | _numbers({"seed": seed, **fields}) for seed, prompt in enumerate(prompts)]}
+
+
+def _numbers(fields: dict[str, int]) -> dict[str, Any]:
+    return {name: {"content": [value], "shape": [1]} for name, value in fields.items()}
+
+
+def command(program: str, ports: Ports, protocol: str, callers: int, n: int, data: Path, table: Path) -> list[str]:
     """perf_analyzer's: exactly `n` requests, by so many callers."""
     url = f"{LOOPBACK}:{ports.grpc if protocol == 'grpc' else ports.http}"
     return [
         *(program, "-m", contract.FLUX.name, "-i", protocol, "-u", url),
-        *("--input-data", str(REQUESTS), "--concurrency-range", str(callers)),
+        *("--input-data", str(data), "--concurrency-range", str(callers)),
         *("--request-count", str(n), "-f", str(table)),
     ]
 
@@ -75,21 +88,24 @@ def between(before: dict[str, tuple[float, float]], after: dict[str, tuple[float
     return found
 
 
-def measure(program: str, options: dict[str, str], protocol: str, callers: list[int], n: int) -> list[dict[str, Any]]:
-    """A server of its own; for each number of callers what they saw, and the server's stages.
+def measure(
+    program: str, options: dict[str, str], fields: dict[str, int], protocol: str, callers: list[int], n: int
+) -> list[dict[str, Any]]:
+    """A server of its own; for each number of callers what they saw, asking with these fields, and the server's stages.
 
     Raises CalledProcessError: perf_analyzer failed.
     """
     found = []
     with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as folder:
         server = TritonServer(_REPOSITORY, Ports.free(), bundled(), log=log, options=options)
-        table = Path(folder) / "table.csv"
+        data, table = Path(folder) / "requests.json", Path(folder) / "table.csv"
+        data.write_text(json.dumps(requests(fields)), encoding="utf-8")
 
-        def ask(count: int, requests: int) -> dict[str, Any]:
+        def ask(count: int, times: int) -> dict[str, Any]:
             before = stages(_metrics(server))
-            asked = command(program, server.ports, protocol, count, requests, table)
+            asked = command(program, server.ports, protocol, count, times, data, table)
             subprocess.run(asked, check=True, stdout=sys.stderr)
-            return {**read(table.read_text()), "stages_ms": between(before, _counted(server, before, requests))}
+            return {**read(table.read_text()), "stages_ms": between(before, _counted(server, before, times))}
 
         with server:
             server.start()
@@ -127,6 +143,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", default="", help="as `fluxserve serve` takes it")
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 2, 4], help="at once; default: 1 2 4")
     parser.add_argument("--n", type=int, default=20, help="requests of each; default: %(default)s")
+    parser.add_argument("--size", type=sides, metavar="HxW", help="default: the model's own")
+    parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc")
     parser.add_argument("--perf-analyzer", default="perf_analyzer", metavar="PROGRAM")
     parser.add_argument("--json", type=Path)
@@ -139,12 +157,15 @@ def main() -> None:
     settings.let_threads_sleep()
     given = {name: getattr(args, name) for name in ("artifact", "checkpoint", "engine")}
     options = {name: value for name, value in given.items() if value}
-    found = measure(program, options, args.protocol, args.callers, args.n)
+    fields: dict[str, int] = {"num_inference_steps": args.steps} if args.steps else {}
+    if args.size:
+        fields["height"], fields["width"] = args.size
+    found = measure(program, options, fields, args.protocol, args.callers, args.n)
     columns = ("callers", "pictures_per_s", "mean", *_LATENCIES, "overhead")
     print("".join(f"{name:>16}" for name in columns))
     for row in found:
         print("".join(f"{row.get(name, ''):>16}" for name in columns))
-    result = {"benchmark": "load", **surroundings(), **given, "protocol": args.protocol, "callers": found}
+    result = {"benchmark": "load", **surroundings(), **given, **fields, "protocol": args.protocol, "callers": found}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

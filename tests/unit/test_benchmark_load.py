@@ -1,6 +1,5 @@
 """The load benchmark: what perf_analyzer is told, what it says, and what the server counted meanwhile."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -42,19 +41,24 @@ def test_stages_of_what_came_in_between() -> None:
 
 
 def test_what_it_is_told() -> None:
-    told = load.command("pa", Ports(1, 2, 3), "http", 4, 20, Path("t.csv"))
+    told = load.command("pa", Ports(1, 2, 3), "http", 4, 20, Path("d.json"), Path("t.csv"))
     assert told[:7] == ["pa", "-m", "flux", "-i", "http", "-u", "127.0.0.1:1"]
     assert told[told.index("--concurrency-range") + 1] == "4" and told[told.index("--request-count") + 1] == "20"
 
 
 def test_the_requests_are_of_the_contract() -> None:
     inputs = {tensor.name: tensor for tensor in contract.FLUX.inputs}
-    for request in json.loads(load.REQUESTS.read_text(encoding="utf-8"))["data"]:
+    asked = load.requests({"height": 96, "width": 128, "num_inference_steps": 2})["data"]
+    for request in asked:
         for name, given in request.items():
             assert len(given["content"]) == int(np.prod(given["shape"])) and name in inputs
+    assert len({request["seed"]["content"][0] for request in asked}) == len(asked) > 1
+    assert all(request["height"] == {"content": [96], "shape": [1]} for request in asked)
 
 
 @pytest.mark.skipif(shutil.which("perf_analyzer") is None, reason="needs perf_analyzer on the PATH (glibc 2.38)")
 def test_a_served_model_under_load() -> None:
-    (one, two) = load.measure("perf_analyzer", {}, "grpc", [1, 2], 3)
+    (one, two) = load.measure(
+        "perf_analyzer", {}, {"height": 96, "width": 128, "num_inference_steps": 2}, "grpc", [1, 2], 3
+    )
     assert one["p50"] > one["stages_ms"]["total"] > 0 and two["callers"] == 2
