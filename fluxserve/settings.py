@@ -132,6 +132,13 @@ def let_threads_sleep() -> None:
         os.environ.setdefault(name, value)
 
 
+def as_served() -> None:
+    """The same, and this process takes a GPU's memory as a server's does; call it before torch is imported."""
+    let_threads_sleep()
+    for name, value in _CUDA.items():
+        os.environ.setdefault(name, value)
+
+
 def environment(**values: str) -> dict[str, str]:
     """The process environment with the given settings in it: what a server is started with."""
     return {**_OPENMP, **_MALLOC, **_CUDA, **os.environ, **{_PREFIX + k.upper(): v for k, v in values.items()}}

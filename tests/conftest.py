@@ -1,4 +1,5 @@
-"""Before any test imports torch: its waiting threads sleep, because tests share the machine with one another.
+"""Before any test imports torch: its waiting threads sleep, because tests share the machine with one another. And a
+GPU's memory is taken as a server takes it, or what shows only there would show in no test.
 
 Without a GPU, kernels run in Triton's interpreter: indexing and arithmetic are the same, conversions are not. It
 multiplies bfloat16 as if it were whole numbers, and rounding up to the next power of two loses the carry (127.9 to E4M3
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from tests.support.fused import FusedOf
 
-settings.let_threads_sleep()
+settings.as_served()
 
 import torch  # noqa: E402
 

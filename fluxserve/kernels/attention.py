@@ -22,8 +22,9 @@ Scales = Tensor
 """float32 [4]: s_q, s_k, s_v, 1 / s_out."""
 
 _TILE = 128
-"""Rows that cuDNN's kernel takes at a time. A last tile that is not full makes it a sixth slower; told besides, on the
-device, how many rows count, it loses a twentieth. Whole tiles are quickest without being told."""
+"""Rows that cuDNN's E4M3 kernel takes at a time. A last tile that is not full makes it a sixth slower; told besides,
+on the device, how many rows count, it loses a twentieth. Whole tiles, and BF16, are quickest without; one row alone
+can't be told."""
 
 
 def attention(qkv: Tensor, heads: int, scales: Scales, out: Tensor) -> None:
@@ -59,7 +60,7 @@ class _Plan:
         q, k, v = (graph.tensor(dim=sizes, stride=[rows * stride, dim, stride, 1], data_type=kind) for _ in range(3))
         self._rows: Any = None
         counted: dict[str, Any] = {}
-        if rows % _TILE:
+        if self._quantised and rows > _TILE and rows % _TILE:
             self._rows = _scalar(graph, kinds.INT32)
             counted = {"use_padding_mask": True, "seq_len_q": self._rows, "seq_len_kv": self._rows}
         self._scalars: list[Any] = []

@@ -69,6 +69,17 @@ def test_into_a_part_of_wider_rows(rows: int, heads: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.skipif(INTERPRETED, reason="cuDNN needs a CUDA device")
+@pytest.mark.parametrize("rows", [4544, 4608])
+@pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16])
+def test_the_same_bits_every_time(rows: int, dtype: torch.dtype) -> None:
+    qkv, scales = q_k_v(rows, 24, dtype)
+    results = [torch.empty(rows, 24 * DIM, device=DEVICE, dtype=dtype) for _ in range(20)]
+    for result in results:
+        attention(qkv, 24, scales, result)
+    assert all(torch.equal(results[0].view(torch.uint8), again.view(torch.uint8)) for again in results)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="cuDNN needs a CUDA device")
 @pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16])
 def test_extremes(dtype: torch.dtype) -> None:
     """Scores in the hundreds, so that one key takes all; values as large as they can be held."""

@@ -109,6 +109,24 @@ def test_as_the_reference(rows: int, columns: int, inner: int, ending: str) -> N
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    ("columns", "inner"), [(3072, 3072), (3072, 12288), (3072, 15360), (9216, 3072), (12288, 3072)]
+)
+@pytest.mark.parametrize("ending", ALONE)
+def test_the_same_bits_every_time(columns: int, inner: int, ending: str) -> None:
+    """FLUX.1's products. Programs share tiles, and what they come to must not depend on who is first."""
+    rows, split = 4608, 512
+    x, x_scale, w = operands(rows, columns, inner, E4M3)
+    gate, heads, own = random(2, columns, seed=6), heads_of(rows, 2), hopper.arranged(w)
+    width = columns // 2 if ending == "swiglu" else columns
+    before = random(rows, width, seed=7).to(torch.bfloat16 if ending in ("none", "add") else E4M3)
+    results = [before.clone() for _ in range(20)]
+    for result in results:
+        hopper.launch(ending, x, x_scale, own, split, result, gate, heads if ending == "heads" else None, 20.0)
+    assert all(torch.equal(results[0].view(torch.uint8), again.view(torch.uint8)) for again in results)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("ending", ALONE)
 def test_extremes(ending: str) -> None:
     """As the general kernel's test, which see."""
