@@ -5,8 +5,8 @@
 
 Starts Triton on free ports of this machine, asks it for pictures one at a time with the client, and sets beside each
 other: what the client measured, the device's stages, the image's encoding, and Triton's own statistics of every model.
-What is left over is overhead: client − device − encoding. One seed is drawn again after other sizes, and beside
-another picture: its file must have the same bytes. With --reference each request brings a picture of that size
+What is left over is overhead: client − device − encoding. One seed is drawn again at once, after other sizes, and
+beside another picture: its file must have the same bytes. With --reference each request brings a picture of that size
 along, as a PNG, which a model that takes references draws after. The last line on stdout is JSON.
 """
 
@@ -118,15 +118,19 @@ def measure(options: dict[str, str], fields: dict[str, Any], n: int, unseen: lis
                 asked = [ask(client, WARM_UP + i, fields) for i in range(n)]
                 after = statistics_of(server.grpc_url)
                 used, batches = of_gpu("memory.used"), rates(client, fields)
-                (before_others,) = files_of(client, fields)
+                (own,), (again,) = files_of(client, fields), files_of(client, fields)
                 new = sizes_never_seen(client, fields, unseen)
-                (again,), (beside, _) = files_of(client, fields), files_of(client, fields | {"num_images": 2})
+                (after_others,), (beside, _) = files_of(client, fields), files_of(client, fields | {"num_images": 2})
     return {
         "n": n,
         "ready_s": round(ready, 1),
         "first_ms": round(first, 1),
         "unseen_sizes_ms": new,
-        "same_bytes": {"after other sizes": again == before_others, "beside another": beside == before_others},
+        "same_bytes": {
+            "at once": again == own,
+            "after other sizes": after_others == own,
+            "beside another": beside == own,
+        },
         **table(asked),
         "image_bytes": asked[-1].size,
         "images_per_s": batches,
