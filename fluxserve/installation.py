@@ -11,11 +11,16 @@ from fluxserve.errors import ServerError
 
 @dataclass(frozen=True)
 class Installation:
-    """A tritonserver binary, where its backends are, and the libraries it needs on its path."""
+    """A tritonserver binary, where its backends are, and what its loader must find.
+
+    libraries: folders with nothing but the server's own. libpython: the file that the stub is linked with, which
+    stands among all other libraries of the system.
+    """
 
     binary: Path
     backends: Path | None = None
     libraries: tuple[Path, ...] = ()
+    libpython: Path | None = None
     stub: Path | None = None
 
 
@@ -42,11 +47,11 @@ def bundled() -> Installation:
         known = ", ".join(sorted(p.name for p in stub.parent.parent.iterdir()))
         raise ServerError(f"the bundled tritonserver has no stub for Python {version}; it has {known}")
     _refuse_new_numpy()
-    libraries = (package.parent / "nvidia_pytriton.libs", _libpython_folder(version))
     return Installation(
         binary=package / "tritonserver" / "bin" / "tritonserver",
         backends=package / "tritonserver" / "backends",
-        libraries=libraries,
+        libraries=(package.parent / "nvidia_pytriton.libs",),
+        libpython=_libpython(version),
         stub=stub,
     )
 
@@ -60,8 +65,8 @@ def _refuse_new_numpy() -> None:
         )
 
 
-def _libpython_folder(version: str) -> Path:
-    """Where libpython of this interpreter is; a statically linked python needs the distribution's package for it."""
+def _libpython(version: str) -> Path:
+    """libpython of this interpreter; a statically linked python needs the distribution's package for it."""
     name = f"libpython{version}.so.1.0"
     triplet = sysconfig.get_config_var("MULTIARCH") or ""
     folders = [
@@ -71,5 +76,5 @@ def _libpython_folder(version: str) -> Path:
     ]
     for folder in folders:
         if (folder / name).is_file():
-            return folder
+            return folder / name
     raise ServerError(f"{name} not found; on Debian and Ubuntu it comes with the package libpython{version}")

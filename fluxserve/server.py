@@ -317,8 +317,20 @@ class TritonServer:
             (folder / "triton_python_backend_stub").symlink_to(self._installation.stub)
         return folder.parent
 
+    def _libraries(self) -> list[str]:
+        """Folders for the loader, before those that it has been told. libpython by a link, in a folder of its own: it
+        stands among the system's libraries, whose cuDNN or CUDA would otherwise go before PyTorch's own."""
+        found = [str(folder) for folder in self._installation.libraries]
+        if self._installation.libpython is not None:
+            link = self._home / "lib" / self._installation.libpython.name
+            link.parent.mkdir(exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(self._installation.libpython)
+            found.append(str(link.parent))
+        return found
+
     def _environment(self) -> dict[str, str]:
-        """This process's environment with the models' settings; the libraries' path is for the server alone.
+        """This process's environment with the models' settings, and the libraries of the server for it alone.
 
         The stubs embed Python and find its home, and with it the packages, through the `python` on PATH. PYTHONPATH
         comes on top: some of the wheel's stubs heed it (Python 3.11), some do not (3.12).
@@ -330,8 +342,8 @@ class TritonServer:
             dict.fromkeys([str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)])
         )
         env.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-        if self._installation.libraries:
-            env["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, self._installation.libraries))
+        if libraries := self._libraries():
+            env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
         return env
 
     def _clean(self) -> None:

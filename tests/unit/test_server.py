@@ -52,7 +52,8 @@ def test_bundled(wheel: Path) -> None:
     found = bundled()
     assert found.binary == wheel / "tritonserver" / "bin" / "tritonserver"
     assert found.backends == wheel / "tritonserver" / "backends"
-    assert found.libraries == (wheel.parent / "nvidia_pytriton.libs", wheel.parent)
+    assert found.libraries == (wheel.parent / "nvidia_pytriton.libs",)
+    assert found.libpython == wheel.parent / LIBRARY
     assert found.stub is not None and found.stub.is_file()
 
 
@@ -80,10 +81,10 @@ def test_no_libpython(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for libdir in (str(tmp_path), None):
         settle(monkeypatch, LIBDIR=libdir, MULTIARCH=None)
         with pytest.raises(ServerError, match=r"libpython2\.0\.so\.1\.0 not found; .* package libpython2\.0"):
-            installation._libpython_folder("2.0")
+            installation._libpython("2.0")
     (tmp_path / "libpython2.0.so.1.0").touch()
     settle(monkeypatch, LIBDIR=str(tmp_path), MULTIARCH=None)
-    assert installation._libpython_folder("2.0") == tmp_path
+    assert installation._libpython("2.0") == tmp_path / "libpython2.0.so.1.0"
 
 
 # --- one server, not started -----------------------------------------------------------------------------------------
@@ -104,7 +105,12 @@ def made(tmp_path: Path, **options: str) -> TritonServer:
     (backends / "python" / "folder").mkdir(parents=True, exist_ok=True)
     (backends / "python" / "libtriton_python.so").touch()
     (tmp_path / "stub").touch()
-    installation = Installation(tmp_path / "none", backends, (Path("/one"), Path("/two")), tmp_path / "stub")
+    paths = {
+        "libraries": (Path("/one"), Path("/two")),
+        "libpython": Path("/lib/libpython.so"),
+        "stub": tmp_path / "stub",
+    }
+    installation = Installation(tmp_path / "none", backends, **paths)
     return TritonServer(tmp_path, Ports(1, 2, 3), installation, options=options)
 
 
@@ -178,7 +184,11 @@ def test_the_environment(tmp_path: Path, memory: Path, monkeypatch: pytest.Monke
         env = running._environment()
         assert env["FLUXSERVE_ENGINE"] == "other"
         assert env["FLUXSERVE_INFLIGHT"] == str(running.table.path)
-        assert env["LD_LIBRARY_PATH"] == "/one:/two"
+        *given, own, mine = env["LD_LIBRARY_PATH"].split(":")
+        assert given == ["/one", "/two"] and mine == "/mine"
+        (libpython,) = Path(own).iterdir()  # alone: what stands beside it would go before PyTorch's own libraries
+        assert libpython.readlink() == Path("/lib/libpython.so")
+        assert running._environment() == env, "a server that is started again"
         assert env["HF_HUB_OFFLINE"] == env["TRANSFORMERS_OFFLINE"] == "1"
         assert str(Path(server.__file__).parents[1]) in env["PYTHONPATH"].split(":")
     assert os.environ["LD_LIBRARY_PATH"] == "/mine"
