@@ -7,6 +7,7 @@ of the output is a weighted mean of v's, so s_out = s_v can't overflow and no sc
 Compute dtype: cuDNN's as well, all scales 1; an unpinned scaled_dot_product_attention may pick a kernel half as fast.
 """
 
+import logging
 import math
 from functools import cache
 from types import ModuleType
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from fluxserve.errors import LibraryMissing
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, cast
+
+log = logging.getLogger(__name__)
 
 Scales = Tensor
 """float32 [4]: s_q, s_k, s_v, 1 / s_out."""
@@ -107,6 +110,9 @@ def _cudnn() -> ModuleType:
         import cudnn
     except ImportError as error:
         raise LibraryMissing("cudnn", "fused") from error
+    found, usual = cudnn.backend_version(), torch.backends.cudnn.version()
+    if found != usual:
+        log.warning("attention is by cuDNN %s, PyTorch has %s: another comes first on the loader's path", found, usual)
     return cudnn  # type: ignore[no-any-return]
 
 

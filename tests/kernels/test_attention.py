@@ -1,10 +1,13 @@
 """attention: cuDNN's kernel on a GPU; everywhere, its plain reference against PyTorch's attention."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from fluxserve.kernels.attention import attention, plain_attention
+from fluxserve.kernels.attention import _cudnn, attention, plain_attention
 from fluxserve.kernels.fp8 import E4M3, cast
 from tests.kernels.judge import DEVICE, INTERPRETED, random, relative
 
@@ -108,3 +111,13 @@ def test_values_with_a_mean() -> None:
     expected = exact(qkv, 2, scales)
     assert relative(plain.float() * SCALES[2], expected) < 0.01
     assert relative(out.float() * SCALES[2], expected) < 0.07
+
+
+@pytest.mark.parametrize(("found", "warned"), [(91900, False), (91300, True)])
+def test_another_cudnn_than_pytorchs_is_told(
+    found: int, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=lambda: found))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    _cudnn.__wrapped__()
+    assert ("attention is by cuDNN 91300, PyTorch has 91900" in caplog.text) == warned
