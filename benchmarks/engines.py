@@ -87,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.artifacts_only and not args.artifact:
         parser.error("--artifacts-only: got no --artifact")
-    settings.as_served()
+    settings.let_threads_sleep()
     contenders = [] if args.artifacts_only else [Contender({"checkpoint": args.checkpoint}, args.device)]
     contenders += [Contender({"artifact": folder}, args.device) for folder in args.artifact]
     for seed in range(WARM_UP + args.n):

@@ -61,21 +61,21 @@ class _Plan:
         )
         sizes = [1, heads, rows, dim]
         q, k, v = (graph.tensor(dim=sizes, stride=[rows * stride, dim, stride, 1], data_type=kind) for _ in range(3))
-        self._rows: Any = None
-        counted: dict[str, Any] = {}
-        if self._quantised and rows > _TILE and rows % _TILE:
-            self._rows = _scalar(graph, kinds.INT32)
-            counted = {"use_padding_mask": True, "seq_len_q": self._rows, "seq_len_kv": self._rows}
+        self._lengths: dict[Any, Tensor] = {}
         self._scalars: list[Any] = []
         if self._quantised:
             self._scalars = [_scalar(graph, kinds.FLOAT) for _ in range(6)]
             names = ("descale_q", "descale_k", "descale_v", "scale_o", "descale_s", "scale_s")
             given = dict(zip(names, self._scalars, strict=True))
-            out, _, *maxima = graph.sdpa_fp8(q=q, k=k, v=v, is_inference=True, attn_scale=dim**-0.5, **given, **counted)
+            if rows > _TILE and rows % _TILE:
+                length = _scalar(graph, kinds.INT32)
+                self._lengths[length] = torch.tensor([rows], dtype=torch.int32, device="cuda")
+                given |= {"use_padding_mask": True, "seq_len_q": length, "seq_len_kv": length}
+            out, _, *maxima = graph.sdpa_fp8(q=q, k=k, v=v, is_inference=True, attn_scale=dim**-0.5, **given)
             for maximum in maxima:  # no output: nobody reads them, and each would be cleared before every launch
                 maximum.set_dim([1] * 4).set_stride([1] * 4).set_data_type(kinds.FLOAT)
         else:
-            out, _ = graph.sdpa(q=q, k=k, v=v, is_inference=True, attn_scale=dim**-0.5, **counted)
+            out, _ = graph.sdpa(q=q, k=k, v=v, is_inference=True, attn_scale=dim**-0.5)
         out.set_output(True).set_dim(sizes).set_stride([rows * out_stride, dim, out_stride, 1]).set_data_type(kind)
         graph.validate()
         graph.build_operation_graph()
@@ -84,15 +84,12 @@ class _Plan:
         graph.build_plans()
         self._graph, self._tensors = graph, (q, k, v, out)
         self._workspace = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device="cuda")
-        self._count = torch.tensor([rows], dtype=torch.int32, device="cuda")
         self._softmax = torch.tensor([1 / E4M3_MAX, E4M3_MAX], dtype=torch.float32, device="cuda")
 
     def run(self, qkv: Tensor, scales: Scales, out: Tensor) -> None:
         width = out.shape[1]
         parts = [qkv[:, i * width :] for i in range(3)]
-        given = dict(zip(self._tensors, (*parts, out), strict=True))
-        if self._rows is not None:
-            given[self._rows] = self._count
+        given = dict(zip(self._tensors, (*parts, out), strict=True)) | self._lengths
         if self._quantised:
             scalars = (scales[0:], scales[1:], scales[2:], scales[3:], self._softmax[0:], self._softmax[1:])
             given |= dict(zip(self._scalars, scalars, strict=True))

@@ -105,12 +105,8 @@ def made(tmp_path: Path, **options: str) -> TritonServer:
     (backends / "python" / "folder").mkdir(parents=True, exist_ok=True)
     (backends / "python" / "libtriton_python.so").touch()
     (tmp_path / "stub").touch()
-    paths = {
-        "libraries": (Path("/one"), Path("/two")),
-        "libpython": Path("/lib/libpython.so"),
-        "stub": tmp_path / "stub",
-    }
-    installation = Installation(tmp_path / "none", backends, **paths)
+    folders, libpython = (Path("/one"), Path("/two")), Path("/lib/libpython.so")
+    installation = Installation(tmp_path / "none", backends, folders, libpython, tmp_path / "stub")
     return TritonServer(tmp_path, Ports(1, 2, 3), installation, options=options)
 
 
