@@ -7,7 +7,6 @@ of the output is a weighted mean of v's, so s_out = s_v can't overflow and no sc
 Compute dtype: cuDNN's as well, all scales 1; an unpinned scaled_dot_product_attention may pick a kernel half as fast.
 """
 
-import logging
 import math
 from functools import cache
 from types import ModuleType
@@ -16,25 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxserve.errors import LibraryMissing
+from fluxserve.errors import LibraryMissing, LibraryRefused
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, cast
-
-log = logging.getLogger(__name__)
 
 Scales = Tensor
 """float32 [4]: s_q, s_k, s_v, 1 / s_out."""
 
 _TILE = 128
 """Rows that cuDNN's E4M3 kernel takes at a time. A last tile that is not full makes it a sixth slower; told besides,
-on the device, how many rows count, it loses a twentieth. Whole tiles, and BF16, are quickest without; one row alone
-can't be told."""
+on the device, how many rows count, it loses a twentieth. Whole tiles, and BF16, are quickest without."""
 
 
 def attention(qkv: Tensor, heads: int, scales: Scales, out: Tensor) -> None:
     """Enqueue.
 
     Args:
-        qkv: [rows, 3 · heads · head_dim], E4M3 or the compute dtype; rows may have any stride.
+        qkv: [rows, 3 · heads · head_dim], E4M3 (two rows or more: cuDNN has no kernel for one) or the compute dtype;
+            rows may have any stride.
         scales: see above; only read for E4M3.
         out: [rows, heads · head_dim] of the same dtype; rows may have any stride, what lies between is left alone.
     """
@@ -67,7 +64,7 @@ class _Plan:
             self._scalars = [_scalar(graph, kinds.FLOAT) for _ in range(6)]
             names = ("descale_q", "descale_k", "descale_v", "scale_o", "descale_s", "scale_s")
             given = dict(zip(names, self._scalars, strict=True))
-            if rows > _TILE and rows % _TILE:
+            if rows % _TILE:
                 length = _scalar(graph, kinds.INT32)
                 self._lengths[length] = torch.tensor([rows], dtype=torch.int32, device="cuda")
                 given |= {"use_padding_mask": True, "seq_len_q": length, "seq_len_kv": length}
@@ -103,13 +100,20 @@ def _scalar(graph: Any, kind: Any) -> Any:
 
 @cache
 def _cudnn() -> ModuleType:
+    """cuDNN's frontend on PyTorch's own cuDNN: with an older one's parts, attention was another at every call."""
     try:
         import cudnn
     except ImportError as error:
         raise LibraryMissing("cudnn", "fused") from error
-    found, usual = cudnn.backend_version(), torch.backends.cudnn.version()
+    try:
+        found, usual = cudnn.backend_version(), torch.backends.cudnn.version()
+    except RuntimeError as error:  # PyTorch's own check, of what it was built with
+        raise LibraryRefused(f"cudnn: {error}") from error
     if found != usual:
-        log.warning("attention is by cuDNN %s, PyTorch has %s: another comes first on the loader's path", found, usual)
+        raise LibraryRefused(
+            f"cudnn: got {found} for attention; expected PyTorch's own, {usual}: "
+            "a folder of LD_LIBRARY_PATH has another, take it out"
+        )
     return cudnn  # type: ignore[no-any-return]
 
 

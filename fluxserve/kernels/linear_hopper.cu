@@ -178,9 +178,11 @@ __device__ __forceinline__ void hand_over(const float (&d)[128], const Parameter
   float4 *to = p.workspace + (slot * (parts - 1) + part) * 32 * 128 + thread;
 #pragma unroll
   for (int i = 0; i < 32; i++) __stcg(to + i * 128, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
-  __threadfence();
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
-  if (thread == 0) atomicAdd(p.arrived + slot, 1);
+  if (thread == 0) {
+    __threadfence();  // behind the barrier: of what all 128 have written
+    atomicAdd(p.arrived + slot, 1);
+  }
 }
 
 // All other parts of the tile, in their order. The counter is left at 0 for the next launch.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from fluxserve.errors import LibraryRefused
 from fluxserve.kernels.attention import _cudnn, attention, plain_attention
 from fluxserve.kernels.fp8 import E4M3, cast
 from tests.kernels.judge import DEVICE, INTERPRETED, random, relative
@@ -53,11 +54,20 @@ def test_the_reference_loses_what_fp8_loses() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="cuDNN needs a CUDA device")
 @pytest.mark.parametrize(
-    ("rows", "heads"), [(1, 3), (17, 3), (512, 3), (4608, 3), (9217, 3), (4544, 24), (4608, 32), (4608, 48)]
+    ("rows", "heads"), [(2, 3), (17, 3), (512, 3), (4608, 3), (9217, 3), (4544, 24), (4608, 32), (4608, 48)]
 )
 @pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16])
 def test_into_a_part_of_wider_rows(rows: int, heads: int, dtype: torch.dtype) -> None:
     """No worse than the same arithmetic done plainly; what lies beside it is left alone."""
+    held_to_plain_arithmetic(rows, heads, dtype)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="cuDNN needs a CUDA device")
+def test_one_row() -> None:
+    held_to_plain_arithmetic(1, 3, torch.bfloat16)
+
+
+def held_to_plain_arithmetic(rows: int, heads: int, dtype: torch.dtype) -> None:
     qkv, scales = q_k_v(rows, heads, dtype)
     width = heads * DIM
     whole = torch.full((rows, 5 * width), float("nan"), device=DEVICE).to(dtype)
@@ -113,11 +123,18 @@ def test_values_with_a_mean() -> None:
     assert relative(out.float() * SCALES[2], expected) < 0.07
 
 
-@pytest.mark.parametrize(("found", "warned"), [(91900, False), (91300, True)])
-def test_another_cudnn_than_pytorchs_is_told(
-    found: int, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=lambda: found))
+def test_another_cudnn_than_pytorchs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=lambda: 91300))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    _cudnn.__wrapped__()
-    assert ("attention is by cuDNN 91300, PyTorch has 91900" in caplog.text) == warned
+    with pytest.raises(LibraryRefused, match="cudnn: got 91300 for attention; expected PyTorch's own, 91900"):
+        _cudnn.__wrapped__()
+
+
+def test_pytorchs_own_words_about_an_older_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version() -> int:
+        raise RuntimeError("found runtime version (9, 14, 0)")
+
+    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=lambda: 91400))
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    with pytest.raises(LibraryRefused, match=r"cudnn: found runtime version \(9, 14, 0\)"):
+        _cudnn.__wrapped__()
