@@ -241,13 +241,20 @@ class TritonServer:
     # --- the server's HTTP API -------------------------------------------------------------------------------------
 
     def is_ready(self, model: str | None = None) -> bool:
-        """What /v2/health/ready, or a model's ready state, says."""
+        """What /v2/health/ready, or a model's ready state, says; False as well if it says nothing."""
+        return self.readiness(model, 5) is True
+
+    def readiness(self, model: str | None, patience: float) -> bool | None:
+        """The same, and None without an answer within so many seconds: nobody listens, or Triton has given the
+        connection to the thread that loads a model, which answers when that is done."""
         path = f"v2/models/{model}/ready" if model else "v2/health/ready"
         try:
-            with _DIRECT.open(f"http://{self.http_url}/{path}", timeout=5) as answer:
+            with _DIRECT.open(f"http://{self.http_url}/{path}", timeout=patience) as answer:
                 return bool(answer.status == 200)
-        except OSError:  # not listening yet, or it answered that it is not ready
+        except urllib.error.HTTPError:
             return False
+        except OSError:
+            return None
 
     def reload(self, model: str) -> None:
         """Unload and load a model; what depends on it is not ready meanwhile, and what waited for it was answered."""

@@ -1,6 +1,7 @@
 """server.py as far as it goes without a server: what is found, what is refused, how it is started, what is removed."""
 
 import os
+import socket
 import sys
 import sysconfig
 import threading
@@ -218,6 +219,20 @@ def test_ready(tmp_path: Path, memory: Path, ready: int, monkeypatch: pytest.Mon
         assert running.is_ready() and running.is_ready("flux")
         running.ports = Ports.free()
         assert not running.is_ready()
+
+
+def test_an_answer_that_does_not_come(tmp_path: Path, memory: Path) -> None:
+    """As when Triton's thread is busy with loading: connected, and nothing said."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, made(tmp_path) as running:
+        running.ports = Ports(silent.getsockname()[1], 2, 3)
+        assert running.readiness("flux", 0.05) is None
+
+
+def test_an_answer_that_says_no(tmp_path: Path, memory: Path, ready: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ready, "do_GET", lambda self: self.send_error(400))
+    with made(tmp_path) as running:
+        running.ports = Ports(ready, 2, 3)
+        assert running.readiness("flux", 5) is False and not running.is_ready("flux")
 
 
 def test_a_proxy_is_not_asked(tmp_path: Path, memory: Path, ready: int, monkeypatch: pytest.MonkeyPatch) -> None:
