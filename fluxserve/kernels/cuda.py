@@ -1,13 +1,9 @@
 """Kernels in CUDA C++: compiled by NVRTC, which comes with PyTorch, kept on disk, launched through the driver.
 
-A kernel is compiled once for its source, options and compiler: half a second, then a file in the cache below the user's
-home. A cache that can't be written costs that half second at every start, and a line in the log.
+A kernel is compiled once for its source, options and compiler: half a second, then a file (kept.py).
 """
 
 import ctypes
-import hashlib
-import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_int, c_void_p
 from dataclasses import dataclass
@@ -18,10 +14,8 @@ from pathlib import Path
 import torch
 
 from fluxserve.errors import LibraryMissing
+from fluxserve.kernels import kept
 
-log = logging.getLogger(__name__)
-
-CACHE = Path.home() / ".cache" / "fluxserve" / "kernels"
 _ARCHITECTURE = "sm_90a"
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
@@ -61,17 +55,8 @@ def load(source: Path, name: str, defines: Sequence[str], threads: int, shared: 
 def compiled(source: Path, defines: Sequence[str]) -> bytes:
     """The cubin of a source with these macros ("NAME=value"); headers are all .cuh files beside it."""
     headers, options = _headers(source), _options(defines)
-    parts = [source.read_bytes(), *headers.values(), *(o.encode() for o in options), repr(_version()).encode()]
-    digest = hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
-    kept = CACHE / f"{source.stem}-{digest}.cubin"
-    if kept.is_file():
-        return kept.read_bytes()
-    cubin, _ = _compile(source, headers, options)
-    try:
-        _keep(kept, cubin)
-    except OSError as error:
-        log.warning("%s is compiled at every start: %s", source.name, error)
-    return cubin
+    parts = [source.read_bytes(), *headers.values(), *(o.encode() for o in options), repr(version()).encode()]
+    return kept.once(kept.place(source.stem, ".cubin", parts), lambda: _compile(source, headers, options)[0])
 
 
 def examined(source: Path, defines: Sequence[str]) -> tuple[bytes, str]:
@@ -85,14 +70,6 @@ def _headers(source: Path) -> dict[str, bytes]:
 
 def _options(defines: Sequence[str]) -> list[str]:
     return [f"--gpu-architecture={_ARCHITECTURE}", "--std=c++17", *(f"-D{define}" for define in defines)]
-
-
-def _keep(file: Path, content: bytes) -> None:
-    """Whole or not at all, whoever else is writing it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as partial:
-        partial.write(content)
-    Path(partial.name).replace(file)
 
 
 def _compile(source: Path, headers: dict[str, bytes], options: Sequence[str]) -> tuple[bytes, str]:
@@ -151,7 +128,8 @@ def _in_wheels(library: str) -> Path | None:
     return next((file for folder in folders for file in Path(folder).glob(f"*/lib/{library}")), None)
 
 
-def _version() -> tuple[int, int]:
+def version() -> tuple[int, int]:
+    """NVRTC's: every release compiles anew."""
     major, minor = c_int(), c_int()
     _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return major.value, minor.value

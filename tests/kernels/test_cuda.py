@@ -13,7 +13,7 @@ import pytest
 from triton.backends.nvidia.compiler import get_ptxas
 
 from fluxserve.errors import LibraryMissing
-from fluxserve.kernels import cuda, linear_hopper, norm
+from fluxserve.kernels import cuda, kept, linear_hopper, norm
 from fluxserve.spec import FLUX1_DEV, FLUX2_DEV, FLUX2_KLEIN_9B, TINY
 from tests.kernels.hopper import TARGET
 from tests.kernels.test_compiled import SHARED_MEMORY
@@ -100,7 +100,7 @@ def test_they_fit(variant: Variant, examined: Callable[[Variant], tuple[bytes, s
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_they_hardly_spill(variant: Variant, examined: Callable[[Variant], tuple[bytes, str]]) -> None:
     _, said = examined(variant)
-    if cuda._version() != KNOWN:
+    if cuda.version() != KNOWN:
         pytest.skip(f"registers were counted with NVRTC {KNOWN}")
     assert number(r"(\d+) bytes spill stores", said) <= FEW
 
@@ -176,8 +176,8 @@ class Compiler:
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
     made = Compiler()
     monkeypatch.setattr(cuda, "_compile", made)
-    monkeypatch.setattr(cuda, "_version", lambda: made.version)
-    monkeypatch.setattr(cuda, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(cuda, "version", lambda: made.version)
+    monkeypatch.setattr(kept, "FOLDER", tmp_path / "cache")
     return made
 
 
@@ -192,8 +192,8 @@ def test_a_kernel_is_compiled_once(compiler: Compiler, source: Path) -> None:
     first = cuda.compiled(source, ["D=1"])
     assert cuda.compiled(source, ["D=1"]) == first
     assert compiler.calls == 1
-    (kept,) = cuda.CACHE.iterdir()
-    assert kept.read_bytes() == first
+    (file,) = kept.FOLDER.iterdir()
+    assert file.read_bytes() == first
 
 
 def _header(compiler: Compiler, source: Path) -> None:
@@ -231,9 +231,9 @@ def test_another_option_is_another_kernel(compiler: Compiler, source: Path) -> N
 def test_a_cache_that_can_not_be_written_costs_a_line_in_the_log(
     compiler: Compiler, source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cuda, "CACHE", source / "cache")  # below a file
+    monkeypatch.setattr(kept, "FOLDER", source / "cache")  # below a file
     with caplog.at_level(logging.WARNING):
         assert cuda.compiled(source, []) == cuda.compiled(source, [])
     assert compiler.calls == 2
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2 and said[0].startswith("kernel.cu is compiled at every start: ")
+    assert len(said) == 2 and re.match(r"kernel-[0-9a-f]{64}\.cubin is made at every start: ", said[0])

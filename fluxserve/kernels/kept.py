@@ -1,0 +1,40 @@
+"""What was compiled, kept on disk: a file each, named by everything that it was made of.
+
+A folder that can't be written costs the compiling at every start, and a line in the log.
+"""
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+FOLDER = Path.home() / ".cache" / "fluxserve" / "kernels"
+
+
+def place(stem: str, suffix: str, made_of: Sequence[bytes]) -> Path:
+    """Where what is made of these parts is kept; parts that only look alike when put together have other places."""
+    digest = hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in made_of)).hexdigest()
+    return FOLDER / f"{stem}-{digest}{suffix}"
+
+
+def once(file: Path, make: Callable[[], bytes]) -> bytes:
+    """What `place` has; made now, and kept, if it is not there."""
+    if file.is_file():
+        return file.read_bytes()
+    made = make()
+    try:
+        keep(file, made)
+    except OSError as error:
+        log.warning("%s is made at every start: %s", file.name, error)
+    return made
+
+
+def keep(file: Path, content: bytes) -> None:
+    """Whole or not at all, whoever else is writing it. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as partial:
+        partial.write(content)
+    Path(partial.name).replace(file)
