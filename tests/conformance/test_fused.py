@@ -23,20 +23,21 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Bound
 from fluxserve.engines.fused import clip, t5, vae
+from fluxserve.engines.fused.arena import Buffer
 from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Precision, Reader
 from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
 from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
 from fluxserve.kernels.fp8 import E4M3
-from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations, as_they_are
+from fluxserve.kernels.operations import Operations, as_they_are
 from fluxserve.spec import FLUX1_DEV
+from tests.support.fused import KERNELS
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
-KERNELS = LAUNCHED if GPU else PLAIN
 SETS = {"served": KERNELS}
 if GPU:
-    SETS["Triton"] = replace(LAUNCHED, arrange=as_they_are)
+    SETS["Triton"] = replace(KERNELS, arrange=as_they_are)
 BF16 = Precision(torch.bfloat16, torch.bfloat16)
 FP8 = Precision(torch.bfloat16, E4M3)
 TEXT = 32
@@ -200,6 +201,22 @@ def test_another_size_in_between_changes_nothing(tiny: Judge) -> None:
     before = velocity(engine, small)
     velocity(engine, large)
     assert torch.equal(velocity(engine, small), before)
+
+
+def test_what_lies_behind_the_rows_does_not_count(tiny: Judge) -> None:
+    """FP8 attention reads whole tiles of rows: whatever was left in the arena, NaN included, is nothing to it."""
+    engine, inputs = tiny.open(FP8), inputs_of(tiny.folder, (8, 8))
+    before = velocity(engine, inputs)
+    whole = engine.arena.cut({"all": Buffer((engine.arena.bytes,), torch.uint8)})["all"]
+    whole.fill_(0xFF)
+    assert torch.equal(velocity(engine, inputs), before)
+    bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
+    whole.fill_(0xFF)
+    write(bound, inputs)
+    bound.prepare(inputs["timestep"])
+    assert not bound._b.qkv_held[len(bound._b.residual) :].view(torch.uint8).any()
+    bound.run()
+    assert torch.equal(bound.outputs["velocity"].float(), before)
 
 
 def test_beyond_its_arena_is_refused(tiny: Judge) -> None:

@@ -1,5 +1,6 @@
-"""The fused engine on a CPU: its own arithmetic, with every kernel replaced by its plain reference."""
+"""The fused engine with its kernels, and on a CPU: its own arithmetic, every kernel replaced by its plain reference."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,9 +9,12 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.base import Components
 from fluxserve.engines.fused.open import assemble
 from fluxserve.engines.fused.weights import Precision
-from fluxserve.kernels.operations import PLAIN
+from fluxserve.kernels.attention import plain_attention_ahead
+from fluxserve.kernels.operations import LAUNCHED, PLAIN
 from tests.support.random_flux import RandomFlux
 
+KERNELS = replace(LAUNCHED, attention_ahead=plain_attention_ahead) if torch.cuda.is_available() else PLAIN
+"""Launched where that can be. No test opens an engine for long enough to have anything built ahead."""
 EXACT = Precision(torch.float32, torch.float32)
 
 
