@@ -22,7 +22,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import replayed
 from fluxserve.kernels import linear as linears
-from fluxserve.kernels.attention import attention
+from fluxserve.kernels.attention import attention, held
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.group_norm import group_norm
 from fluxserve.kernels.layers import Heads, Linear
@@ -70,14 +70,21 @@ def products() -> Iterator[Case]:
         if streams == 2:
             shapes["add, attention"] = (D, D)
         for name, (columns, inner) in shapes.items():
-            x = sets(lambda inner=inner: draw(ROWS, inner, dtype=E4M3))
+            x = sets(partial(draw, ROWS, inner, dtype=E4M3))
             weights = [_linear(streams, columns, inner) for _ in range(_SETS)]
             wide = name in ("heads", "gelu")
-            out = sets(lambda c=columns, w=wide: draw(ROWS, c, dtype=E4M3 if w else torch.bfloat16))
+            out = sets(partial(draw, ROWS, columns, dtype=E4M3 if wide else torch.bfloat16))
             ending = name.split(",")[0]
 
             def launch(
-                i: int, w: list[Linear], ending=ending, x=x, out=out, heads=heads, gate=gate, split=split
+                i: int,
+                w: list[Linear],
+                ending: str = ending,
+                x: list[Tensor] = x,
+                out: list[Tensor] = out,
+                heads: Heads = heads,
+                gate: Tensor = gate,
+                split: int = split,
             ) -> None:
                 if ending == "heads":
                     LAUNCHED.linear_heads(x[i], scale, w[i], split, heads, out[i])
@@ -106,10 +113,10 @@ def others() -> Iterator[Case]:
         x[0].nbytes + normed[0].nbytes,
         0,
     )
-    qkv, attended = sets(lambda: draw(ROWS, 3 * D, dtype=E4M3)), sets(lambda: draw(ROWS, 5 * D, dtype=E4M3))
-    ones = torch.ones(4, device="cuda")
+    memory, ones = held(ROWS, E4M3), torch.ones(4, device="cuda")
+    qkv, attended = sets(lambda: draw(memory, 3 * D, dtype=E4M3)), sets(lambda: draw(memory, 5 * D, dtype=E4M3))
     operations = 4 * ROWS**2 * D
-    yield "attention", lambda i: attention(qkv[i], HEADS, ones, attended[i][:, :D]), qkv[0].nbytes, operations
+    yield "attention", lambda i: attention(qkv[i], ROWS, HEADS, ones, attended[i][:, :D]), qkv[0].nbytes, operations
     rows = 344 * D
     weight = torch.randint(-127, 128, (rows, D), dtype=torch.int8, device="cuda")
     scale, steps = torch.rand(rows, device="cuda"), draw(28, D)
