@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pictures import sides
-from benchmarks.served import WARM_UP
+from benchmarks.served import REPOSITORY, WARM_UP
 from benchmarks.surroundings import surroundings
 from fluxserve import contract, settings
 from fluxserve.installation import bundled
 from fluxserve.server import LOOPBACK, Ports, TritonServer
 
 _PROMPTS = Path(__file__).with_name("perf_analyzer.json")
-_REPOSITORY = Path(__file__).parents[1] / "model_repository"
 _LATENCIES = ("p50", "p90", "p95", "p99")
 _SHARES = ("Client Send", "Network+Server Send/Recv", "Client Recv", "Server Queue")
 _COMPUTED = ("Server Compute Input", "Server Compute Infer", "Server Compute Output")
@@ -97,7 +96,7 @@ def measure(
     """
     found = []
     with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as folder:
-        server = TritonServer(_REPOSITORY, Ports.free(), bundled(), log=log, options=options)
+        server = TritonServer(REPOSITORY, Ports.free(), bundled(), log=log, options=options)
         data, table = Path(folder) / "requests.json", Path(folder) / "table.csv"
         data.write_text(json.dumps(requests(fields)), encoding="utf-8")
 

@@ -33,7 +33,7 @@ from fluxserve.server import Ports, TritonServer
 
 PROMPT = "a photograph of a fox that reads a newspaper in a café, morning light, shallow depth of field"
 WARM_UP = 3
-_REPOSITORY = Path(__file__).parents[1] / "model_repository"
+REPOSITORY = Path(__file__).parents[1] / "model_repository"
 _BATCHES = (1, 2, 4)
 _AGAIN = 3
 _NANOSECONDS = ("queue", "compute_input", "compute_infer", "compute_output")
@@ -104,7 +104,7 @@ def rates(client: Client, fields: dict[str, Any]) -> dict[str, float]:
 def measure(options: dict[str, str], fields: dict[str, Any], n: int, unseen: list[tuple[int, int]]) -> dict[str, Any]:
     """Start a server with these settings, ask for `n` pictures one after the other; then others, and other sizes."""
     with tempfile.TemporaryFile() as log:
-        server = TritonServer(_REPOSITORY, Ports.free(), bundled(), log=log, options=options)
+        server = TritonServer(REPOSITORY, Ports.free(), bundled(), log=log, options=options)
         with server:
             begun = time.perf_counter()
             server.start()

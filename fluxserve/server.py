@@ -26,7 +26,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -82,15 +82,18 @@ class TritonServer:
         log: IO[bytes] | None = None,
         options: Mapping[str, str] | None = None,
         address: str = LOOPBACK,
+        arguments: Sequence[str] = (),
     ) -> None:
         """
         Args:
             log: where the server's output goes; None: to this process's.
             options: settings of the models by field name of settings.Settings, as text.
             address: what to listen on. Anything but loopback is the caller's explicit choice.
+            arguments: of tritonserver, beside those that are ours.
         """
         self.repository, self.ports, self._installation = repository, ports, installation
         self._log, self._options, self._address = log, dict(options or {}), address
+        self._arguments = arguments
         self._key = secrets.token_hex(16)
         process.remove_leftovers(_SHARED_MEMORY, Path(tempfile.gettempdir()))
         self._prefix = f"{process.own_prefix()}{secrets.token_hex(3)}-"
@@ -294,6 +297,7 @@ class TritonServer:
             *backends,
             *listen,
             *ports,
+            *self._arguments,
         ]
 
     def _refuse_taken_ports(self) -> None:
