@@ -22,7 +22,7 @@ from benchmarks.pictures import sides
 from benchmarks.published import MODELS
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import captured, milliseconds
-from fluxserve.kernels.attention import attention, held
+from fluxserve.kernels.attention import attention, padded
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.spec import FLUX1_DEV, TransformerSpec
 
@@ -71,7 +71,7 @@ class Step:
             p: [_random(p.columns, p.inner, 0.05) for _ in range(min(p.count, _COPIES))] for p in products(spec)
         }
         self._inputs = {p: _random(tokens, p.inner) for p in self._weights}
-        memory = held(tokens, E4M3)
+        memory = padded(tokens, E4M3)
         self._tokens, self._qkv = tokens, _random(memory, 3 * spec.hidden_size)
         self._attended = torch.empty(memory, spec.hidden_size, dtype=E4M3, device="cuda")
         self._scales = torch.ones(4, device="cuda")

@@ -5,9 +5,9 @@
 
 Starts Triton with its trace on, and asks for pictures one at a time, in turn by our client and by tritonclient's own
 blocking one. Triton's trace and this process read the same clock of this machine, so that each request is a row of
-stamps from one client's call to its answer. `generate` hands its files to a thread and returns: what it takes is the
-device's time and what is before and after it on that thread; the file's time and the answer come behind. The last line
-on stdout is JSON.
+stamps from one client's call to its answer. `generate` returns once its thread has drawn: what it takes is the device's
+time, what is before and after it on that thread, and the file's time where the GPU writes it, a PNG. Any other file is
+made by a thread of its own, behind `generate`, as the answer is. The last line on stdout is JSON.
 """
 
 import argparse

@@ -22,7 +22,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import replayed
 from fluxserve.kernels import linear as linears
-from fluxserve.kernels.attention import attention, held
+from fluxserve.kernels.attention import attention, padded
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.group_norm import group_norm
 from fluxserve.kernels.layers import Heads, Linear
@@ -113,7 +113,7 @@ def others() -> Iterator[Case]:
         x[0].nbytes + normed[0].nbytes,
         0,
     )
-    memory, ones = held(ROWS, E4M3), torch.ones(4, device="cuda")
+    memory, ones = padded(ROWS, E4M3), torch.ones(4, device="cuda")
     qkv, attended = sets(lambda: draw(memory, 3 * D, dtype=E4M3)), sets(lambda: draw(memory, 5 * D, dtype=E4M3))
     operations = 4 * ROWS**2 * D
     yield "attention", lambda i: attention(qkv[i], ROWS, HEADS, ones, attended[i][:, :D]), qkv[0].nbytes, operations

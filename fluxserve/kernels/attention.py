@@ -15,37 +15,38 @@ from torch import Tensor
 
 from fluxserve.kernels import ahead, plans
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, cast
-from fluxserve.kernels.plans import TILE, At, Form
+from fluxserve.kernels.plans import At, Form
 
 Scales = Tensor
 """float32 [4]: s_q, s_k, s_v, 1 / s_out."""
 
 
-def held(rows: int, dtype: torch.dtype) -> int:
+def padded(rows: int, dtype: torch.dtype) -> int:
     """Rows of memory that attention of so many rows takes: in E4M3 whole tiles."""
-    return -(-rows // TILE) * TILE if dtype == E4M3 else rows
+    return plans.padded(rows) if dtype == E4M3 else rows
 
 
 def attention(qkv: Tensor, rows: int, heads: int, scales: Scales, out: Tensor) -> None:
     """Enqueue.
 
     Args:
-        qkv: [held(rows), 3 · heads · head_dim], E4M3 or the compute dtype; rows may have any stride. Those beyond
+        qkv: [padded(rows), 3 · heads · head_dim], E4M3 or the compute dtype; rows may have any stride. Those beyond
             `rows` don't count, but must not be NaN.
         scales: see above; only read for E4M3.
-        out: [held(rows), heads · head_dim] of the same dtype; rows may have any stride, what lies between is left
+        out: [padded(rows), heads · head_dim] of the same dtype; rows may have any stride, what lies between is left
             alone. What those beyond `rows` are left with is nothing to rely on.
     """
-    assert len(qkv) == len(out) == held(rows, qkv.dtype), f"{len(qkv)} and {len(out)} rows of memory for {rows}"
+    assert len(qkv) == len(out) == padded(rows, qkv.dtype), f"{len(qkv)} and {len(out)} rows of memory for {rows}"
     _plan(_form(qkv, rows, heads, out), qkv.device).run(qkv, rows, scales, out)
 
 
 def attention_ahead(qkv: Tensor, usual: int, heads: int, out: Tensor) -> ahead.Ahead:
     """Have plans built for every number of rows up to those of qkv and out, the usual first; close it at the end.
 
-    For E4M3: in another dtype each number of rows has a plan of its own, too many to build.
+    For E4M3 on a GPU: in another dtype each number of rows has a plan of its own, too many to build.
     """
-    wanted = ahead.forms(_form(qkv, len(qkv), heads, out), len(qkv), usual) if qkv.dtype == E4M3 else []
+    planned = qkv.is_cuda and qkv.dtype == E4M3
+    wanted = ahead.forms(_form(qkv, len(qkv), heads, out), len(qkv), usual) if planned else []
     return ahead.Ahead(wanted, qkv.device)
 
 
@@ -55,7 +56,7 @@ def _form(qkv: Tensor, rows: int, heads: int, out: Tensor) -> Form:
 
 
 class _Plan:
-    """A plan on one device. Its workspace is its own; `run` neither waits nor, after the first time, allocates."""
+    """A plan on one device. Its workspace is its own; `run` never waits, and allocates at a number of rows' first."""
 
     def __init__(self, form: Form, device: torch.device) -> None:
         self._form, self._handle, self._graph = form, plans.handle(device), plans.opened(form, device)
@@ -99,8 +100,3 @@ def plain_attention(qkv: Tensor, rows: int, heads: int, scales: Scales, out: Ten
         if quantised:
             weights = cast(weights * E4M3_MAX, E4M3).float() / E4M3_MAX
         out[:, head] = cast(weights @ v[:, head] / total * s[3], out.dtype)
-
-
-def plain_attention_ahead(qkv: Tensor, usual: int, heads: int, out: Tensor) -> ahead.Ahead:  # noqa: ARG001
-    """There is nothing to build."""
-    return ahead.Ahead([], qkv.device)

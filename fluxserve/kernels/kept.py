@@ -1,6 +1,6 @@
 """What was compiled, kept on disk: a file each, named by everything that it was made of.
 
-A folder that can't be written costs the compiling at every start, and a line in the log.
+A folder that can't be read or written costs the compiling at every start, and a line in the log.
 """
 
 import hashlib
@@ -22,19 +22,40 @@ def place(stem: str, suffix: str, made_of: Sequence[bytes]) -> Path:
 
 def once(file: Path, make: Callable[[], bytes]) -> bytes:
     """What `place` has; made now, and kept, if it is not there."""
-    if file.is_file():
-        return file.read_bytes()
-    made = make()
+    content = find(file)
+    if content is None:
+        content = make()
+        keep(file, content)
+    return content
+
+
+def find(file: Path) -> bytes | None:
+    """What is kept there, if it can be read."""
     try:
-        keep(file, made)
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
-        log.warning("%s is made at every start: %s", file.name, error)
-    return made
+        log.warning("%s can't be read: %s", file.name, error)
+        return None
 
 
 def keep(file: Path, content: bytes) -> None:
+    """Keep it, if that can be."""
+    try:
+        write(file, content)
+    except OSError as error:
+        log.warning("%s is made at every start: %s", file.name, error)
+
+
+def write(file: Path, content: bytes) -> None:
     """Whole or not at all, whoever else is writing it. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as partial:
-        partial.write(content)
-    Path(partial.name).replace(file)
+    partial = tempfile.NamedTemporaryFile(dir=file.parent, delete=False)  # noqa: SIM115 (it becomes the file)
+    try:
+        with partial:
+            partial.write(content)
+        Path(partial.name).replace(file)
+    except BaseException:
+        Path(partial.name).unlink(missing_ok=True)
+        raise

@@ -18,7 +18,6 @@ from fluxserve.kernels import (
     turn,
     wide_attention,
 )
-from fluxserve.kernels.ahead import Ahead
 from fluxserve.kernels.layers import Linear
 
 
@@ -39,7 +38,6 @@ class Operations:
     linear_heads_gelu: Callable[..., None]
     linear_heads_swiglu: Callable[..., None]
     attention: Callable[..., None]
-    attention_ahead: Callable[..., Ahead]
     modulation: Callable[..., None]
     rows: Callable[..., None]
     rms_rows: Callable[..., None]
@@ -67,7 +65,6 @@ LAUNCHED = Operations(
     linear_heads_gelu=linear.linear_heads_gelu,
     linear_heads_swiglu=linear.linear_heads_swiglu,
     attention=attention.attention,
-    attention_ahead=attention.attention_ahead,
     modulation=modulation.modulation,
     rows=rows.rows,
     rms_rows=rows.rms_rows,
@@ -91,7 +88,6 @@ PLAIN = Operations(
     linear_heads_gelu=linear_plain.plain_linear_heads_gelu,
     linear_heads_swiglu=linear_plain.plain_linear_heads_swiglu,
     attention=attention.plain_attention,
-    attention_ahead=attention.plain_attention_ahead,
     modulation=modulation.plain_modulation,
     rows=rows.plain_rows,
     rms_rows=rows.plain_rms_rows,

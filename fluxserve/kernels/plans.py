@@ -25,6 +25,11 @@ TILE = 128
 on the device, how many rows count, it loses a twentieth. Whole tiles, and BF16, are quickest without."""
 
 
+def padded(rows: int) -> int:
+    """Rows of the whole tiles that hold so many."""
+    return -(-rows // TILE) * TILE
+
+
 class At(IntEnum):
     """What a plan calls its tensors; LENGTH is there if the plan is told."""
 
@@ -89,23 +94,25 @@ def place(form: Form, described: str) -> Path:
 
 
 def opened(form: Form, device: torch.device) -> Any:
-    """A graph of cuDNN's that can be executed with addresses by their places `At`."""
+    """A graph of cuDNN's that can be executed with addresses by their places `At`. Raises cuDNN's own errors."""
     described = description(device)
     file = place(form, described)
+    found = kept.find(file)
+    if found is not None:
+        try:
+            return _read(found, device)
+        except Exception as error:  # noqa: BLE001 (cuDNN's frontend has many for a file that it can't read)
+            log.warning("%s is made anew, because cuDNN can't read it: %s", file, error)
+    made = build(form, described)
+    graph = _read(made, device)
+    kept.keep(file, made)
+    return graph
 
-    def found() -> Any:
-        graph = library().pygraph(handle=handle(device))
-        graph.deserialize(handle(device), kept.once(file, lambda: build(form, described)))
-        return graph
 
-    try:
-        return found()
-    except RuntimeError as error:
-        if not file.is_file():
-            raise
-        log.warning("%s is made anew, because cuDNN can't read it: %s", file, error)
-        file.unlink()
-        return found()
+def _read(plan: bytes, device: torch.device) -> Any:
+    graph = library().pygraph(handle=handle(device))
+    graph.deserialize(handle(device), plan)
+    return graph
 
 
 def build(form: Form, described: str) -> bytes:

@@ -214,7 +214,7 @@ def test_what_lies_behind_the_rows_does_not_count(tiny: Judge) -> None:
     whole.fill_(0xFF)
     write(bound, inputs)
     bound.prepare(inputs["timestep"])
-    assert not bound._b.qkv_held[len(bound._b.residual) :].view(torch.uint8).any()
+    assert not bound._b.qkv_padded[len(bound._b.residual) :].view(torch.uint8).any()
     bound.run()
     assert torch.equal(bound.outputs["velocity"].float(), before)
 

@@ -16,17 +16,17 @@ from fluxserve.engines.fused.weights import Precision
 from fluxserve.engines.open import open_components
 from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
 from fluxserve.job import Job
-from fluxserve.kernels.operations import LAUNCHED, PLAIN
+from fluxserve.kernels.operations import PLAIN
 from fluxserve.pipeline import Pipeline
 from tests.conformance.test_flux2 import PROMPT, job_of, their_run
 from tests.conformance.test_gpu import psnr
 from tests.support import parity, random_flux2
+from tests.support.fused import KERNELS
 from tests.support.random_flux2 import TOKENS, RandomFlux2
 from tests.support.waiting import loop_never_waits
 
 GPU = torch.cuda.is_available()
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda:0" if GPU else "cpu")
-KERNELS = LAUNCHED if GPU else PLAIN
 EXACT = Precision(torch.float32, torch.float32)
 
 pytestmark = pytest.mark.xdist_group("klein")

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fluxserve.errors import LibraryRefused
 from fluxserve.kernels import plans
-from fluxserve.kernels.attention import attention, held, plain_attention
+from fluxserve.kernels.attention import attention, padded, plain_attention
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, cast
 from tests.kernels.judge import DEVICE, INTERPRETED, random, relative
 
@@ -29,7 +29,7 @@ def q_k_v(rows: int, heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, torc
 
 def run(qkv: torch.Tensor, heads: int, scales: torch.Tensor, out: torch.Tensor) -> None:
     """Attention in memory of as many rows as it takes; those behind are as large as numbers get, and don't count."""
-    rows, memory = len(qkv), held(len(qkv), qkv.dtype)
+    rows, memory = len(qkv), padded(len(qkv), qkv.dtype)
     given = torch.full((memory, qkv.shape[1]), E4M3_MAX, device=DEVICE).to(qkv.dtype)
     given[:rows] = qkv
     made = torch.full((memory, out.stride(0)), float("nan"), device=DEVICE).to(out.dtype)
@@ -50,8 +50,8 @@ def exact(qkv: torch.Tensor, heads: int, scales: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("rows", "memory"), [(1, 128), (128, 128), (129, 256), (4544, 4608)])
 def test_e4m3_takes_whole_tiles(rows: int, memory: int) -> None:
-    assert held(rows, E4M3) == memory
-    assert held(rows, torch.bfloat16) == rows
+    assert padded(rows, E4M3) == memory
+    assert padded(rows, torch.bfloat16) == rows
 
 
 @pytest.mark.parametrize("rows", [1, 17, 130])

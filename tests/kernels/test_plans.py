@@ -3,11 +3,12 @@
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from fluxserve.kernels.plans import TILE, Form
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 LIKE = Form(TILE, heads=2, dim=128, dtype="float8_e4m3fn", stride=768, out_stride=1024)
+MANY = ahead.forms(LIKE, most=200 * TILE, usual=TILE)
 
 CUDNN = '''
 """A library with cuDNN's names: a plan is what was said to the graph, and takes as long as the device's JSON says."""
-import json, time
+import ctypes, json, time
 from types import SimpleNamespace
 
 __version__ = "1.0"
@@ -67,6 +69,9 @@ class pygraph:
         device = self.given["device_property"]
         if device.seconds < 0:
             raise RuntimeError("no such device")
+        if getattr(device, "deaf", ""):
+            open(device.deaf, "w").close()
+            ctypes.PyDLL(None).sleep(int(device.seconds))  # with Python's lock, as cuDNN's frontend compiles
         time.sleep(device.seconds)
 
     def serialize(self, as_bytes):
@@ -102,7 +107,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     sys.modules.pop("cudnn", None)
 
 
-def described(monkeypatch: pytest.MonkeyPatch, **device: float) -> None:
+def described(monkeypatch: pytest.MonkeyPatch, **device: float | str) -> None:
     monkeypatch.setattr(plans, "description", lambda _: json.dumps(device))
 
 
@@ -111,6 +116,10 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError("no space left")
 
 
 def built(home: Path) -> list[Path]:
@@ -122,12 +131,11 @@ def test_forms_are_all_that_may_be_asked_for_the_usual_first() -> None:
     assert {(form.rows, form.told) for form in found} == {(t * TILE, told) for t in range(1, 6) for told in (0, 1)}
     assert [form.rows // TILE for form in found[:2]] == [3, 3] and found[-1].rows in (TILE, 5 * TILE)
     assert all((form.heads, form.dim, form.stride, form.out_stride) == (2, 128, 768, 1024) for form in found)
+    assert ahead.forms(LIKE, most=5 * TILE, usual=3 * TILE - 1)[0].rows == 3 * TILE, "which it takes"
 
 
 def test_only_a_plan_that_is_told_asks_how_many_rows_count(home: Path) -> None:
-    said = {
-        told: plans.build(Form(**{**vars(LIKE), "told": told}), plans.description(DEVICE)) for told in (True, False)
-    }
+    said = {told: plans.build(replace(LIKE, told=told), plans.description(DEVICE)) for told in (True, False)}
     assert b"seq_len_kv" in said[True] and b'"uid": 11' in said[True]
     assert b"seq_len_kv" not in said[False] and b'"uid": 11' not in said[False]
 
@@ -139,14 +147,27 @@ def test_a_plan_is_built_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(built(home)) == 1
 
 
-@pytest.mark.parametrize("change", ["rows", "heads", "stride", "out_stride", "told", "device", "library"])
-def test_what_it_is_made_of_has_changed(home: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    form, before = LIKE, plans.place(LIKE, "{}")
-    if change == "library":
+@pytest.mark.parametrize("name", [field.name for field in fields(Form)])
+def test_another_form_is_another_plan(home: Path, name: str) -> None:
+    other = {"dtype": "bfloat16", "told": True}.get(name, 4096)
+    assert plans.place(replace(LIKE, **{name: other}), "{}") != plans.place(LIKE, "{}")
+
+
+@pytest.mark.parametrize("change", ["device", "frontend", "cudnn", "compiler", "source"])
+def test_what_it_is_made_with_has_changed(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
+) -> None:
+    before = plans.place(LIKE, "{}")
+    if change == "frontend":
         monkeypatch.setattr(plans.library(), "__version__", "1.1")
-    elif change != "device":
-        form = Form(**{**vars(LIKE), change: True if change == "told" else 4096})
-    assert plans.place(form, '{"deviceVer": 900}' if change == "device" else "{}") != before
+    elif change == "cudnn":
+        monkeypatch.setattr(plans.library(), "backend_version", lambda: 91901)
+    elif change == "compiler":
+        monkeypatch.setattr(cuda, "version", lambda: (13, 1))
+    elif change == "source":
+        (tmp_path / "plans.py").write_text("another")
+        monkeypatch.setattr(plans, "__file__", str(tmp_path / "plans.py"))
+    assert plans.place(LIKE, '{"deviceVer": 900}' if change == "device" else "{}") != before
 
 
 def test_a_damaged_file_is_made_anew_and_told(home: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -160,6 +181,25 @@ def test_a_damaged_file_is_made_anew_and_told(home: Path, caplog: pytest.LogCapt
     assert f"{file} is made anew, because cuDNN can't read it: parse error" in caplog.text
 
 
+def test_a_damaged_file_that_stays_is_no_reason_to_fail(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = plans.opened(LIKE, DEVICE).said
+    (file,) = built(home)
+    file.write_bytes(b"damaged")
+    monkeypatch.setattr(kept, "write", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert plans.opened(LIKE, DEVICE).said == whole
+    assert "is made at every start: no space left" in caplog.text
+
+
+def test_what_can_not_be_written_leaves_nothing_behind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="no space left"):
+        kept.write(kept.FOLDER / "x.plan", b"x")
+    assert list(kept.FOLDER.iterdir()) == []
+
+
 def test_what_can_not_be_built_is_told_in_the_librarys_words(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described(monkeypatch, seconds=-1)
     with pytest.raises(RuntimeError, match="no such device"):
@@ -169,9 +209,8 @@ def test_what_can_not_be_built_is_told_in_the_librarys_words(home: Path, monkeyp
 def test_a_process_of_its_own_builds_what_is_not_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ahead.forms(LIKE, most=3 * TILE, usual=TILE)
     plans.opened(wanted[0], DEVICE)
-    started = ahead.Ahead(wanted, DEVICE)
-    until(lambda: len(built(home)) == len(wanted))
-    started.close()
+    with closing(ahead.Ahead(wanted, DEVICE)):
+        until(lambda: len(built(home)) == len(wanted))
     monkeypatch.setattr(plans, "build", lambda *_: pytest.fail("built again"))
     for form in wanted:
         plans.opened(form, DEVICE)
@@ -183,16 +222,25 @@ def test_it_ends_when_it_is_closed(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     described(monkeypatch, seconds=0.2)
-    started = ahead.Ahead(ahead.forms(LIKE, most=200 * TILE, usual=TILE), DEVICE)
-    until(lambda: built(home))
-    with caplog.at_level(logging.WARNING):
-        started.close()
+    with caplog.at_level(logging.WARNING), closing(ahead.Ahead(MANY, DEVICE)) as started:
+        until(lambda: built(home))
     assert not caplog.records
-    assert started._process is not None and started._process.returncode == 0
-    assert 0 < len(built(home)) < 400
+    assert started._process is not None and started._process.returncode is not None
+    assert 0 < len(built(home)) < len(MANY)
 
 
-def test_it_ends_with_the_process_that_started_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_does_not_wait_for_a_plan_that_is_being_built(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Building one may hold Python's lock for seconds, and then nothing in the process can hear that it should end."""
+    described(monkeypatch, seconds=600, deaf=str(home / "deaf"))
+    started = ahead.Ahead(MANY, DEVICE)
+    until((home / "deaf").exists)
+    begun = time.monotonic()
+    started.close()
+    assert time.monotonic() - begun < 20
+    assert started._process is not None and started._process.returncode is not None
+
+
+def test_it_ends_with_the_process_that_started_it(home: Path) -> None:
     script = f"""
 import time, torch
 from fluxserve.kernels import ahead, cuda, plans
@@ -203,10 +251,12 @@ print(ahead.Ahead(ahead.forms(like, 200 * 128, 128), torch.device("{DEVICE}"))._
 time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        until(lambda: built(home))
-        parent.send_signal(signal.SIGKILL)
+        try:
+            assert parent.stdout is not None
+            child = int(parent.stdout.readline())
+            until(lambda: built(home))
+        finally:
+            parent.kill()
     until(lambda: not process.started(child))
 
 
@@ -214,12 +264,33 @@ def test_a_process_that_fails_costs_a_line_in_the_log(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     described(monkeypatch, seconds=-1)
-    with caplog.at_level(logging.WARNING):
-        started = ahead.Ahead([LIKE], DEVICE)
+    with caplog.at_level(logging.WARNING), closing(ahead.Ahead([LIKE], DEVICE)):
         until(lambda: caplog.records)
-        started.close()
     (record,) = caplog.records
     assert record.getMessage().endswith("the process for it ended with 1")
+
+
+@pytest.mark.parametrize("interpreter", ["", "/nowhere/python3", "/bin/false"])
+def test_a_process_that_does_not_start_costs_a_line_in_the_log(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, interpreter: str
+) -> None:
+    """A stub embeds Python, and says of its interpreter what it guesses."""
+    monkeypatch.setattr(sys, "executable", interpreter)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with caplog.at_level(logging.WARNING), closing(ahead.Ahead([LIKE], DEVICE)):
+        until(lambda: caplog.records)
+    assert [r.getMessage().startswith("attention's plans are built when they are asked for: ") for r in caplog.records]
+
+
+def test_a_process_that_never_heard_what_to_build_is_closed_in_peace(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr(ahead.Ahead, "_attend", lambda _, process, asked: process.stdin.write(asked) and process.wait())
+    started = ahead.Ahead([LIKE], DEVICE)
+    assert started._process is not None
+    started._process.wait()
+    started.close()
 
 
 def test_nothing_to_build_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

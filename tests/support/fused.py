@@ -1,6 +1,5 @@
 """The fused engine with its kernels, and on a CPU: its own arithmetic, every kernel replaced by its plain reference."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,12 +8,11 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.base import Components
 from fluxserve.engines.fused.open import assemble
 from fluxserve.engines.fused.weights import Precision
-from fluxserve.kernels.attention import plain_attention_ahead
 from fluxserve.kernels.operations import LAUNCHED, PLAIN
 from tests.support.random_flux import RandomFlux
 
-KERNELS = replace(LAUNCHED, attention_ahead=plain_attention_ahead) if torch.cuda.is_available() else PLAIN
-"""Launched where that can be. No test opens an engine for long enough to have anything built ahead."""
+KERNELS = LAUNCHED if torch.cuda.is_available() else PLAIN
+"""Launched where that can be."""
 EXACT = Precision(torch.float32, torch.float32)
 
 

@@ -64,34 +64,34 @@ class Buffers:
 
     residual: compute dtype [S, D]. normed: linear dtype [S, D], with float32 row_scale [S] if that is E4M3.
     qkv: linear dtype [S, 3·D]. wide: linear dtype [S, D + M], attention's output and the MLP's hidden layer side by
-    side, which is what a single block's projection reads; both with the rows behind S that attention takes.
-    cos, sin: float32 [S, head_dim / 2].
+    side, which is what a single block's projection reads. Both are the first rows of what attention takes, padded to
+    whole tiles. cos, sin: float32 [S, head_dim / 2].
     """
 
     split: int
     residual: Tensor
     normed: Tensor
     row_scale: Tensor | None
-    qkv_held: Tensor
-    wide_held: Tensor
+    qkv_padded: Tensor
+    wide_padded: Tensor
     cos: Tensor
     sin: Tensor
 
     @property
     def qkv(self) -> Tensor:
-        return self.qkv_held[: len(self.residual)]
+        return self.qkv_padded[: len(self.residual)]
 
     @property
     def wide(self) -> Tensor:
-        return self.wide_held[: len(self.residual)]
+        return self.wide_padded[: len(self.residual)]
 
     @property
-    def attended_held(self) -> Tensor:
-        return self.wide_held[:, : self.residual.shape[1]]
+    def attended_padded(self) -> Tensor:
+        return self.wide_padded[:, : self.residual.shape[1]]
 
     @property
     def attended(self) -> Tensor:
-        return self.attended_held[: len(self.residual)]
+        return self.attended_padded[: len(self.residual)]
 
     @property
     def hidden(self) -> Tensor:
@@ -116,7 +116,7 @@ class _Attention:
         return Heads(self._factors, b.cos, b.sin)
 
     def __call__(self, run: Operations, b: Buffers) -> None:
-        run.attention(b.qkv_held, len(b.residual), self._heads, self._descale, b.attended_held)
+        run.attention(b.qkv_padded, len(b.residual), self._heads, self._descale, b.attended_padded)
 
 
 def _order(spec: TransformerSpec, device: torch.device) -> Tensor:

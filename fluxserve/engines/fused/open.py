@@ -44,7 +44,7 @@ def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Componen
     """In BF16, which needs no calibration; see engines.open.open_components."""
     if dtype not in ("auto", "bfloat16"):
         raise SettingsError("dtype", dtype, "auto or bfloat16 with the fused engine; FP8 comes with an artifact")
-    return assemble(checkpoint, usable(device), BF16, None, LAUNCHED)
+    return _served(assemble(checkpoint, usable(device), BF16, None, LAUNCHED))
 
 
 def open_artifact(artifact: Artifact, device: str) -> Components:
@@ -60,6 +60,13 @@ def open_artifact(artifact: Artifact, device: str) -> Components:
         unchanged = pool.submit(artifact.folder, CHECKPOINT)
         components = assemble(folder, found, FP8 if quantised else BF16, scales, LAUNCHED)
         unchanged.result()
+    return _served(components)
+
+
+def _served(components: Components) -> Components:
+    """Once nothing can fail any more."""
+    assert isinstance(components.transformer, FusedTransformer)
+    components.transformer.prepare_sizes()
     return components
 
 

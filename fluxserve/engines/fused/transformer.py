@@ -18,7 +18,7 @@ from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.engines.fused.modulation import AHEAD, Modulation
 from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
 from fluxserve.kernels.ahead import Ahead
-from fluxserve.kernels.attention import held
+from fluxserve.kernels.attention import attention_ahead, padded
 from fluxserve.kernels.operations import Operations
 from fluxserve.spec import ModelSpec
 
@@ -71,24 +71,26 @@ class FusedTransformer:
         ranges = {"rows": (1, rows), "image_tokens": (1, image), "text_tokens": (1, text)}
         self.signature = signatures.transformer(spec).narrowed(ranges)
         self.spec, self.precision, self.run = spec.transformer, precision, run
-        largest = self.layout(self.signature.at({s: r[1] for s, r in ranges.items()}))
-        self.arena = Arena(size(largest), device)
-        self._ahead = self._attention_ahead(spec, self.arena.cut(largest))
+        self._largest = self.layout(self.signature.at({s: r[1] for s, r in ranges.items()}))
+        self.arena = Arena(size(self._largest), device)
         self.weights: Weights | None = Weights(read, spec, precision, found, run)
+        self._usual = spec.text.sequence.tokens + spec.image_tokens(spec.defaults.side, spec.defaults.side)
+        self._ahead: Ahead | None = None
 
     def bind(self, shapes: Shapes) -> "FusedBound":
         assert self.weights is not None, "bind after close"
         sizes = self.signature.resolve(shapes)
         return FusedBound(self, self.weights, self.arena.cut(self.layout(sizes)), sizes)
 
-    def _attention_ahead(self, spec: ModelSpec, largest: Mapping[str, Tensor]) -> Ahead:
-        side, shape = spec.defaults.side, self.spec
-        usual = spec.text.sequence.tokens + spec.image_tokens(side, side)
-        out = largest["wide_held"][:, : shape.hidden_size]
-        return self.run.attention_ahead(largest["qkv_held"], usual, shape.num_attention_heads, out)
+    def prepare_sizes(self) -> None:
+        """Have another process prepare what a size never seen would wait for, until this engine is closed."""
+        largest, d = self.arena.cut(self._largest), self.spec.hidden_size
+        qkv, attended = largest["qkv_padded"], largest["wide_padded"][:, :d]
+        self._ahead = attention_ahead(qkv, self._usual, self.spec.num_attention_heads, attended)
 
     def close(self) -> None:
-        self._ahead.close()
+        if self._ahead is not None:
+            self._ahead.close()
         self.weights = None
 
     def layout(self, sizes: Shapes) -> Layout:
@@ -109,8 +111,8 @@ class FusedTransformer:
             "residual": Buffer((s, d), compute),
             "normed": Buffer((s, d), linear),
             "row_scale": Buffer((s,), torch.float32),
-            "qkv_held": Buffer((held(s, linear), 3 * d), linear),
-            "wide_held": Buffer((held(s, linear), d + self.spec.mlp_width), linear),
+            "qkv_padded": Buffer((padded(s, linear), 3 * d), linear),
+            "wide_padded": Buffer((padded(s, linear), d + self.spec.mlp_width), linear),
             "final": Buffer((s - text, d), compute),
         }
 
@@ -129,7 +131,7 @@ class FusedBound:
         self._b = Buffers(
             split=self._text,
             row_scale=buffers["row_scale"] if engine.precision.quantised else None,
-            **{name: buffers[name] for name in ("residual", "normed", "qkv_held", "wide_held", "cos", "sin")},
+            **{name: buffers[name] for name in ("residual", "normed", "qkv_padded", "wide_padded", "cos", "sin")},
         )
         self._step = Replayed(self._launch, buffers["residual"].device)
         self._timesteps: Tensor | None = None
@@ -148,9 +150,8 @@ class FusedBound:
             _linear_into(text, states, self._weights.text)
         ids, spec = torch.cat([given["txt_ids"], given["img_ids"]]), self._engine.spec
         write_rope(ids, spec.axes_dims_rope, spec.rope_theta, b["cos"], b["sin"])
-        self._b.qkv_held[
-            len(self._b.residual) :
-        ].zero_()  # attention reads it; another shape's buffers may be NaN as E4M3
+        # Attention reads these too, and another size may have left what is NaN as E4M3.
+        self._b.qkv_padded[len(self._b.residual) :].zero_()
 
     def _fill(self, timesteps: Tensor) -> None:
         """Modulation of as many steps [steps, images] as there is room for.
