@@ -3,11 +3,12 @@
     python -m benchmarks.hops [--artifact A | --checkpoint C] [--engine E] [--n 40] [--size 1024x1024] [--steps N]
         [--json OUT]
 
-Starts Triton with its trace on, and asks for pictures one at a time, in turn by our client and by tritonclient's own
-blocking one. Triton's trace and this process read the same clock of this machine, so that each request is a row of
-stamps from one client's call to its answer. `generate` returns once its thread has drawn: what it takes is the device's
-time, what is before and after it on that thread, and the file's time where the GPU writes it, a PNG. Any other file is
-made by a thread of its own, behind `generate`, as the answer is. The last line on stdout is JSON.
+Starts Triton with its trace on, and asks for pictures one at a time, in turn by our client, over gRPC and HTTP, and by
+tritonclient's own blocking one. Triton's trace and this process read the same clock of this machine, so that each
+request is a row of stamps from one client's call to its answer. `generate` returns once its thread has drawn: what it
+takes is the device's time, what is before and after it on that thread, and the file's time where the GPU writes it, a
+PNG. Any other file is made by a thread of its own, behind `generate`, as the answer is. The last line on stdout is
+JSON.
 """
 
 import argparse
@@ -48,14 +49,20 @@ class Asked:
 
 
 _TRACE = ("level=TIMESTAMPS", "rate=1", "count=-1", "triton,log-frequency=0")
+_READ, _SENDING, _SENT = "read", "sending", "sent"
+_WIRES = (
+    {_READ: "GRPC_WAITREAD_END", _SENDING: "GRPC_SEND_START", _SENT: "GRPC_SEND_END"},
+    {_READ: "HTTP_RECV_END", _SENDING: "HTTP_SEND_START", _SENT: "HTTP_SEND_END"},
+)
+"""Stamps by the protocol that a request came by."""
 _PATH = (
-    ("request is read", "flux", "GRPC_WAITREAD_END"),
+    ("request is read", "flux", _READ),
     ("prepare is called", "prepare", "COMPUTE_START"),
     ("prepare has answered", "prepare", "COMPUTE_END"),
     ("generate is called", "generate", "COMPUTE_START"),
     ("generate has returned", "generate", "COMPUTE_END"),
-    ("answer is being sent", "flux", "GRPC_SEND_START"),
-    ("answer is sent", "flux", "GRPC_SEND_END"),
+    ("answer is being sent", "flux", _SENDING),
+    ("answer is sent", "flux", _SENT),
 )
 """A request's way, in its order: what has happened, and whose stamp says so."""
 
@@ -79,8 +86,9 @@ def hops(asked: Asked, seen: Stamps) -> dict[str, float]:
     Triton takes some of its stamps a little late, so that a hop can be shorter than nothing.
     """
     at, previous, found = asked.begun, "called", {}
+    (wire,) = (names for names in _WIRES if names[_READ] in seen["flux"])
     for name, model, stamp in (*_PATH, ("client has it", "", "")):
-        now = seen[model][stamp] if model else asked.ended
+        now = seen[model][wire.get(stamp, stamp)] if model else asked.ended
         found[f"{previous} → {name}"] = (now - at) / 1e6
         at, previous = now, name
     found["device"], found["image"] = asked.device, asked.image
@@ -121,15 +129,20 @@ def measure(options: dict[str, str], fields: dict[str, int], n: int) -> dict[str
         with server:
             server.start()
             server.wait_ready()
-            asked = _ask_all(server.grpc_url, fields, WARM_UP + n)
+            asked = _ask_all(server, fields, WARM_UP + n)
         seen = stamps(json.loads(file.read_text()))  # whole once the server has ended
     return {name: _summary(rows[WARM_UP:], seen) for name, rows in asked.items()}
 
 
-def _ask_all(url: str, fields: dict[str, int], times: int) -> dict[str, list[Asked]]:
-    """Both clients in turn."""
-    with Client(url) as own, triton.InferenceServerClient(url) as plain:
-        clients: dict[str, Ask] = {"ours": partial(_ours, own), "blocking": partial(_blocking, plain)}
+def _ask_all(server: TritonServer, fields: dict[str, int], times: int) -> dict[str, list[Asked]]:
+    """All clients in turn."""
+    url = server.grpc_url
+    with Client(url) as own, Client(f"http://{server.http_url}") as http, triton.InferenceServerClient(url) as plain:
+        clients: dict[str, Ask] = {
+            "ours": partial(_ours, own),
+            "HTTP": partial(_ours, http),
+            "blocking": partial(_blocking, plain),
+        }
         asked: dict[str, list[Asked]] = {name: [] for name in clients}
         for seed in range(times):
             for name, ask in clients.items():

@@ -74,6 +74,16 @@ async def test_headers_travel_with_every_call(fake: FakeFlux, wire: Wire, protoc
     assert [headers["authorization"] for headers in fake.headers] == ["Bearer t"] * 2
 
 
+@pytest.mark.parametrize(("headers", "expected"), [({}, "identity"), ({"Accept-Encoding": "gzip"}, "gzip")])
+async def test_compression_is_for_who_asks_for_it(
+    fake: FakeFlux, wire: Wire, headers: dict[str, str], expected: str
+) -> None:
+    """Triton compresses for every client that would take it, and pictures are compressed as it is."""
+    async with AsyncClient(wire.url("http"), headers=headers) as client:
+        await client.generate("a fox")
+    assert [seen["accept-encoding"] for seen in fake.headers] == [expected]
+
+
 @PROTOCOLS
 async def test_many_at_once_do_not_hold_up_a_cancel(fake: FakeFlux, wire: Wire, protocol: str) -> None:
     fake.steps, fake.step_s = 1000, 0.01

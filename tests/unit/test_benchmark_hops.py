@@ -35,3 +35,14 @@ def test_hops_add_up_to_what_the_client_waited() -> None:
     assert sum(between.values()) == pytest.approx(314)
     assert found["generate, but for the device"] == pytest.approx(2)
     assert found["client − device − image"] == pytest.approx(12)
+
+
+def test_a_request_over_http_has_the_same_hops() -> None:
+    names = {
+        "GRPC_WAITREAD_END": "HTTP_RECV_END",
+        "GRPC_SEND_START": "HTTP_SEND_START",
+        "GRPC_SEND_END": "HTTP_SEND_END",
+    }
+    seen, asked = stamps(TRACE)["ours-3"], Asked("ours-3", 100 * MS, 414 * MS, device=300.0, image=2.0)
+    over_http = {**seen, "flux": {names[name]: ns for name, ns in seen["flux"].items()}}
+    assert hops(asked, over_http) == hops(asked, seen)
