@@ -5,6 +5,7 @@ takes weights whose rows were put into another order (`arranged`); everything el
 """
 
 import ctypes
+from concurrent.futures import Executor, Future
 from ctypes import c_float, c_int, c_void_p
 from functools import cache
 from pathlib import Path
@@ -153,6 +154,17 @@ def _programs(device: torch.device) -> int:
 
 @cache
 def _kernel(ending: str) -> cuda.Kernel:
-    name = f"linear_{ending}"
-    defines = [f"ENDING={ENDINGS.index(ending)}", f"NAME={name}"]
-    return cuda.load(_SOURCE, name, defines, _THREADS, _SHARED)
+    return cuda.load(_SOURCE, _name(ending), _defines(ending), _THREADS, _SHARED)
+
+
+def compiling(pool: Executor) -> list[Future[bytes]]:
+    """Every ending that is not kept yet is compiled on a thread of its own: NVRTC lets go of Python's lock."""
+    return [pool.submit(cuda.compiled, _SOURCE, _defines(ending)) for ending in ENDINGS]
+
+
+def _name(ending: str) -> str:
+    return f"linear_{ending}"
+
+
+def _defines(ending: str) -> list[str]:
+    return [f"ENDING={ENDINGS.index(ending)}", f"NAME={_name(ending)}"]

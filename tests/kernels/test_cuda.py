@@ -4,6 +4,7 @@ import logging
 import re
 import subprocess
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -57,6 +58,13 @@ def variants() -> list[Variant]:
 
 
 VARIANTS = variants()
+
+
+def test_endings_are_compiled_ahead_as_they_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "compiled", lambda source, defines: (source, defines))
+    with ThreadPoolExecutor() as pool:
+        found = [task.result() for task in linear_hopper.compiling(pool)]
+    assert found == [(v.source, v.defines) for v in VARIANTS if v.name.startswith("linear_")]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """Open the fused engine: all components of a model, on one GPU, from a checkpoint's weights or an artifact."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ try:
     from fluxserve.engines.fused.t5 import FusedT5
     from fluxserve.engines.fused.transformer import FusedTransformer
     from fluxserve.engines.fused.weights import Precision, Reader
+    from fluxserve.kernels import linear_hopper
     from fluxserve.kernels.fp8 import E4M3
     from fluxserve.kernels.operations import LAUNCHED, Operations
 except ModuleNotFoundError as error:
@@ -50,16 +52,20 @@ def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Componen
 def open_artifact(artifact: Artifact, device: str) -> Components:
     """In the precision it was exported in; see engines.open.open_artifact.
 
-    Weights are hashed while they are loaded, and nothing is returned before all hashes were right.
+    While weights are loaded they are hashed, and kernels are compiled that are not kept yet; nothing is returned before
+    all hashes were right.
     """
     found = usable(device)
     quantised = artifact.component("transformer").precision == "fp8"
     scales = artifact.scales("transformer") if quantised else None
     folder = replace(artifact.checkpoint, spec=artifact.spec)
-    with ThreadPoolExecutor(1) as pool:
-        unchanged = pool.submit(artifact.folder, CHECKPOINT)
+    with ThreadPoolExecutor() as pool:
+        beside: list[Future[Any]] = [pool.submit(artifact.folder, CHECKPOINT)]
+        if quantised:
+            beside += linear_hopper.compiling(pool)
         components = assemble(folder, found, FP8 if quantised else BF16, scales, LAUNCHED)
-        unchanged.result()
+        for task in beside:
+            task.result()
     return _served(components)
 
 
