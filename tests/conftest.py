@@ -7,6 +7,7 @@ gives 64): so it is given float32, or E4M3 operands, and float32 results. Roundi
 """
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tests.support.fused import FusedOf
 
 settings.as_served()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` in a script ignores it, and Ctrl-C is tested
 
 import torch  # noqa: E402
 
