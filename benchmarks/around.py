@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import report
 from benchmarks.pictures import photograph, sides
 from benchmarks.steps import PRECISIONS, profiled
 from benchmarks.surroundings import surroundings
@@ -122,9 +123,7 @@ def main() -> None:
         print(name, json.dumps(found[name]), flush=True)
     found["png"] = encoding((height, width), args.repeats)
     result = {"benchmark": "around", **surroundings(), "precision": args.precision, "size": args.size, "parts": found}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.json)
 
 
 if __name__ == "__main__":

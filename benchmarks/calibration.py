@@ -13,7 +13,6 @@ A method is called clearly better where its error is below the least of those dr
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command import report
 from benchmarks.quality import FIRST_SEED, PROMPT_SEED
 from benchmarks.scale_methods import BOUND, CANDIDATES, LUCK, MAX, TARGETS, Method, Seen, Target, quantised, watched
 from benchmarks.surroundings import surroundings
@@ -356,9 +356,7 @@ def main() -> None:
     print(markdown(result))
     if args.markdown:
         args.markdown.write_text(markdown(result), encoding="utf-8")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.json)
 
 
 if __name__ == "__main__":

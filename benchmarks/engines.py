@@ -8,12 +8,12 @@ stdout is JSON.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 import torch
 
+from benchmarks.command import report
 from benchmarks.surroundings import surroundings
 from fluxserve import settings, source
 from fluxserve.job import plan
@@ -101,9 +101,7 @@ def main() -> None:
         )
         print(f"{c.name:<24}{stages}{first / c.median('total'):>15.2f}")
     result = {"benchmark": "engines", **surroundings(), "n": args.n, "engines": [c.summary() for c in contenders]}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ does this arithmetic with these libraries can be faster. The last line on stdout
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.command import report
 from benchmarks.pictures import sides
 from benchmarks.published import MODELS
 from benchmarks.surroundings import surroundings
@@ -136,9 +136,7 @@ def main() -> None:
         tokens += spec.image_tokens(*args.reference)
     found = measure(spec.transformer, tokens, args.steps or spec.defaults.num_inference_steps)
     result = {"benchmark": "floor", **surroundings(), "model": spec.name, **found}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.json)
 
 
 if __name__ == "__main__":

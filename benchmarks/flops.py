@@ -10,7 +10,6 @@ what a time of your own would need, at the size and with the references given. T
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import published
+from benchmarks.command import report
 from benchmarks.pictures import sides
 from benchmarks.published import MODELS, PUBLISHED
 from fluxserve.engines import signatures
@@ -127,9 +127,7 @@ def main() -> None:
     claims = [judged(c, found[c["model"]]) for c in known if c["model"] in found]
     print("\n" + claims_table(claims) if claims else "\npublished claims are of 1024x1024 without references")
     result = {"benchmark": "flops", "size": args.size, "references": args.references, "tflop": found, "claims": claims}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.json)
 
 
 if __name__ == "__main__":

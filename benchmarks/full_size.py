@@ -22,6 +22,7 @@ from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from benchmarks.command import report
 from benchmarks.surroundings import surroundings
 from export import quantize, trace
 from export.fp8 import attention_modules, quantised_linears
@@ -107,9 +108,7 @@ def main() -> None:
         result = {"benchmark": "full_size", **surroundings(), **measure(Path(folder))}
     for step in ("onnx", "quantize"):
         print(f"{step:<10}{result[step]['seconds']:>8.0f} s{result[step]['memory_gb']:>8.2f} GB")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.json)
 
 
 if __name__ == "__main__":

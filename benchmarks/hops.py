@@ -26,7 +26,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from fluxserve_client import Client
 
-from benchmarks.pictures import sides
+from benchmarks.command import add_served, report, served
 from benchmarks.served import PROMPT, REPOSITORY, WARM_UP
 from benchmarks.surroundings import surroundings
 from fluxserve import contract, settings
@@ -159,26 +159,18 @@ def _summary(asked: Sequence[Asked], seen: Mapping[str, Stamps]) -> dict[str, di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("artifact", "checkpoint", "engine"):
-        parser.add_argument(f"--{name}", default="", help="as `fluxserve serve` takes it")
+    add_served(parser)
     parser.add_argument("--n", type=int, default=40, help="requests of each client; default: %(default)s")
-    parser.add_argument("--size", type=sides, metavar="HxW", help="default: the model's own")
-    parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     settings.let_threads_sleep()
-    given = {name: getattr(args, name) for name in ("artifact", "checkpoint", "engine")}
-    fields = {"num_inference_steps": args.steps} if args.steps else {}
-    if args.size:
-        fields["height"], fields["width"] = args.size
-    found = measure({name: value for name, value in given.items() if value}, fields, args.n)
+    given = served(args)
+    found = measure(given.options, given.fields, args.n)
     print(f"{'medians, ms':<54}" + "".join(f"{name:>10}" for name in found))
     for row in found["ours"]["medians_ms"]:
         print(f"{row:<54}" + "".join(f"{part['medians_ms'][row]:>10}" for part in found.values()))
-    result = {"benchmark": "hops", **surroundings(), **given, **fields, "n": args.n, "clients": found}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    result = {"benchmark": "hops", **surroundings(), **given.model, **given.fields, "n": args.n, "clients": found}
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ not find there. --tilings tries other tiles for Triton's products. The last line
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from benchmarks.command import report
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import replayed
 from fluxserve.kernels import linear as linears
@@ -192,9 +192,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     result = {"benchmark": "kernels", **surroundings(), "kernels": measure(args.only, args.tilings)}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pictures import sides
+from benchmarks.command import add_served, report, served
 from benchmarks.served import REPOSITORY, WARM_UP
 from benchmarks.surroundings import surroundings
 from fluxserve import contract, settings
@@ -138,12 +138,9 @@ def _metrics(server: TritonServer) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("artifact", "checkpoint", "engine"):
-        parser.add_argument(f"--{name}", default="", help="as `fluxserve serve` takes it")
+    add_served(parser)
     parser.add_argument("--callers", type=int, nargs="+", default=[1, 2, 4], help="at once; default: 1 2 4")
     parser.add_argument("--n", type=int, default=20, help="requests of each; default: %(default)s")
-    parser.add_argument("--size", type=sides, metavar="HxW", help="default: the model's own")
-    parser.add_argument("--steps", type=int, help="default: the model's own")
     parser.add_argument("--protocol", choices=("grpc", "http"), default="grpc")
     parser.add_argument("--perf-analyzer", default="perf_analyzer", metavar="PROGRAM")
     parser.add_argument("--json", type=Path)
@@ -154,20 +151,15 @@ def main() -> None:
             f"--perf-analyzer: {args.perf_analyzer} not found; `pip install perf-analyzer` brings it (Ubuntu 24.04)"
         )
     settings.let_threads_sleep()
-    given = {name: getattr(args, name) for name in ("artifact", "checkpoint", "engine")}
-    options = {name: value for name, value in given.items() if value}
-    fields: dict[str, int] = {"num_inference_steps": args.steps} if args.steps else {}
-    if args.size:
-        fields["height"], fields["width"] = args.size
-    found = measure(program, options, fields, args.protocol, args.callers, args.n)
+    given = served(args)
+    found = measure(program, given.options, given.fields, args.protocol, args.callers, args.n)
     columns = ("callers", "pictures_per_s", "mean", *_LATENCIES, "overhead")
     print("".join(f"{name:>16}" for name in columns))
     for row in found:
         print("".join(f"{row.get(name, ''):>16}" for name in columns))
-    result = {"benchmark": "load", **surroundings(), **given, **fields, "protocol": args.protocol, "callers": found}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    asked = {**given.model, **given.fields, "protocol": args.protocol}
+    result = {"benchmark": "load", **surroundings(), **asked, "callers": found}
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.command import report
 from benchmarks.pictures import photograph, sides
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import summary
@@ -145,9 +146,7 @@ def main() -> None:
     found = measure(Peer(args.checkpoint, args.device, args.reference), args.modes, args.n, steps, size)
     asked = {"checkpoint": spec.name, "steps": steps, "size": list(size), "reference": args.reference}
     result = {"benchmark": "peers", **surroundings(), **asked, "modes": found}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ last line on stdout is JSON.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from benchmarks.command import report
 from benchmarks.surroundings import surroundings
 from tests.quality.judge import judge, load_judge
 from training.evaluate import ask_for
@@ -195,9 +195,7 @@ def main() -> None:
             f"{which:<10}{found['object']:>8.3f}{object_span:>18}{object_bar:>7}"
             f"{found['colour']:>9.3f}{colour_span:>18}{colour_bar:>7}"
         )
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.json)
 
 
 if __name__ == "__main__":

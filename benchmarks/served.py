@@ -11,7 +11,6 @@ along, as a PNG, which a model that takes references draws after. The last line 
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import tritonclient.grpc as triton
 from fluxserve_client import Client, Timings
 
+from benchmarks.command import add_served, report, served
 from benchmarks.pictures import photograph, sides
 from benchmarks.surroundings import of_gpu, surroundings
 from benchmarks.timing import summary
@@ -154,14 +154,11 @@ def table(asked: list[Asked]) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("artifact", "checkpoint", "engine"):
-        made.add_argument(f"--{name}", default="", help="as `fluxserve serve` takes it")
-    made.add_argument("--size", default="", metavar="HxW", help="default: the model's own")
+    add_served(made)
     made.add_argument(
         "--unseen", nargs="+", type=sides, default=[(96, 160)], metavar="HxW", help="asked for last; default: 96x160"
     )
     made.add_argument("--reference", type=sides, metavar="HxW", help="of an image to send; default: none")
-    made.add_argument("--steps", type=int, help="default: the model's own")
     made.add_argument("--n", type=int, default=20, help="requests; default: %(default)s")
     made.add_argument("--json", type=Path)
     return made
@@ -170,15 +167,11 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     settings.let_threads_sleep()
-    given = {name: getattr(args, name) for name in ("artifact", "checkpoint", "engine")}
-    fields: dict[str, Any] = {"num_inference_steps": args.steps} if args.steps else {}
-    if args.size:
-        fields["height"], fields["width"] = sides(args.size)
+    given = served(args)
     image = {"image": write_image(photograph(args.reference), "png", DEFAULT_QUALITY)} if args.reference else {}
-    options = {name: value for name, value in given.items() if value}
-    found = measure(options, fields | image, args.n, args.unseen)
+    found = measure(given.options, given.fields | image, args.n, args.unseen)
     sent = {"reference": list(args.reference)} if args.reference else {}
-    result = {"benchmark": "served", **surroundings(), **given, **fields, **sent, **found}
+    result = {"benchmark": "served", **surroundings(), **given.model, **given.fields, **sent, **found}
     print(f"ready after {found['ready_s']} s; first request {found['first_ms']} ms")
     for other in found["unseen_sizes_ms"]:
         print(f"a size never seen, {other['size']}: {other['first']} ms, and {other['next']} ms the next times")
@@ -191,9 +184,7 @@ def main() -> None:
     print(f"{'stages':<20}" + "".join(f"{key} {value:<10}" for key, value in found["stages_ms"].items()))
     for model, spent in found["triton_ms"].items():
         print(f"{model:<20}" + "".join(f"{key} {value:<10}" for key, value in spent.items()))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.json)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from benchmarks import floor, published
+from benchmarks.command import report
 from benchmarks.pictures import sides
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import milliseconds, summary
@@ -187,9 +188,7 @@ def main() -> None:
         found.append(result)
     asked = {"model": spec.name, "precision": args.precision}
     result = {"benchmark": "steps", **surroundings(), **asked, "floor": under, "sets": found}
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    report(result, args.json)
 
 
 if __name__ == "__main__":
