@@ -83,7 +83,8 @@ def measure(folder: Path) -> dict[str, object]:
     found = checkpoint.read(own)
     shapes = ranges(COMPONENT, found.spec, default_sizes(found.spec))
     names = attention_modules(COMPONENT, module)
-    scales = Scales(dict.fromkeys(quantised_linears(COMPONENT, module), 1.0), dict.fromkeys(names, (1.0, 1.0, 1.0)))
+    linears = dict.fromkeys(quantised_linears(COMPONENT, module), 1.0)
+    scales = Scales(linears, dict.fromkeys(names, (1.0, 1.0, 1.0)), dict.fromkeys(names, 1.0))
     plain, quantised = folder / "plain.onnx", folder / "fp8.onnx"
 
     def export() -> None:

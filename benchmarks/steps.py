@@ -73,7 +73,8 @@ def usual_scales(spec: TransformerSpec) -> Scales:
     down, out = ("net.2", "proj_out") if spec.generation == 1 else ("linear_out", "attn.to_out")
     linears = {f"{b}.{mlp}.{down}": 12.0 for b in blocks for mlp in ("ff", "ff_context")}
     linears |= {f"{b}.{out}": 12.0 for b in singles}
-    return Scales(linears, {f"{b}.attn": (4.0, 4.0, 12.0) for b in (*blocks, *singles)})
+    attention = [f"{b}.attn" for b in (*blocks, *singles)]
+    return Scales(linears, dict.fromkeys(attention, (4.0, 4.0, 12.0)), dict.fromkeys(attention, 12.0))
 
 
 Sizes = Sequence[tuple[int, int]]

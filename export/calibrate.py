@@ -123,14 +123,19 @@ class Range:
 
 @dataclass(frozen=True)
 class Ranges:
-    """Of one component: each quantised linear's input; each FP8 attention's q, k, v."""
+    """Of one component: each quantised linear's input; each FP8 attention's q, k, v, and v less its mean over
+    tokens."""
 
     linears: Mapping[str, Range]
     attention: Mapping[str, tuple[Range, Range, Range]]
+    centred: Mapping[str, Range]
 
     def scales(self, method: str) -> Scales:
         q_k_v = {name: tuple(r.amax(method) for r in ranges) for name, ranges in self.attention.items()}
-        return Scales({name: r.amax(method) for name, r in self.linears.items()}, q_k_v)  # type: ignore[arg-type]
+        linears, centred = (
+            {name: r.amax(method) for name, r in ranges.items()} for ranges in (self.linears, self.centred)
+        )
+        return Scales(linears, q_k_v, centred)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -138,6 +143,7 @@ def watched(component: str, module: nn.Module) -> Iterator[Ranges]:
     """Within, every call of the module adds to the ranges."""
     linears = {name: Range() for name in quantised_linears(component, module)}
     attention: dict[str, tuple[Range, Range, Range]] = {}
+    centred: dict[str, Range] = {}
 
     def see(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         root = root_scale(q.shape[-1])
@@ -145,6 +151,7 @@ def watched(component: str, module: nn.Module) -> Iterator[Ranges]:
             attention.setdefault(name, (Range(), Range(), Range())), (q * root, k * root, v), strict=True
         ):
             note(name, range_, x)
+        note(name, centred.setdefault(name, Range()), v - v.mean(dim=-2, keepdim=True))
 
     def note(name: str, range_: Range, x: Tensor) -> None:
         try:
@@ -157,7 +164,7 @@ def watched(component: str, module: nn.Module) -> Iterator[Ranges]:
             hook = linear.register_forward_pre_hook(lambda _, x, name=name: note(name, linears[name], x[0]))
             stack.callback(hook.remove)
         stack.enter_context(watched_attention(component, module, see))
-        yield Ranges(linears, attention)
+        yield Ranges(linears, attention, centred)
 
 
 def calibrate(

@@ -7,6 +7,7 @@ nearest even. A tensor x is held as q·s with one float scale s = amax/448 per t
     attention   q and k are multiplied by the fourth root of 1/d first, so that no factor stands between DQ and the
                 product; softmax is in 0..1 and has the fixed scale 1/448:
                 DQ(Q(softmax(DQ(Q(q)) · DQ(Q(k))ᵀ))) · DQ(Q(v))
+                centred, as the fused engine computes it: v less its mean m over all tokens, and m added to the result
 
 Which linears: all but those that `KEPT` names. Their inputs are few rows or their outputs steer everything behind
 them: embedders, adaLN modulation (which fused engines compute once for all steps anyway) and the last projection; the
@@ -70,24 +71,37 @@ def root_scale(head_dim: int) -> float:
     return 1.0 / math.sqrt(math.sqrt(head_dim))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, amax: tuple[float, float, float]) -> Tensor:
-    """FP8 attention of q, k, v [.., heads, tokens, head_dim], plainly."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, amax: tuple[float, float, float], centred: float | None = None
+) -> Tensor:
+    """FP8 attention of q, k, v [.., heads, tokens, head_dim], plainly. centred: amax of v less its mean, which is then
+    taken off."""
     root = root_scale(q.shape[-1])
-    q, k, v = (fake_quantise(x, m) for x, m in zip((q * root, k * root, v), amax, strict=True))
+    mean = torch.zeros_like(v[..., :1, :]) if centred is None else v.mean(dim=-2, keepdim=True)
+    largest = (*amax[:2], amax[2] if centred is None else centred)
+    q, k, v = (fake_quantise(x, m) for x, m in zip((q * root, k * root, v - mean), largest, strict=True))
     weights = torch.softmax(q @ k.transpose(-1, -2), dim=-1)
-    return fake_quantise(weights, SOFTMAX_AMAX) @ v
+    return fake_quantise(weights, SOFTMAX_AMAX) @ v + mean
 
 
 @contextmanager
-def simulated(component: str, module: nn.Module, scales: Scales) -> Iterator[None]:
-    """Within, the module computes as its FP8 graph does. Its weights are swapped, and put back."""
-    linears = quantised_linears(component, module)
+def simulated(component: str, module: nn.Module, scales: Scales, centred: bool = False) -> Iterator[None]:
+    """Within, the module computes as its FP8 graph does, or as the fused engine (`centred`). What `scales` keeps stays
+    as it is. Weights are swapped, and put back."""
+    kept, scales = set(scales.linears) - set(scales.quantised.linears), scales.quantised
+    linears = {name: linear for name, linear in quantised_linears(component, module).items() if name not in kept}
     originals = {name: linear.weight for name, linear in linears.items()}
     hooks = []
     for name, linear in linears.items():
         linear.weight = nn.Parameter(fake_quantise(linear.weight, amax_of(linear.weight)), requires_grad=False)
         hooks.append(linear.register_forward_pre_hook(_quantise_input(scales.linears[name])))
-    watch = watched_attention(component, module, lambda name, q, k, v: attention(q, k, v, scales.attention[name]))
+
+    def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        if name not in scales.attention:
+            return None
+        return attention(q, k, v, scales.attention[name], scales.centred[name] if centred else None)
+
+    watch = watched_attention(component, module, attend)
     try:
         with watch:
             yield

@@ -187,11 +187,13 @@ def call(engine: Engine, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def in_precision(modules: Mapping[str, nn.Module], scales: Mapping[str, Scales] | None) -> Iterator[None]:
-    """Within, modules compute in FP8 where they have scales."""
+def in_precision(
+    modules: Mapping[str, nn.Module], scales: Mapping[str, Scales] | None, centred: bool
+) -> Iterator[None]:
+    """Within, modules compute in FP8 where they have scales; see fp8.simulated."""
     with ExitStack() as stack:
         for name, own in (scales or {}).items():
-            stack.enter_context(simulated(name, modules[name], own))
+            stack.enter_context(simulated(name, modules[name], own, centred))
         yield
 
 

@@ -180,7 +180,7 @@ class Stages:
 
         def make(folder: Path, line: Line) -> dict[str, Any]:
             model = quantize.load(source.path / ONNX)
-            report = quantize.quantise(model, scales)
+            report = quantize.quantise(model, scales.quantised)
             trace.save(model, folder / ONNX, line.progress)
             return {**source.record, "linears": report.linears, "attention": report.attention}
 
@@ -288,7 +288,7 @@ class Stages:
             if self.options.dtype != torch.float32:
                 del modules, components
                 modules = self._modules(self.options.dtype)
-            with reference.in_precision(modules, scales):
+            with reference.in_precision(modules, scales, centred=self.options.engine == FUSED):
                 for name, each in architectures(spec).items():
                     signature, wrapper = signatures.BY_COMPONENT[name](spec), each.wrapper(modules[name])
                     reference.measure_plain(name, signature, wrapper, cases[name])
@@ -302,6 +302,7 @@ class Stages:
             "asked": [asdict(each) for each in asked],
             "dtype": str(self.options.dtype),
             "scales": {name: s.to_json() for name, s in scales.items()} if scales else None,
+            "centred": self.options.engine == FUSED,
             "device": device,
             "versions": self._libraries,
         }

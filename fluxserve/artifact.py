@@ -42,21 +42,53 @@ Range = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Scales:
-    """The largest absolute values that one component is quantised with; the E4M3 scale of each is a 448th of it.
+    """The largest absolute values that calibration saw of what one component may quantise, and what it must not.
 
-    linears: module name → of its input. attention: module name → of q, k (both times head_dim^-1/4) and v.
+    Attributes:
+        linears: module name → of its input.
+        attention: module name → of q, k (both times head_dim^-1/4) and v.
+        centred: module name → of v less its mean over all tokens.
+        kept: names of blocks, or of their attention alone ("transformer_blocks.3.attn"), that stay in the compute
+        dtype.
     """
 
     linears: Mapping[str, float]
     attention: Mapping[str, tuple[float, float, float]]
+    centred: Mapping[str, float]
+    kept: frozenset[str] = frozenset()
+
+    @property
+    def kept_blocks(self) -> frozenset[str]:
+        """Blocks that stay in the compute dtype whole."""
+        return self.kept - set(self.attention)
+
+    def quantises(self, attention: str) -> bool:
+        """Whether an attention module is quantised."""
+        return attention not in self.kept and not attention.startswith(tuple(f"{name}." for name in self.kept_blocks))
+
+    @property
+    def quantised(self) -> "Scales":
+        """The entries of what is not kept."""
+        blocks = tuple(f"{name}." for name in self.kept_blocks)
+        linears = {name: amax for name, amax in self.linears.items() if not name.startswith(blocks)}
+        return replace(self, linears=linears, attention={k: v for k, v in self.attention.items() if self.quantises(k)})
 
     def to_json(self) -> dict[str, Any]:
-        return {"linears": dict(self.linears), "attention": {k: list(v) for k, v in self.attention.items()}}
+        return {
+            "linears": dict(self.linears),
+            "attention": {name: list(q_k_v) for name, q_k_v in self.attention.items()},
+            "centred": dict(self.centred),
+            "kept": sorted(self.kept),
+        }
 
     @staticmethod
     def from_json(entry: Mapping[str, Any]) -> "Scales":
+        """Entries of artifacts from before v's mean was taken off have neither `centred` nor `kept`."""
         q_k_v = {name: (float(q), float(k), float(v)) for name, (q, k, v) in entry["attention"].items()}
-        return Scales({name: float(amax) for name, amax in entry["linears"].items()}, q_k_v)
+        linears, centred = (
+            {name: float(amax) for name, amax in entry.get(key, {}).items()} for key in ("linears", "centred")
+        )
+        return Scales(linears, q_k_v, centred, frozenset(map(str, entry.get("kept", ()))))
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,17 @@ class Foreseeing(Protocol):
         written. The input `timestep` is not read by those runs."""
 
 
+@runtime_checkable
+class Saturating(Protocol):
+    """An engine with static scales, which counts the values that they could not hold."""
+
+    def saturated(self) -> Mapping[str, tuple[int, int]]:
+        """Since the engine was opened: block → saturated values of q, k and v, and of the MLP's hidden layer.
+
+        A sample of the rows is counted. Blocks without any are left out. Waits for the device.
+        """
+
+
 class Engine(Protocol):
     """One component of a model, ready to be bound."""
 

@@ -1,5 +1,6 @@
 """What products take besides their rows: weights, and what becomes of attention's heads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,17 +26,58 @@ class Arranged(Linear):
 
 
 @dataclass(frozen=True)
+class Centre:
+    """The buffers that carry the mean of v around E4M3 attention.
+
+    Attention's weights add up to 1, so attention of v − m, plus m, equals attention of v for any m. `linear_heads`
+    takes the mean over all rows off v before it rounds v, and writes what the projection behind attention makes of that
+    mean; `linear_add` adds it to the projection's bias. Rounding then spends E4M3's bits on what differs between rows,
+    and no sum over keys has terms that all pull one way (docs/quality.md has the measurements).
+
+    Attributes:
+        back: the projection that reads attention's output as the first heads · head_dim of its inputs.
+        inverse: 1 / s_out, by which attention's output is multiplied before it is rounded.
+        mean: float32 [heads · head_dim], written by `linear_heads`.
+        restored: float32 [streams of `back`, outputs], written by `linear_heads`.
+    """
+
+    back: Linear
+    inverse: float
+    mean: Tensor
+    restored: Tensor
+
+
+@dataclass(frozen=True)
 class Heads:
     """What becomes of q, k and v.
 
     factors: float32 [streams, 3, head_dim], what each number is multiplied with: RMSNorm's weights of q and of k, 1 for
     v, each over its static scale. cos, sin: float32 [rows, head_dim / 2]. The two numbers that RoPE turns stand half a
-    head apart, here and in the weights: see `in_halves`.
+    head apart, here and in the weights: see `in_halves`. centre: None leaves the mean of v where it is.
     """
 
     factors: Tensor
     cos: Tensor
     sin: Tensor
+    centre: Centre | None = None
+
+
+@dataclass(frozen=True)
+class Watched:
+    """E4M3 rows in which values at the limit are counted: those of ±448, and NaN.
+
+    Attributes:
+        rows: up to two tensors [rows, columns] of any row stride; every SAMPLE-th row is read.
+        counts: int64, one number for each tensor, added to.
+    """
+
+    rows: Sequence[Tensor]
+    counts: Tensor
+
+
+SAMPLE = 7
+"""Rows from one that is read for `Watched` to the next. It is odd, so that the rows fall on all columns of a
+picture."""
 
 
 def in_halves(head_dim: int) -> Tensor:

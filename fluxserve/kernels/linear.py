@@ -5,8 +5,9 @@
     linear            out = y
     linear_gelu       out = gelu_tanh(y) / s                        the MLP's first half; s static, out E4M3
     linear_swiglu     out = silu(gates of y) · values of y / s      FLUX.2's; half as wide as y, see `in_turns`
-    linear_add        residual += gate · y                          the projections back into the residual stream
-    linear_heads      out = RoPE(RMSNorm(q)), …(k), v, each / its s heads of q, k and v, ready for attention; s static
+    linear_add        residual += gate · (y + restored)             the projections back into the residual stream
+    linear_heads      out = RoPE(RMSNorm(q)), …(k), v, each / its s heads of q, k and v, ready for attention; s static;
+                                                                    v less its mean, if it has a `Centre`
     linear_heads_gelu the first columns as heads, the others as gelu both, of the same x: a single block's two products
     linear_heads_swiglu                      … the others as swiglu both  FLUX.2's
 
@@ -29,7 +30,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fluxserve.kernels import cuda, linear_hopper
 from fluxserve.kernels.activations import gelu_tanh, silu
-from fluxserve.kernels.layers import GATES, RMS_EPSILON, Arranged, Heads, Linear, divided
+from fluxserve.kernels.centre import centre_values, less_mean, plus_restored
+from fluxserve.kernels.layers import GATES, RMS_EPSILON, Arranged, Heads, Linear, Watched, divided
+from fluxserve.kernels.saturation import count_saturated
 
 _GROUP = 8
 _PART = 128
@@ -242,10 +245,20 @@ def _launch_triton(
     w: Linear,
     split: int,
     out: Tensor,
+    *,
     gate: Tensor | None = None,
     heads: Heads | None = None,
     inverse: float = 1.0,
+    restored: Tensor | None = None,
+    watched: Watched | None = None,
 ) -> None:
+    if heads and heads.centre:
+        centre_values(x, x_scale, w, split, heads.centre)
+        w = less_mean(w, heads.centre.mean)
+    if restored is not None:
+        w = plus_restored(w, restored)
+    if watched:
+        count_saturated(watched)
     (rows, inner), (streams, columns, _) = x.shape, w.weight.shape
     t = tiling(rows, columns, x.element_size(), out.element_size())
     programs = t.resident * cuda.processors(x.device)
@@ -298,13 +311,26 @@ def linear_swiglu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, inve
     _launch("swiglu", x, x_scale, w, split, out, inverse=inverse)
 
 
-def linear_add(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor) -> None:
-    """residual [rows, N] += gate · y, in place; gate float32 [streams, N], None for 1."""
-    _launch("add", x, x_scale, w, split, residual, gate=gate)
+def linear_add(
+    x: Tensor,
+    x_scale: Tensor | None,
+    w: Linear,
+    split: int,
+    gate: Tensor | None,
+    residual: Tensor,
+    restored: Tensor | None = None,
+    watched: Watched | None = None,
+) -> None:
+    """residual [rows, N] += gate · (y + restored), in place; gate, restored float32 [streams, N], None for 1 and 0.
+
+    watched: what is counted meanwhile; see `saturation`.
+    """
+    _launch("add", x, x_scale, w, split, residual, gate=gate, restored=restored, watched=watched)
 
 
 def linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
-    """out [rows, N], N = 3 · heads · head_dim: q and k normalised and rotated, v as it is, each times its factors."""
+    """out [rows, N], N = 3 · heads · head_dim: q and k normalised and rotated, v less its mean, each times its
+    factors."""
     _launch("heads", x, x_scale, w, split, out, heads=heads)
 
 

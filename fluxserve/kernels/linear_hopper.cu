@@ -11,9 +11,12 @@
 // of the columns a warp has put into shared memory by then; what they read of memory is asked for while the last products
 // are still under way.
 //
-// ENDING: 0 out = y; 1 gelu_tanh(y) · inverse; 2 out += gate · y; 3 RMSNorm, RoPE and factors of q, k, v; 4 the first
-// `heads` columns as 3, those behind them as 1, into `hidden`; 5 silu(gates) · values · inverse, half as wide as y; 6 as 4,
-// with 5 for 1. NAME: the kernel's.
+// ENDING: 0 out = y; 1 gelu_tanh(y) · inverse; 2 out += gate · y; 3 RMSNorm, RoPE and factors of q, k, v for the first
+// `heads` columns, and those behind them, if there are any, as 1, into `hidden`; 4 silu(gates) · values · inverse, half as
+// wide as y; 5 as 3, with 4 for 1. NAME: the kernel's. VECTOR, SAMPLE: as linear_hopper.py says.
+//
+// Two of the loading warpgroup's warps are free: linear_hopper_spare.cuh says what they do meanwhile. They are why that
+// warpgroup keeps 48 registers a thread, all that the other two leave.
 
 #define ROWS 128
 #define COLUMNS 256
@@ -24,10 +27,28 @@
 #define HEAD 128
 #define GROUP 12
 #define RUN 8
-#define HEADS (ENDING == 3 || ENDING == 4 || ENDING == 6)
+#define HEADS (ENDING == 3 || ENDING == 5)
 #define LEAST_STEPS 8  // of K that are worth a cluster of their own
 
 #include "hopper.cuh"
+
+// How the mean of v leaves attention's input and comes back behind it; see linear_hopper_spare.cuh. mean: null if it stays.
+struct Centre {
+  const char *x, *w, *back;
+  const float *back_scale;
+  float *mean, *restored;
+  u64 *sums;
+  int *arrived;
+  float inverse;
+  int x_stride, back_columns, back_inner, back_streams;
+};
+
+// E4M3 rows in which values at the limit are counted. at: null if none are.
+struct Watched {
+  const char *at;
+  u64 *count;
+  int rows, columns, stride;
+};
 
 struct Parameters {
   const float *x_scale, *w_scale, *bias;
@@ -36,8 +57,11 @@ struct Parameters {
   void *hidden;
   float4 *workspace;
   int *arrived;
+  const float *restored;
   float inverse, epsilon;
   int M, N, K, split, second, out_stride, hidden_stride, heads;
+  Centre centre;
+  Watched watched[2];
 };
 
 // What a launch consists of: `whole` tiles are dealt out in rounds, the rest is cut into `parts` along K.
@@ -121,6 +145,7 @@ template <int LEFT> __device__ __forceinline__ void multiply_wait(float (&d)[128
 }
 
 #include "linear_hopper_endings.cuh"
+#include "linear_hopper_spare.cuh"
 
 // --- the kernel ---------------------------------------------------------------------------------------------------------
 
@@ -128,6 +153,7 @@ struct Shared {
   alignas(1024) char a[STAGES][A_BYTES];
   alignas(1024) char b[STAGES][B_BYTES];
   Columns columns[2];
+  alignas(16) float vector[HEADS ? VECTOR : 4];
   u64 full[STAGES], empty[STAGES], columns_full[2], columns_empty[2];
 };
 
@@ -162,10 +188,19 @@ __device__ __forceinline__ void prepare(Shared &s, const Parameters &p, const Pl
     if (!item.end) break;
     if (!finishes(item, plan)) continue;
     barrier_wait(&s.columns_empty[at % 2], at / 2 & 1 ^ 1);
-    keep_columns(s.columns[at % 2], p, tile_of(p, plan, item.tile), threadIdx.x % 32);
+    Tile t = tile_of(p, plan, item.tile);
+    if (is_centred(p, t)) {
+      if (threadIdx.x % 32 == 0) await(p.centre.arrived + 1, gridDim.x);
+      __syncwarp();
+    }
+    keep_columns(s.columns[at % 2], p, t, threadIdx.x % 32);
     barrier_arrive(&s.columns_full[at % 2]);
     at++;
   }
+#if HEADS
+  __syncwarp();
+  if (p.centre.mean && threadIdx.x % 32 == 0) leave(p);
+#endif
 }
 
 __device__ __forceinline__ void release(Shared &s, int stage) {
@@ -274,9 +309,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   }
   cluster_sync();
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
     if (threadIdx.x == 0) produce(s, &x, &w, p, plan);
     if (threadIdx.x / 32 == 1) prepare(s, p, plan);
+    if (threadIdx.x >= 64) spare(s.vector, p, threadIdx.x - 64);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     // The same for all of a warp, and said so: what follows from it then lives in uniform registers.

@@ -15,29 +15,50 @@ from torch import Tensor
 
 from fluxserve.kernels import cuda
 from fluxserve.kernels.fp8 import E4M3
-from fluxserve.kernels.layers import RMS_EPSILON, Arranged, Heads, Linear
+from fluxserve.kernels.layers import RMS_EPSILON, SAMPLE, Arranged, Centre, Heads, Linear, Watched
 from fluxserve.kernels.tensor_map import tensor_map
 
-ENDINGS = ("none", "gelu", "add", "heads", "heads_gelu", "swiglu", "heads_swiglu")
+ENDINGS = ("none", "gelu", "add", "heads_gelu", "swiglu", "heads_swiglu")
+"""The kernels that are compiled. "heads" is "heads_gelu" without anything behind the heads."""
 RUN = 8
 """Neighbours of a row that one thread has, as linear_hopper.cu says."""
 TILE_ROWS, TILE_COLUMNS, TILE_INNER, STAGES = 128, 256, 128, 4
 _SOURCE = Path(__file__).with_suffix(".cu")
 _THREADS = 384
 _BARRIERS = 2 * STAGES + 4
+VECTOR = 6144
+"""Numbers of the vector that the spare warps hold: x may have as many columns where v's mean is taken off."""
 _SHARED = STAGES * (TILE_ROWS + TILE_COLUMNS) * TILE_INNER + 2 * 3 * TILE_COLUMNS * 4 + _BARRIERS * 8
 _ALIGNMENT = 16  # bytes, of a row that TMA reads
 _HEAD = 128
 
 
+class _Centre(ctypes.Structure):
+    """`Centre` of linear_hopper.cu."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "w", "back", "back_scale", "mean", "restored", "sums", "arrived")),
+        ("inverse", c_float),
+        *((name, c_int) for name in ("x_stride", "back_columns", "back_inner", "back_streams")),
+    ]
+
+
+class _Watched(ctypes.Structure):
+    """`Watched` of linear_hopper.cu."""
+
+    _fields_ = [("at", c_void_p), ("count", c_void_p), *((name, c_int) for name in ("rows", "columns", "stride"))]
+
+
 class _Parameters(ctypes.Structure):
-    """As linear_hopper.cu has it."""
+    """`Parameters` of linear_hopper.cu."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("x_scale", "w_scale", "bias", "out", "gate", "factors", "cos", "sin")),
-        *((name, c_void_p) for name in ("hidden", "workspace", "arrived")),
+        *((name, c_void_p) for name in ("hidden", "workspace", "arrived", "restored")),
         *((name, c_float) for name in ("inverse", "epsilon")),
         *((name, c_int) for name in ("M", "N", "K", "split", "second", "out_stride", "hidden_stride", "heads")),
+        ("centre", _Centre),
+        ("watched", _Watched * 2),
     ]
 
 
@@ -68,10 +89,13 @@ def launch(
     w: Linear,
     split: int,
     out: Tensor,
+    *,
     gate: Tensor | None = None,
     heads: Heads | None = None,
     inverse: float = 1.0,
     hidden: Tensor | None = None,
+    restored: Tensor | None = None,
+    watched: Watched | None = None,
 ) -> None:
     """As `kernels.linear` would; `hidden` is what "heads_gelu" and "heads_swiglu" write behind the heads.
 
@@ -85,6 +109,7 @@ def launch(
         *((heads.factors.data_ptr(), heads.cos.data_ptr(), heads.sin.data_ptr()) if heads else (None,) * 3),
         None if hidden is None else hidden.data_ptr(),
         *(t.data_ptr() for t in _meeting_place(x.device)),
+        None if restored is None else restored.data_ptr(),
         inverse,
         RMS_EPSILON,
         rows,
@@ -95,11 +120,33 @@ def launch(
         out.stride(0),
         0 if hidden is None else hidden.stride(0),
         out.shape[1],
+        _centre(x, w, heads.centre) if heads and heads.centre else _Centre(),
+        _watched(watched),
     )
     maps = [
         tensor_map(t.data_ptr(), *t.shape, t.stride(0), TILE_ROWS) for t in (x, w.weight.view(streams * columns, inner))
     ]
     _kernel(ending).launch(_programs(x.device), *(m.address for m in maps), ctypes.addressof(parameters))
+
+
+def _centre(x: Tensor, w: Linear, centre: Centre) -> _Centre:
+    """Raises ValueError: the spare warps' vector has no room for it, or `back` lies another way."""
+    back, inner = centre.back, x.shape[1]
+    if not isinstance(back, Arranged) or max(inner, len(centre.mean)) > VECTOR:
+        got = f"{type(back).__name__} of {len(centre.mean)} values, {inner} inputs"
+        raise ValueError(f"centre: got {got}; expected an arranged projection, at most {VECTOR} of both")
+    assert back.scale is not None, "arranged weights have a scale"
+    streams, columns, inputs = back.weight.shape
+    addresses = (x, w.weight, back.weight, back.scale, centre.mean, centre.restored, *_sums(x.device))
+    return _Centre(*(t.data_ptr() for t in addresses), centre.inverse, x.stride(0), columns, inputs, streams)
+
+
+def _watched(watched: Watched | None) -> ctypes.Array[_Watched]:
+    entries = [
+        _Watched(t.data_ptr(), count.data_ptr(), *t.shape, t.stride(0))
+        for t, count in (zip(watched.rows, watched.counts, strict=True) if watched else ())
+    ]
+    return (_Watched * 2)(*entries)
 
 
 def _refuse(
@@ -147,6 +194,16 @@ def _meeting_place(device: torch.device) -> tuple[Tensor, Tensor]:
     return sums, torch.zeros(2 * programs, dtype=torch.int32, device=device)
 
 
+@cache
+def _sums(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Integers that the columns of x are added up in, for two streams, and the counters of programs that have arrived.
+
+    Every launch leaves both at 0. One for all launches, as `_meeting_place` is.
+    """
+    sums = torch.zeros(2 * VECTOR, dtype=torch.int64, device=device)
+    return sums, torch.zeros(3, dtype=torch.int32, device=device)
+
+
 def _programs(device: torch.device) -> int:
     """One for each SM, in pairs."""
     return cuda.processors(device) // 2 * 2
@@ -154,7 +211,9 @@ def _programs(device: torch.device) -> int:
 
 @cache
 def _kernel(ending: str) -> cuda.Kernel:
-    return cuda.load(_SOURCE, _name(ending), _defines(ending), _THREADS, _SHARED)
+    ending = "heads_gelu" if ending == "heads" else ending
+    shared = _SHARED + (VECTOR * 4 if ending.startswith("heads") else _ALIGNMENT)
+    return cuda.load(_SOURCE, _name(ending), _defines(ending), _THREADS, shared)
 
 
 def compiling(pool: Executor) -> list[Future[bytes]]:
@@ -167,4 +226,4 @@ def _name(ending: str) -> str:
 
 
 def _defines(ending: str) -> list[str]:
-    return [f"ENDING={ENDINGS.index(ending)}", f"NAME={_name(ending)}"]
+    return [f"ENDING={ENDINGS.index(ending)}", f"NAME={_name(ending)}", f"VECTOR={VECTOR}", f"SAMPLE={SAMPLE}"]

@@ -21,10 +21,15 @@ struct Ahead {
 #endif
 };
 
-__device__ __forceinline__ bool has_heads(const Parameters &p, const Tile &t) { return ENDING == 3 || HEADS && t.column < p.heads; }
+__device__ __forceinline__ bool has_heads(const Parameters &p, const Tile &t) { return HEADS && t.column < p.heads; }
 
 // Which of q, k and v: 0, 1, 2.
 __device__ __forceinline__ int part_of(const Parameters &p, int column) { return column / (p.heads / 3); }
+
+// Whether a tile is of v, and v's mean is taken off.
+__device__ __forceinline__ bool is_centred(const Parameters &p, const Tile &t) {
+  return HEADS && p.centre.mean && has_heads(p, t) && part_of(p, t.column) == 2;
+}
 
 __device__ __forceinline__ void keep_columns(Columns &c, const Parameters &p, const Tile &t, int lane) {
 #pragma unroll
@@ -32,6 +37,14 @@ __device__ __forceinline__ void keep_columns(Columns &c, const Parameters &p, co
     int column = t.column + i;
     float4 scale = *(const float4 *)(p.w_scale + t.stream * p.N + column);
     float4 bias = *(const float4 *)(p.bias + t.stream * p.N + column);
+    if (is_centred(p, t)) {  // written in this launch: not by way of the L1 cache
+      float4 mean = __ldcg((const float4 *)(p.centre.mean + column - p.heads / 3 * 2));
+      bias.x -= mean.x, bias.y -= mean.y, bias.z -= mean.z, bias.w -= mean.w;
+    }
+    if (ENDING == 2 && p.restored) {
+      float4 more = *(const float4 *)(p.restored + t.stream * p.N + column);
+      bias.x += more.x, bias.y += more.y, bias.z += more.z, bias.w += more.w;
+    }
     if (ENDING == 2) {
       float4 gate = *(const float4 *)(p.gate + t.stream * p.N + column);
       scale.x *= gate.x, scale.y *= gate.y, scale.z *= gate.z, scale.w *= gate.w;
@@ -231,11 +244,11 @@ __device__ __forceinline__ void finish(
     store_heads(d, a, c, p, t, row, lane);
   else if (ENDING == 1)
     store_gelu(d, p, p.out, p.out_stride, t.column, t, row, lane);
-  else if (ENDING == 4)
+  else if (ENDING == 3)
     store_gelu(d, p, p.hidden, p.hidden_stride, t.column - p.heads, t, row, lane);
-  else if (ENDING == 5)
+  else if (ENDING == 4)
     store_swiglu(d, p, p.out, p.out_stride, t.column, t, row, lane);
-  else if (ENDING == 6)
+  else if (ENDING == 5)
     store_swiglu(d, p, p.hidden, p.hidden_stride, t.column - p.heads, t, row, lane);
   else
     store_rows(d, a, p, t, row, lane);

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from fluxserve.kernels.centre import plain_centre_values
 from fluxserve.kernels.fp8 import cast
-from fluxserve.kernels.layers import GATES, RMS_EPSILON, Heads, Linear, divided
+from fluxserve.kernels.layers import GATES, RMS_EPSILON, Heads, Linear, Watched, divided
+from fluxserve.kernels.saturation import plain_count_saturated
 
 
 def _product(x: Tensor, x_scale: Tensor | None, w: Linear, split: int) -> Tensor:
@@ -34,9 +36,21 @@ def plain_linear_swiglu(x: Tensor, x_scale: Tensor | None, w: Linear, split: int
 
 
 def plain_linear_add(
-    x: Tensor, x_scale: Tensor | None, w: Linear, split: int, gate: Tensor | None, residual: Tensor
+    x: Tensor,
+    x_scale: Tensor | None,
+    w: Linear,
+    split: int,
+    gate: Tensor | None,
+    residual: Tensor,
+    restored: Tensor | None = None,
+    watched: Watched | None = None,
 ) -> None:
     y = _product(x, x_scale, w, split)
+    if watched is not None:
+        plain_count_saturated(watched)
+    if restored is not None:
+        y[:split] += restored[0]
+        y[split:] += restored[-1]
     if gate is not None:
         y[:split] *= gate[0]
         y[split:] *= gate[-1]
@@ -46,6 +60,9 @@ def plain_linear_add(
 def plain_linear_heads(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, heads: Heads, out: Tensor) -> None:
     head_dim = heads.factors.shape[-1]
     y = _product(x, x_scale, w, split).view(len(x), 3, -1, head_dim)
+    if heads.centre is not None:
+        plain_centre_values(x, x_scale, w, split, heads.centre)
+        y[:, 2] -= heads.centre.mean.view(-1, head_dim)
     y[:, :2] = torch.nn.functional.rms_norm(y[:, :2], (head_dim,), eps=RMS_EPSILON)
     y[:split] *= heads.factors[0, :, None]
     y[split:] *= heads.factors[-1, :, None]

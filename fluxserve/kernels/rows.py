@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxserve.kernels.activations import gelu_tanh
-from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, SMALLEST_AMAX, quantise_rows
+from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, SMALLEST_AMAX, cast, quantise_rows
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def _store(y: Tensor, data: Tensor, row_scale: Tensor | None) -> None:
         data.copy_(quantised)
         row_scale.copy_(s)
     else:
-        data.copy_(y)
+        data.copy_(cast(y, data.dtype))
 
 
 def plain_rows(x: Tensor, data: Tensor, row_scale: Tensor | None) -> None:

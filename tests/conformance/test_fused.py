@@ -126,17 +126,19 @@ class Judge:
         with watched("transformer", module) as ranges:
             self.expected = velocity(eager, self.inputs)
         self.scales: Scales = ranges.scales("max")
-        with simulated("transformer", module, self.scales):
+        with simulated("transformer", module, self.scales, centred=True):
             self.plain_fp8 = relative(velocity(eager, self.inputs), self.expected)
         module.to(torch.bfloat16)
         self.eager_bf16 = relative(velocity(eager, self.inputs), self.expected)
 
-    def open(self, precision: Precision, run: Operations = KERNELS) -> FusedTransformer:
-        scales = self.scales if precision.quantised else None
+    def open(
+        self, precision: Precision, run: Operations = KERNELS, kept: frozenset[str] = frozenset()
+    ) -> FusedTransformer:
+        scales = replace(self.scales, kept=kept) if precision.quantised else None
         return transformer(self.folder, precision, scales, (4096, TEXT, 3), run)
 
-    def error(self, precision: Precision, run: Operations = KERNELS) -> float:
-        return relative(velocity(self.open(precision, run), self.inputs), self.expected)
+    def error(self, precision: Precision, run: Operations = KERNELS, kept: frozenset[str] = frozenset()) -> float:
+        return relative(velocity(self.open(precision, run, kept), self.inputs), self.expected)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,31 @@ def test_bf16_loses_no_more_than_eager_bf16(judge: Judge) -> None:
 def test_fp8_loses_no_more_than_plain_fp8(judge: Judge, run: Operations) -> None:
     """Plain: float32 around E4M3 products, one static scale per tensor. Here: BF16, and INT8 modulation."""
     assert judge.error(FP8, run) <= 1.1 * judge.plain_fp8
+
+
+def test_what_is_kept_in_bf16_loses_less(judge: Judge) -> None:
+    """Every attention, then every block: the error comes down to what BF16 and the modulation's INT8 lose."""
+    attention = frozenset(judge.scales.attention)
+    blocks = frozenset(name.removesuffix(".attn") for name in attention)
+    quantised = judge.error(FP8)
+    assert judge.error(FP8, kept=attention) <= 1.02 * quantised
+    assert judge.error(FP8, kept=blocks) <= 0.5 * quantised
+    one = frozenset({"transformer_blocks.0", "single_transformer_blocks.0.attn"})
+    assert judge.error(FP8, kept=one) <= 1.02 * quantised
+
+
+def test_saturated_values_are_counted_where_they_are(tiny: Judge) -> None:
+    engine = tiny.open(FP8)
+    velocity(engine, tiny.inputs)
+    assert engine.saturated() == {}, "calibrated on these very inputs, with an octave to spare"
+    block = "single_transformer_blocks.2"
+    linears = {**tiny.scales.linears, f"{block}.proj_out": tiny.scales.linears[f"{block}.proj_out"] / 16}
+    centred = {**tiny.scales.centred, f"{block}.attn": tiny.scales.centred[f"{block}.attn"] / 16}
+    for change, kind in ((replace(tiny.scales, linears=linears), 1), (replace(tiny.scales, centred=centred), 0)):
+        small = transformer(tiny.folder, FP8, change, (4096, TEXT, 3))
+        velocity(small, tiny.inputs)
+        assert list(small.saturated()) == [block]
+        assert small.saturated()[block][kind] > 0 == small.saturated()[block][1 - kind]
 
 
 def test_steps_foreseen_are_the_steps_themselves(tiny: Judge) -> None:
@@ -214,7 +241,7 @@ def test_what_lies_behind_the_rows_does_not_count(tiny: Judge) -> None:
     whole.fill_(0xFF)
     write(bound, inputs)
     bound.prepare(inputs["timestep"])
-    assert not bound._b.qkv_padded[len(bound._b.residual) :].view(torch.uint8).any()
+    assert not bound._b.linear.qkv_padded[len(bound._b.residual) :].view(torch.uint8).any()
     bound.run()
     assert torch.equal(bound.outputs["velocity"].float(), before)
 
@@ -226,7 +253,7 @@ def test_beyond_its_arena_is_refused(tiny: Judge) -> None:
 
 def test_scales_of_another_model_are_refused(tiny: Judge) -> None:
     with pytest.raises(ArtifactError, match="no 'transformer_blocks"):
-        transformer(tiny.folder, FP8, Scales({}, {}), (64, TEXT, 1))
+        transformer(tiny.folder, FP8, Scales({}, {}, {}), (64, TEXT, 1))
 
 
 def changed(

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxserve.artifact import Scales
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.fused.weights import Precision
 from fluxserve.errors import ArtifactError, CheckpointError
@@ -128,7 +127,7 @@ def test_another_size_in_between_changes_nothing(small: Judge) -> None:
 def test_scales_of_another_model_are_refused(small: Judge) -> None:
     linears = {f"transformer_blocks.0.{mlp}.net.2": 1.0 for mlp in ("ff", "ff_context")}
     with pytest.raises(ArtifactError, match=r"no 'transformer_blocks\.0\.ff_context\.linear_out'"):
-        transformer(small.folder, FP8, Scales(linears, small.scales.attention), (64, TEXT, 1))
+        transformer(small.folder, FP8, replace(small.scales, linears=linears), (64, TEXT, 1))
 
 
 def refused(small: Judge, tmp_path: Path, change: Callable[[dict[str, Tensor]], None], says: str) -> None:

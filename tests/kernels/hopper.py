@@ -17,7 +17,19 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fluxserve.kernels import add, group_norm, layers, linear, modulation, rows, softmax, statistics, turn
+from fluxserve.kernels import (
+    add,
+    centre,
+    group_norm,
+    layers,
+    linear,
+    modulation,
+    rows,
+    saturation,
+    softmax,
+    statistics,
+    turn,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 FLOAT = {"e4m3": "fp8e4nv", "bf16": "bf16", "fp32": "fp32"}
@@ -126,6 +138,16 @@ def main() -> None:
         found[f"add {channels}"] = compiled(add._add_kernel, pictures, **_split(shared))
         own = {"CHANNELS": channels, "PADDED": channels, "ROWS": add._TILE // channels}
         found[f"add_upsampled {channels}"] = compiled(add._upsampled_kernel, pictures, own, num_warps=8)
+    means = {
+        "x": "*fp8e4nv",
+        "w": "*fp8e4nv",
+        **dict.fromkeys(("x_scale", "sums", "vector", "w_scale", "bias", "out"), "*fp32"),
+    }
+    found["sums"] = compiled(centre._sums_kernel, means, {"ROWS": 32, "COLUMNS": 128}, num_warps=4)
+    own = {"STREAMS": 2, "OUTPUTS": 16, "COLUMNS": 128}
+    found["products"] = compiled(centre._products_kernel, means | {"factor": "fp32"}, own, num_warps=4)
+    own = {"SAMPLE": layers.SAMPLE, "LIMIT": saturation._LIMIT, "BLOCK": 1024}
+    found["saturation"] = compiled(saturation._count_kernel, {"x": "*u8", "counts": "*i64"}, own, num_warps=4)
     scores = {"scores": "*fp32", "weights": "*bf16", "factor": "fp32"}
     found["softmax"] = compiled(softmax._softmax_kernel, scores, {"BLOCK": softmax._BLOCK}, num_warps=8)
     print(json.dumps(found))

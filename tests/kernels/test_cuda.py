@@ -67,6 +67,12 @@ def test_endings_are_compiled_ahead_as_they_are_loaded(monkeypatch: pytest.Monke
     assert found == [(v.source, v.defines) for v in VARIANTS if v.name.startswith("linear_")]
 
 
+def test_heads_alone_are_launched_by_the_kernel_that_has_an_activation_behind_them() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "load", lambda *given: given)
+        assert linear_hopper._kernel.__wrapped__("heads") == linear_hopper._kernel.__wrapped__("heads_gelu")
+
+
 @pytest.fixture(scope="module")
 def nvrtc() -> None:
     try:
@@ -101,6 +107,7 @@ def test_they_fit(variant: Variant, examined: Callable[[Variant], tuple[bytes, s
     """A block with its threads and its memory can be launched."""
     _, said = examined(variant)
     assert f"'{variant.name}' for 'sm_90a'" in said
+    assert "setmaxnreg" not in said, "the compiler ignores how registers are shared out"
     assert number(r"Used (\d+) registers", said) * variant.threads <= REGISTERS
     assert variant.shared <= SHARED_MEMORY
 

@@ -125,7 +125,7 @@ def test_max_is_what_an_export_does(name: str, run: Run) -> None:
     component, module = target.component, model.modules[target.component]
     ranges = seen[component]
     attention = {n: tuple(r.amax("max") for r in q_k_v) for n, q_k_v in ranges.attention.items()}
-    scales = fp8.Scales({n: r.amax("max") for n, r in ranges.layers.items()}, attention)  # type: ignore[arg-type]
+    scales = fp8.Scales({n: r.amax("max") for n, r in ranges.layers.items()}, attention, {})  # type: ignore[arg-type]
     before = model.run(component, calls[component][0])
     with fp8.simulated(component, module, scales):
         expected = model.run(component, calls[component][0])

@@ -6,8 +6,8 @@ stream is in the compute dtype as theirs is. Rows are text, then image, then ref
 weights for text and for all others, a single block one set for both. What differs by generation is said in `Style`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 from fluxserve.artifact import Scales
 from fluxserve.engines.fused.scales import BlockScales, of_block
 from fluxserve.engines.fused.weights import Precision, Reader, stack
-from fluxserve.kernels.layers import Heads, Linear, in_halves, in_turns
-from fluxserve.kernels.operations import Operations
+from fluxserve.kernels.layers import Centre, Heads, Linear, Watched, in_halves, in_turns
+from fluxserve.kernels.operations import Operations, as_they_are
 from fluxserve.spec import TransformerSpec
+
+Arrange = Callable[[Linear], Linear]
 
 _DOUBLE_STREAMS = (("add_{}_proj", "to_add_out", "norm_added_{}", "ff_context"), ("to_{}", "to_out.0", "norm_{}", "ff"))
 """diffusers' names in a double block's attention and MLP: text, image."""
@@ -59,64 +61,139 @@ _STYLES = {
 
 
 @dataclass(frozen=True)
-class Buffers:
-    """One image's activations, at fixed addresses. S rows, of which `split` are text; D = hidden_size, M = mlp_width.
+class Mode:
+    """How one block computes. precision: its products'. quantised_attention: whether its attention is E4M3."""
 
-    residual: compute dtype [S, D]. normed: linear dtype [S, D], with float32 row_scale [S] if that is E4M3.
-    qkv: linear dtype [S, 3·D]. wide: linear dtype [S, D + M], attention's output and the MLP's hidden layer side by
-    side, which is what a single block's projection reads. Both are the first rows of what attention takes, padded to
-    whole tiles. cos, sin: float32 [S, head_dim / 2].
+    precision: Precision
+    quantised_attention: bool
+
+
+@dataclass(frozen=True)
+class Making:
+    """What all blocks are made with. found: what calibration measured, for E4M3 and only for it."""
+
+    precision: Precision
+    found: Scales | None
+    run: Operations
+
+    def mode(self, block: str) -> Mode:
+        if self.found is None:
+            return Mode(self.precision, False)
+        if block in self.found.kept_blocks:
+            return Mode(replace(self.precision, linear=self.precision.compute), False)
+        return Mode(self.precision, self.found.quantises(f"{block}.attn"))
+
+    def scales(self, block: str, hidden: tuple[str, ...], head_dim: int) -> BlockScales:
+        """hidden: as `of_block` takes it. Raises ArtifactError."""
+        quantised = self.found is not None and self.mode(block).precision.quantised
+        return of_block(self.found, block, hidden, head_dim) if quantised and self.found else BlockScales()
+
+    def arrange(self, mode: Mode) -> Arrange:
+        """How weights around attention lie: the CUDA kernel writes q, k and v in E4M3 alone, Triton's writes both."""
+        return self.run.arrange if mode.quantised_attention else as_they_are
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a block computes on its way, in one dtype. S rows; D = hidden_size, M = mlp_width.
+
+    normed: [S, D], with float32 row_scale [S] if the dtype is E4M3. qkv: [S, 3·D]. wide: [S, D + M], attention's output
+    and the MLP's hidden layer side by side, which is what a single block's projection reads. Both are the first rows of
+    what attention takes, padded to whole tiles.
     """
 
-    split: int
-    residual: Tensor
     normed: Tensor
     row_scale: Tensor | None
     qkv_padded: Tensor
     wide_padded: Tensor
-    cos: Tensor
-    sin: Tensor
 
     @property
     def qkv(self) -> Tensor:
-        return self.qkv_padded[: len(self.residual)]
+        return self.qkv_padded[: len(self.normed)]
 
     @property
     def wide(self) -> Tensor:
-        return self.wide_padded[: len(self.residual)]
+        return self.wide_padded[: len(self.normed)]
 
     @property
     def attended_padded(self) -> Tensor:
-        return self.wide_padded[:, : self.residual.shape[1]]
+        return self.wide_padded[:, : self.normed.shape[1]]
 
     @property
     def attended(self) -> Tensor:
-        return self.attended_padded[: len(self.residual)]
+        return self.attended_padded[: len(self.normed)]
 
     @property
     def hidden(self) -> Tensor:
-        return self.wide[:, self.residual.shape[1] :]
+        return self.wide[:, self.normed.shape[1] :]
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """One image's activations, at fixed addresses. S rows, of which `split` are text; D = hidden_size.
+
+    residual: compute dtype [S, D]. linear: rows in the dtype that blocks multiply in. compute: rows in the compute
+    dtype, for blocks that are kept in it; None if none is. cos, sin: float32 [S, head_dim / 2]. mean, restored: float32
+    [D] and [2, D], what `Centre` carries from attention's product to its projection.
+    """
+
+    split: int
+    residual: Tensor
+    linear: Rows
+    compute: Rows | None
+    cos: Tensor
+    sin: Tensor
+    mean: Tensor
+    restored: Tensor
+
+    def rows(self, precision: Precision) -> Rows:
+        """Those of a block in this precision."""
+        if precision.quantised or self.compute is None:
+            return self.linear
+        return self.compute
 
 
 class _Attention:
-    """What both kinds of block do with q, k and v."""
+    """What both kinds of block do with q, k and v, in E4M3 or in the compute dtype.
 
-    def __init__(self, spec: TransformerSpec, norms: Tensor, scales: BlockScales) -> None:
-        self._heads = spec.num_attention_heads
+    In E4M3, v is written without its mean, and the projection `back` adds what the mean would have given it. A
+    quantised block whose attention is kept in the compute dtype does the same, because its output is rounded to E4M3
+    all the same.
+    """
+
+    def __init__(self, spec: TransformerSpec, norms: Tensor, scales: BlockScales, mode: Mode) -> None:
+        self._heads, self._mode, self._inverse = spec.num_attention_heads, mode, 1 / scales.out
         streams, _, dim = norms.shape
         ones = torch.ones(streams, 1, dim, device=norms.device)
-        inverse = torch.tensor([1 / scales.q, 1 / scales.k, 1 / scales.v], device=norms.device)
+        q, k = (scales.q, scales.k) if mode.quantised_attention else (1.0, 1.0)
+        inverse = torch.tensor([1 / q, 1 / k, 1 / scales.v], device=norms.device)
         halves = in_halves(dim).to(norms.device)
         self._factors = torch.cat([norms[:, :, halves], ones], dim=1) * inverse[:, None]
-        descale = [scales.q, scales.k, scales.v, 1 / scales.out]
+        descale = [q, k, scales.v, 1 / scales.out]
         self._descale = torch.tensor(descale, dtype=torch.float32, device=norms.device)
 
-    def heads(self, b: Buffers) -> Heads:
+    def heads(self, b: Buffers, back: Linear) -> Heads:
         """What becomes of q, k and v."""
-        return Heads(self._factors, b.cos, b.sin)
+        centre = Centre(back, self._inverse, b.mean, b.restored[: len(back.weight)])
+        return Heads(self._factors, b.cos, b.sin, centre if self._mode.precision.quantised else None)
+
+    def rows(self, b: Buffers) -> Rows:
+        """Where q, k and v are written."""
+        return b.linear if self._mode.quantised_attention or b.compute is None else b.compute
 
     def __call__(self, run: Operations, b: Buffers) -> None:
-        run.attention(b.qkv_padded, len(b.residual), self._heads, self._descale, b.attended_padded)
+        given, wanted = self.rows(b), b.rows(self._mode.precision)
+        run.attention(given.qkv_padded, len(b.residual), self._heads, self._descale, given.attended_padded)
+        if given is not wanted:
+            run.rows(given.attended, wanted.attended, None)  # v was divided by its scale, so this is one rounding
+
+    def restored(self, b: Buffers, streams: int) -> Tensor | None:
+        """What the projection adds to its bias."""
+        return b.restored[:streams] if self._mode.precision.quantised else None
+
+    def watched(self, b: Buffers) -> list[Tensor]:
+        """E4M3 rows that static scales may have clipped."""
+        return [b.linear.qkv] if self._mode.quantised_attention else []
 
 
 def _order(spec: TransformerSpec, device: torch.device) -> Tensor:
@@ -132,18 +209,12 @@ class DoubleBlock:
     PARTS = 6
     """Of its modulation, for text and for image: shift, scale, gate before attention and before the MLP."""
 
-    def __init__(
-        self,
-        read: Reader,
-        index: int,
-        spec: TransformerSpec,
-        precision: Precision,
-        found: Scales | None,
-        run: Operations,
-    ) -> None:
+    def __init__(self, read: Reader, index: int, spec: TransformerSpec, made: Making) -> None:
         name, width, style = f"transformer_blocks.{index}", spec.hidden_size, Style.of(spec)
+        self.name, mode = name, made.mode(name)
         hidden = tuple(f"{mlp}.{style.down}" for *_, mlp in _DOUBLE_STREAMS)
-        scales = of_block(found, name, hidden, spec.attention_head_dim) if found else BlockScales()
+        scales = made.scales(name, hidden, spec.attention_head_dim)
+        self._mode = mode
 
         def linear(
             modules: Sequence[Sequence[str]],
@@ -151,31 +222,45 @@ class DoubleBlock:
             outputs: Sequence[int],
             factor: float = 1.0,
             order: Tensor | None = None,
+            arrange: Arrange = made.run.arrange,
         ) -> Linear:
             names, factors = _of(name, modules), [factor] * len(modules)
-            return stack(read, names, inputs, outputs, precision, factors, order, run.arrange, spec.biased)
+            return stack(read, names, inputs, outputs, mode.precision, factors, order, arrange, spec.biased)
 
         parts = [[f"attn.{q.format(part)}" for part in "qkv"] for q, *_ in _DOUBLE_STREAMS]
-        self._qkv = linear(parts, width, [width] * 3, order=_order(spec, read.device))
+        own = made.arrange(mode)
+        self._qkv = linear(parts, width, [width] * 3, order=_order(spec, read.device), arrange=own)
         norms = [f"{name}.attn.{norm}" for _, _, norm, _ in _DOUBLE_STREAMS]
-        self._attention = _Attention(spec, _norms(read, norms, spec), scales)
-        self._out = linear([[f"attn.{out}"] for _, out, _, _ in _DOUBLE_STREAMS], width, [width], scales.out)
+        self._attention = _Attention(spec, _norms(read, norms, spec), scales, mode)
+        outs = [[f"attn.{out}"] for _, out, _, _ in _DOUBLE_STREAMS]
+        self._out = linear(outs, width, [width], scales.out, arrange=own)
         up, down = ([[f"{mlp}.{part}"] for *_, mlp in _DOUBLE_STREAMS] for part in (style.up, style.down))
         self._up = linear(up, width, [style.products(spec)], order=style.order(spec).to(read.device))
         self._down = linear(down, spec.mlp_width, [width], scales.hidden)
         self._inverse_hidden, self._gated = 1 / scales.hidden, style.gated
 
-    def __call__(self, run: Operations, b: Buffers, modulation: Tensor) -> None:
-        """modulation: float32 [6, 2, D]."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        run.norm(b.residual, shift, scale, b.split, b.normed, b.row_scale)
-        run.linear_heads(b.normed, b.row_scale, self._qkv, b.split, self._attention.heads(b), b.qkv)
+    def attend(self, run: Operations, b: Buffers, modulation: Tensor) -> None:
+        """The first half: from the residual stream to attention's output, in `b.rows(…).attended`."""
+        shift, scale, *_ = modulation
+        rows = b.rows(self._mode.precision)
+        run.norm(b.residual, shift, scale, b.split, rows.normed, rows.row_scale)
+        heads, qkv = self._attention.heads(b, self._out), self._attention.rows(b).qkv
+        run.linear_heads(rows.normed, rows.row_scale, self._qkv, b.split, heads, qkv)
         self._attention(run, b)
-        run.linear_add(b.attended, None, self._out, b.split, gate, b.residual)
-        run.norm(b.residual, mlp_shift, mlp_scale, b.split, b.normed, b.row_scale)
+
+    def __call__(self, run: Operations, b: Buffers, modulation: Tensor, counts: Tensor) -> None:
+        """modulation: float32 [6, 2, D]. counts: int64 [2], saturated values of q, k, v and of the hidden layer."""
+        _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        rows = b.rows(self._mode.precision)
+        self.attend(run, b, modulation)
+        restored = self._attention.restored(b, 2)
+        watched = _watched(self._attention.watched(b), counts[:1])
+        run.linear_add(rows.attended, None, self._out, b.split, gate, b.residual, restored, watched)
+        run.norm(b.residual, mlp_shift, mlp_scale, b.split, rows.normed, rows.row_scale)
         activated = run.linear_swiglu if self._gated else run.linear_gelu
-        activated(b.normed, b.row_scale, self._up, b.split, self._inverse_hidden, b.hidden)
-        run.linear_add(b.hidden, None, self._down, b.split, mlp_gate, b.residual)
+        activated(rows.normed, rows.row_scale, self._up, b.split, self._inverse_hidden, rows.hidden)
+        watched = _watched([rows.hidden] if self._mode.precision.quantised else [], counts[1:])
+        run.linear_add(rows.hidden, None, self._down, b.split, mlp_gate, b.residual, None, watched)
 
 
 class SingleBlock:
@@ -184,37 +269,45 @@ class SingleBlock:
     PARTS = 3
     """Of its modulation: shift, scale, gate."""
 
-    def __init__(
-        self,
-        read: Reader,
-        index: int,
-        spec: TransformerSpec,
-        precision: Precision,
-        found: Scales | None,
-        run: Operations,
-    ) -> None:
+    def __init__(self, read: Reader, index: int, spec: TransformerSpec, made: Making) -> None:
         name, width, style = f"single_transformer_blocks.{index}", spec.hidden_size, Style.of(spec)
-        scales = of_block(found, name, (style.back,), spec.attention_head_dim) if found else BlockScales()
+        self.name, mode = name, made.mode(name)
+        self._mode = mode
+        scales = made.scales(name, (style.back,), spec.attention_head_dim)
         outputs = [width, width, width, style.products(spec)]
         outputs = outputs if len(style.both) == len(outputs) else [sum(outputs)]
         order = torch.cat([_order(spec, read.device), 3 * width + style.order(spec).to(read.device)])
-        linear = partial(stack, read, precision=precision, arrange=run.arrange, biased=spec.biased)
+        linear = partial(stack, read, precision=mode.precision, arrange=made.arrange(mode), biased=spec.biased)
         self._in = linear(_of(name, [style.both]), width, outputs, order=order)
-        self._attention = _Attention(spec, _norms(read, [f"{name}.attn.norm_{{}}"], spec), scales)
+        self._attention = _Attention(spec, _norms(read, [f"{name}.attn.norm_{{}}"], spec), scales, mode)
         factors = torch.full((width + spec.mlp_width,), scales.hidden, device=read.device)
         factors[:width] = scales.out
         self._out = linear(_of(name, [[style.back]]), len(factors), [width], factors=[factors])
         self._inverse_hidden, self._gated = 1 / scales.hidden, style.gated
 
-    def __call__(self, run: Operations, b: Buffers, modulation: Tensor, wanted: int = 0) -> None:
-        """modulation: float32 [3, 1, D]. wanted: the first row of the residual stream that anybody reads afterwards."""
-        shift, scale, gate = modulation
-        run.norm(b.residual, shift, scale, 0, b.normed, b.row_scale)
-        heads, inverse = self._attention.heads(b), self._inverse_hidden
+    def attend(self, run: Operations, b: Buffers, modulation: Tensor) -> None:
+        """From the residual stream to attention's output and the hidden layer, side by side in `b.rows(…).wide`."""
+        shift, scale, _ = modulation
+        rows = b.rows(self._mode.precision)
+        run.norm(b.residual, shift, scale, 0, rows.normed, rows.row_scale)
+        heads, inverse = self._attention.heads(b, self._out), self._inverse_hidden
         both = run.linear_heads_swiglu if self._gated else run.linear_heads_gelu
-        both(b.normed, b.row_scale, self._in, heads, b.qkv, inverse, b.hidden)
+        both(rows.normed, rows.row_scale, self._in, heads, self._attention.rows(b).qkv, inverse, rows.hidden)
         self._attention(run, b)
-        run.linear_add(b.wide[wanted:], None, self._out, 0, gate, b.residual[wanted:])
+
+    def __call__(self, run: Operations, b: Buffers, modulation: Tensor, counts: Tensor, wanted: int = 0) -> None:
+        """modulation: float32 [3, 1, D]. counts: as a double block's. wanted: the first row of the residual stream that
+        anybody reads afterwards."""
+        gate, rows = modulation[2], b.rows(self._mode.precision)
+        self.attend(run, b, modulation)
+        restored = self._attention.restored(b, 1)
+        clipped = [*self._attention.watched(b), *([rows.hidden] if self._mode.precision.quantised else [])]
+        watched = _watched(clipped, counts[2 - len(clipped) :])
+        run.linear_add(rows.wide[wanted:], None, self._out, 0, gate, b.residual[wanted:], restored, watched)
+
+
+def _watched(rows: Sequence[Tensor], counts: Tensor) -> Watched | None:
+    return Watched(rows, counts) if rows else None
 
 
 def _of(block: str, modules: Sequence[Sequence[str]]) -> list[list[str]]:

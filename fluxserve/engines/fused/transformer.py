@@ -13,7 +13,7 @@ from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Shapes
 from fluxserve.engines.fused import modulation as modulations
 from fluxserve.engines.fused.arena import Arena, Buffer, Layout, size
-from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, SingleBlock
+from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Making, Rows, SingleBlock
 from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.engines.fused.modulation import AHEAD, Modulation
 from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
@@ -21,6 +21,9 @@ from fluxserve.kernels.ahead import Ahead
 from fluxserve.kernels.attention import attention_ahead, padded
 from fluxserve.kernels.operations import Operations
 from fluxserve.spec import ModelSpec
+
+KEPT = "kept_"
+"""Before the names of buffers of blocks that stay in the compute dtype."""
 
 
 class Weights:
@@ -40,9 +43,9 @@ class Weights:
         self.image = dense(read, "x_embedder", precision, shape.in_channels, d, shape.biased)
         self.text = dense(read, "context_embedder", precision, shape.joint_attention_dim, d, shape.biased)
         self.modulation = Modulation(read, shape, precision)
-        made_of = (shape, precision, found, run)
-        self.double = [DoubleBlock(read, i, *made_of) for i in range(shape.num_layers)]
-        self.single = [SingleBlock(read, i, *made_of) for i in range(shape.num_single_layers)]
+        made = Making(precision, found, run)
+        self.double = [DoubleBlock(read, i, shape, made) for i in range(shape.num_layers)]
+        self.single = [SingleBlock(read, i, shape, made) for i in range(shape.num_single_layers)]
         self.out = dense(read, "proj_out", precision, d, shape.in_channels, shape.biased)
         read.refuse_rest()
 
@@ -71,9 +74,12 @@ class FusedTransformer:
         ranges = {"rows": (1, rows), "image_tokens": (1, image), "text_tokens": (1, text)}
         self.signature = signatures.transformer(spec).narrowed(ranges)
         self.spec, self.precision, self.run = spec.transformer, precision, run
+        self.kept = bool(found and found.kept)
         self._largest = self.layout(self.signature.at({s: r[1] for s, r in ranges.items()}))
         self.arena = Arena(size(self._largest), device)
         self.weights: Weights | None = Weights(read, spec, precision, found, run)
+        blocks = self.spec.num_layers + self.spec.num_single_layers
+        self.counts = torch.zeros(blocks, 2, dtype=torch.int64, device=device)
         self._usual = spec.text.sequence.tokens + spec.image_tokens(spec.defaults.side, spec.defaults.side)
         self._ahead: Ahead | None = None
 
@@ -87,6 +93,13 @@ class FusedTransformer:
         largest, d = self.arena.cut(self._largest), self.spec.hidden_size
         qkv, attended = largest["qkv_padded"], largest["wide_padded"][:, :d]
         self._ahead = attention_ahead(qkv, self._usual, self.spec.num_attention_heads, attended)
+
+    def saturated(self) -> dict[str, tuple[int, int]]:
+        """Waits for the device; see engines.base.Saturating."""
+        assert self.weights is not None, "saturated after close"
+        blocks: list[DoubleBlock | SingleBlock] = [*self.weights.double, *self.weights.single]
+        counted = zip(blocks, self.counts.tolist(), strict=True)
+        return {block.name: (heads, hidden) for block, (heads, hidden) in counted if heads or hidden}
 
     def close(self) -> None:
         if self._ahead is not None:
@@ -109,12 +122,23 @@ class FusedTransformer:
             "ahead": Buffer((max(AHEAD, images), steering), torch.float32),
             "now": Buffer((images, steering), torch.float32),
             "residual": Buffer((s, d), compute),
-            "normed": Buffer((s, d), linear),
+            "mean": Buffer((d,), torch.float32),
+            "restored": Buffer((2, d), torch.float32),
             "row_scale": Buffer((s,), torch.float32),
-            "qkv_padded": Buffer((padded(s, linear), 3 * d), linear),
-            "wide_padded": Buffer((padded(s, linear), d + self.spec.mlp_width), linear),
+            **self._rows(s, linear, ""),
+            **(self._rows(s, compute, KEPT) if self.kept else {}),
             "final": Buffer((s - text, d), compute),
         }
+
+    def _rows(self, s: int, dtype: torch.dtype, prefix: str) -> Layout:
+        """What a block computes on its way."""
+        d = self.spec.hidden_size
+        shapes = {
+            "normed": (s, d),
+            "qkv_padded": (padded(s, dtype), 3 * d),
+            "wide_padded": (padded(s, dtype), d + self.spec.mlp_width),
+        }
+        return {prefix + name: Buffer(shape, dtype) for name, shape in shapes.items()}
 
 
 class FusedBound:
@@ -130,8 +154,9 @@ class FusedBound:
         self._images, self._text, _ = sizes["encoder_hidden_states"]
         self._b = Buffers(
             split=self._text,
-            row_scale=buffers["row_scale"] if engine.precision.quantised else None,
-            **{name: buffers[name] for name in ("residual", "normed", "qkv_padded", "wide_padded", "cos", "sin")},
+            linear=_rows_of(buffers, "", buffers["row_scale"] if engine.precision.quantised else None),
+            compute=_rows_of(buffers, KEPT, None) if engine.kept else None,
+            **{name: buffers[name] for name in ("residual", "cos", "sin", "mean", "restored")},
         )
         self._step = Replayed(self._launch, buffers["residual"].device)
         self._timesteps: Tensor | None = None
@@ -151,7 +176,7 @@ class FusedBound:
         ids, spec = torch.cat([given["txt_ids"], given["img_ids"]]), self._engine.spec
         write_rope(ids, spec.axes_dims_rope, spec.rope_theta, b["cos"], b["sin"])
         # Attention reads these too, and another size may have left what is NaN as E4M3.
-        self._b.qkv_padded[len(self._b.residual) :].zero_()
+        self._b.linear.qkv_padded[len(self._b.residual) :].zero_()
 
     def _fill(self, timesteps: Tensor) -> None:
         """Modulation of as many steps [steps, images] as there is room for.
@@ -200,13 +225,19 @@ class FusedBound:
         double, single, final = w.modulation.split(self._buffers["now"][image])
         b.residual[: self._text].copy_(self._buffers["text"][image])
         _linear_into(b.residual[self._text :], self.inputs["hidden_states"][image], w.image)
+        counts = iter(self._engine.counts)
         for block, steering in zip(w.double, double, strict=True):
-            block(run, b, steering)
+            block(run, b, steering, next(counts))
         for i, (single_block, steering) in enumerate(zip(w.single, single, strict=True), 1):
-            single_block(run, b, steering, wanted=self._text if i == len(w.single) else 0)
+            single_block(run, b, steering, next(counts), wanted=self._text if i == len(w.single) else 0)
         scale, shift = final
         run.norm(b.residual[self._text :], shift, scale, 0, self._buffers["final"], None)
         _linear_into(self.outputs["velocity"][image], self._buffers["final"], w.out)
+
+
+def _rows_of(buffers: Mapping[str, Tensor], prefix: str, row_scale: Tensor | None) -> Rows:
+    named = {name: buffers[prefix + name] for name in ("normed", "qkv_padded", "wide_padded")}
+    return Rows(row_scale=row_scale, **named)
 
 
 def _linear_into(out: Tensor, x: Tensor, layer: Dense) -> None:
