@@ -15,8 +15,7 @@
 // `heads` columns, and those behind them, if there are any, as 1, into `hidden`; 4 silu(gates) · values · inverse, half as
 // wide as y; 5 as 3, with 4 for 1. NAME: the kernel's. VECTOR, SAMPLE: as linear_hopper.py says.
 //
-// Two of the loading warpgroup's warps are free: linear_hopper_spare.cuh says what they do meanwhile. They are why that
-// warpgroup keeps 48 registers a thread, all that the other two leave.
+// Two of the loading warpgroup's warps are free: linear_hopper_spare.cuh says what they do meanwhile.
 
 #define ROWS 128
 #define COLUMNS 256
@@ -29,6 +28,16 @@
 #define RUN 8
 #define HEADS (ENDING == 3 || ENDING == 5)
 #define LEAST_STEPS 8  // of K that are worth a cluster of their own
+
+// Registers of a thread that loads, and of one that multiplies. A block is given 384 · 168 when it starts, and
+// 128 · FEW + 256 · MANY must not be more: a warpgroup waits for ever for registers that there are not.
+#if HEADS
+#define FEW 56  // the spare warps keep loads of 64 bytes a thread under way
+#define MANY 224
+#else
+#define FEW 40
+#define MANY 232
+#endif
 
 #include "hopper.cuh"
 
@@ -148,6 +157,8 @@ template <int LEFT> __device__ __forceinline__ void multiply_wait(float (&d)[128
 #include "linear_hopper_spare.cuh"
 
 // --- the kernel ---------------------------------------------------------------------------------------------------------
+
+static_assert(128 * FEW + 256 * MANY <= 384 * 168, "registers of a block");
 
 struct Shared {
   alignas(1024) char a[STAGES][A_BYTES];
@@ -309,12 +320,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
   }
   cluster_sync();
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 48;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
     if (threadIdx.x == 0) produce(s, &x, &w, p, plan);
     if (threadIdx.x / 32 == 1) prepare(s, p, plan);
     if (threadIdx.x >= 64) spare(s.vector, p, threadIdx.x - 64);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     // The same for all of a warp, and said so: what follows from it then lives in uniform registers.
     consume(s, p, plan, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }

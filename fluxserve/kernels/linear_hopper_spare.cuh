@@ -76,20 +76,27 @@ __device__ __forceinline__ u32 place(u32 k) { return k / 512 * 512 + k % 16 / 4 
 // Of the weights' rows, which lie as linear_hopper.py has arranged them, the output that row n is.
 __device__ __forceinline__ u32 output_of(u32 n) { return n / 32 * 32 + n % 8 / 2 * 8 + n % 32 / 8 * 2 + n % 2; }
 
-// Four rows of weights, `stride` bytes apart, times the vector; lane i of the first four returns the sum of row i.
+// Volatile, so that all of several are on their way before the first is used.
+__device__ __forceinline__ uint4 ask_weights(const char *from) {
+  uint4 raw;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w) : "l"(from));
+  return raw;
+}
+
+// Four rows of weights, `stride` bytes apart, times the vector, which is 0 from `inner` on; lane i of the first four returns
+// the sum of row i.
 __device__ __forceinline__ float products(const float *vector, const char *rows, u32 stride, u32 inner, u32 lane) {
   float sums[ROWS_AT_ONCE] = {0, 0, 0, 0};
-  vector += lane * 4, rows += lane * 16;
+  vector += lane * 4;
 #pragma unroll 1
-  for (u32 first = 0; first < inner; first += 512, vector += 512, rows += 512) {
+  for (u32 first = 0; first < inner; first += 512) {
     uint4 raw[ROWS_AT_ONCE];
-    bool there = first + lane * 16 < inner;
+    const char *at = rows + (first + lane * 16 < inner ? first + lane * 16 : 0);
 #pragma unroll
-    for (int r = 0; r < ROWS_AT_ONCE; r++)
-      raw[r] = there ? __ldg((const uint4 *)(rows + r * stride)) : make_uint4(0, 0, 0, 0);
+    for (int r = 0; r < ROWS_AT_ONCE; r++) raw[r] = ask_weights(at + r * stride);
 #pragma unroll
     for (int part = 0; part < 4; part++) {
-      float4 x = *(const float4 *)(vector + part * 128);
+      float4 x = *(const float4 *)(vector + first + part * 128);
 #pragma unroll
       for (int r = 0; r < ROWS_AT_ONCE; r++) {
         float w[4];
@@ -138,7 +145,8 @@ __device__ __forceinline__ void add_columns(const Parameters &p, u32 warp, u32 l
       }
       u64 *to = p.centre.sums + stream * p.K + column;
 #pragma unroll
-      for (int i = 0; i < 8; i++) atomicAdd(to + i, (u64)__float2ll_rn(sums[i] * SUM_UNIT));
+      for (int i = 0; i < 8; i++)
+        asm volatile("red.global.add.u64 [%0], %1;" ::"l"(to + i), "l"(__float2ll_rn(sums[i] * SUM_UNIT)) : "memory");
     }
   }
 }
@@ -150,9 +158,16 @@ __device__ __forceinline__ void mean_of_values(float *vector, const Parameters &
     u32 rows = !p.second ? p.M : stream ? p.M - p.split : p.split;
     const u64 *sums = p.centre.sums + stream * p.K;
     spare_sync();  // the vector has been read
-#pragma unroll 4
-    for (u32 k = thread; k < (p.K + 511) / 512 * 512; k += SPARE)
-      vector[place(k)] = k < p.K ? (float)(long long)__ldcg(sums + k) / (SUM_UNIT * p.M) : 0.0f;
+    float unit = 1 / (SUM_UNIT * p.M);
+#pragma unroll 1
+    for (u32 first = thread; first < (p.K + 511) / 512 * 512; first += SPARE * ROWS_AT_ONCE) {
+      u64 raw[ROWS_AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < ROWS_AT_ONCE; i++) raw[i] = __ldcg(sums + min(first + i * SPARE, p.K - 1));
+#pragma unroll
+      for (int i = 0; i < ROWS_AT_ONCE; i++)
+        vector[place(first + i * SPARE)] = first + i * SPARE < p.K ? (float)(long long)raw[i] * unit : 0.0f;
+    }
     spare_sync();
 #pragma unroll 1
     for (u32 n = (blockIdx.x * 2 + warp) * ROWS_AT_ONCE; n < d; n += gridDim.x * 2 * ROWS_AT_ONCE) {
