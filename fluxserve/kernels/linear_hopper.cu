@@ -13,7 +13,8 @@
 //
 // ENDING: 0 out = y; 1 gelu_tanh(y) · inverse; 2 out += gate · y; 3 RMSNorm, RoPE and factors of q, k, v for the first
 // `heads` columns, and those behind them, if there are any, as 1, into `hidden`; 4 silu(gates) · values · inverse, half as
-// wide as y; 5 as 3, with 4 for 1. NAME: the kernel's. VECTOR, SAMPLE: as linear_hopper.py says.
+// wide as y; 5 as 3, with 4 for 1. NAME: the kernel's. VECTOR, SPARE_BYTES, SAMPLE: as
+// linear_hopper.py says.
 //
 // Two of the loading warpgroup's warps are free: linear_hopper_spare.cuh says what they do meanwhile.
 
@@ -28,16 +29,6 @@
 #define RUN 8
 #define HEADS (ENDING == 3 || ENDING == 5)
 #define LEAST_STEPS 8  // of K that are worth a cluster of their own
-
-// Registers of a thread that loads, and of one that multiplies. A block is given 384 · 168 when it starts, and
-// 128 · FEW + 256 · MANY must not be more: a warpgroup waits for ever for registers that there are not.
-#if HEADS
-#define FEW 56  // the spare warps keep loads of 64 bytes a thread under way
-#define MANY 224
-#else
-#define FEW 40
-#define MANY 232
-#endif
 
 #include "hopper.cuh"
 
@@ -158,13 +149,11 @@ template <int LEFT> __device__ __forceinline__ void multiply_wait(float (&d)[128
 
 // --- the kernel ---------------------------------------------------------------------------------------------------------
 
-static_assert(128 * FEW + 256 * MANY <= 384 * 168, "registers of a block");
-
 struct Shared {
   alignas(1024) char a[STAGES][A_BYTES];
   alignas(1024) char b[STAGES][B_BYTES];
   Columns columns[2];
-  alignas(16) float vector[HEADS ? VECTOR : 4];
+  alignas(16) char spare[SPARE_BYTES];
   u64 full[STAGES], empty[STAGES], columns_full[2], columns_empty[2];
 };
 
@@ -319,13 +308,15 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
+  // A block starts with 168 registers for each of its 384 threads; 128 · 40 and 256 · 232 are as many. A warpgroup that asked
+  // for more would wait for ever.
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) produce(s, &x, &w, p, plan);
     if (threadIdx.x / 32 == 1) prepare(s, p, plan);
-    if (threadIdx.x >= 64) spare(s.vector, p, threadIdx.x - 64);
+    if (threadIdx.x >= 64) spare(s.spare, p, threadIdx.x - 64);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     // The same for all of a warp, and said so: what follows from it then lives in uniform registers.
     consume(s, p, plan, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }

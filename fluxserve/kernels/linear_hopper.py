@@ -26,8 +26,8 @@ TILE_ROWS, TILE_COLUMNS, TILE_INNER, STAGES = 128, 256, 128, 4
 _SOURCE = Path(__file__).with_suffix(".cu")
 _THREADS = 384
 _BARRIERS = 2 * STAGES + 4
-VECTOR = 6144
-"""Numbers of the vector that the spare warps hold: x may have as many columns where v's mean is taken off."""
+VECTOR = 4096
+"""Numbers of the vector that the spare warps hold at once; a longer one is taken in parts."""
 _SHARED = STAGES * (TILE_ROWS + TILE_COLUMNS) * TILE_INNER + 2 * 3 * TILE_COLUMNS * 4 + _BARRIERS * 8
 _ALIGNMENT = 16  # bytes, of a row that TMA reads
 _HEAD = 128
@@ -130,14 +130,13 @@ def launch(
 
 
 def _centre(x: Tensor, w: Linear, centre: Centre) -> _Centre:
-    """Raises ValueError: the spare warps' vector has no room for it, or `back` lies another way."""
-    back, inner = centre.back, x.shape[1]
-    if not isinstance(back, Arranged) or max(inner, len(centre.mean)) > VECTOR:
-        got = f"{type(back).__name__} of {len(centre.mean)} values, {inner} inputs"
-        raise ValueError(f"centre: got {got}; expected an arranged projection, at most {VECTOR} of both")
+    """Raises ValueError: `back` lies another way."""
+    back = centre.back
+    if not isinstance(back, Arranged):
+        raise ValueError(f"centre: got {tuple(back.weight.shape)} as it is; expected it `arranged`")
     assert back.scale is not None, "arranged weights have a scale"
     streams, columns, inputs = back.weight.shape
-    addresses = (x, w.weight, back.weight, back.scale, centre.mean, centre.restored, *_sums(x.device))
+    addresses = (x, w.weight, back.weight, back.scale, centre.mean, centre.restored, *_sums(x.shape[1], x.device))
     return _Centre(*(t.data_ptr() for t in addresses), centre.inverse, x.stride(0), columns, inputs, streams)
 
 
@@ -195,12 +194,12 @@ def _meeting_place(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _sums(device: torch.device) -> tuple[Tensor, Tensor]:
+def _sums(inner: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Integers that the columns of x are added up in, for two streams, and the counters of programs that have arrived.
 
-    Every launch leaves both at 0. One for all launches, as `_meeting_place` is.
+    Every launch leaves both at 0. One for all launches of x with as many columns, as `_meeting_place` is.
     """
-    sums = torch.zeros(2 * VECTOR, dtype=torch.int64, device=device)
+    sums = torch.zeros(2 * inner, dtype=torch.int64, device=device)
     return sums, torch.zeros(3, dtype=torch.int32, device=device)
 
 
@@ -212,8 +211,7 @@ def _programs(device: torch.device) -> int:
 @cache
 def _kernel(ending: str) -> cuda.Kernel:
     ending = "heads_gelu" if ending == "heads" else ending
-    shared = _SHARED + (VECTOR * 4 if ending.startswith("heads") else _ALIGNMENT)
-    return cuda.load(_SOURCE, _name(ending), _defines(ending), _THREADS, shared)
+    return cuda.load(_SOURCE, _name(ending), _defines(ending), _THREADS, _SHARED + _spare_bytes(ending))
 
 
 def compiling(pool: Executor) -> list[Future[bytes]]:
@@ -226,4 +224,11 @@ def _name(ending: str) -> str:
 
 
 def _defines(ending: str) -> list[str]:
-    return [f"ENDING={ENDINGS.index(ending)}", f"NAME={_name(ending)}", f"VECTOR={VECTOR}", f"SAMPLE={SAMPLE}"]
+    values = {"ENDING": ENDINGS.index(ending), "NAME": _name(ending), "SAMPLE": SAMPLE}
+    values |= {"VECTOR": VECTOR, "SPARE_BYTES": _spare_bytes(ending)}
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def _spare_bytes(ending: str) -> int:
+    """Shared memory of the spare warps: the vector, and behind it, for each warp, three times four rows of 512 columns."""
+    return VECTOR * 4 + 2 * 3 * 4 * 512 if ending.startswith("heads") else _ALIGNMENT
