@@ -30,6 +30,17 @@
 #define HEADS (ENDING == 3 || ENDING == 5)
 #define LEAST_STEPS 8  // of K that are worth a cluster of their own
 
+// Registers of a thread that loads, and of one that multiplies. A block starts with 168 for each of its 384 threads; a
+// warpgroup that asked for more than those would wait for ever.
+#if HEADS
+#define FEW 56  // the spare warps compute
+#define MANY 224
+#else
+#define FEW 40
+#define MANY 232
+#endif
+static_assert(128 * FEW + 256 * MANY <= 384 * 168, "registers of a block");
+
 #include "hopper.cuh"
 
 // How the mean of v leaves attention's input and comes back behind it; see linear_hopper_spare.cuh. mean: null if it stays.
@@ -308,15 +319,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_sync();
-  // A block starts with 168 registers for each of its 384 threads; 128 · 40 and 256 · 232 are as many. A warpgroup that asked
-  // for more would wait for ever.
   if (threadIdx.x < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW));
     if (threadIdx.x == 0) produce(s, &x, &w, p, plan);
     if (threadIdx.x / 32 == 1) prepare(s, p, plan);
     if (threadIdx.x >= 64) spare(s.spare, p, threadIdx.x - 64);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MANY));
     // The same for all of a warp, and said so: what follows from it then lives in uniform registers.
     consume(s, p, plan, __shfl_sync(0xffffffff, threadIdx.x / 128, 0) - 1);
   }

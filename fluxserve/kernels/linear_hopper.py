@@ -230,5 +230,5 @@ def _defines(ending: str) -> list[str]:
 
 
 def _spare_bytes(ending: str) -> int:
-    """Shared memory of the spare warps: the vector, and behind it, for each warp, three times four rows of 512 columns."""
+    """Shared memory of the spare warps: the vector; behind it, for each warp, a ring of three times four rows."""
     return VECTOR * 4 + 2 * 3 * 4 * 512 if ending.startswith("heads") else _ALIGNMENT
