@@ -230,5 +230,5 @@ def _defines(ending: str) -> list[str]:
 
 
 def _spare_bytes(ending: str) -> int:
-    """Shared memory of the spare warps: the vector; behind it, for each warp, a ring of three times four rows."""
-    return VECTOR * 4 + 2 * 3 * 4 * 512 if ending.startswith("heads") else _ALIGNMENT
+    """Shared memory of the spare warps: the vector in two halves; behind it, for each warp, three pieces of weights."""
+    return VECTOR * 4 + _ALIGNMENT + 2 * 3 * 2048 if ending.startswith("heads") else _ALIGNMENT

@@ -14,10 +14,11 @@
 // Add (`Watched`): counts the E4M3 values that reached ±448, or are not finite, in every SAMPLE-th row.
 
 #define SPARE 64  // threads
-#define CHUNK 512  // columns of a row that a warp reads at once, 16 a lane
-#define AT_ONCE 4  // rows that it reads at once
-#define STAGE (AT_ONCE * CHUNK)
+#define RING 3  // pieces of weights under way
+#define X_RING 6  // pieces of x
+#define PIECE 2048  // bytes of a warp's piece: 16 rows of 128 columns of weights, or 4 rows of 512 columns of x
 #define SUM_UNIT 16777216.0f  // 2^24 integers are 1: sums up to 2^39, to six decimals
+#define LONGEST_SUM 64  // rows of x that are added up in half precision, whose errors are random and average out
 
 // --- programs that wait for each other ----------------------------------------------------------------------------------
 
@@ -56,15 +57,34 @@ __device__ __forceinline__ void await_spare(const int *counter, u32 thread) {
 
 // --- numbers ------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void unpack_e4m3(float (&y)[4], u32 packed) {
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    u32 halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((u16)(packed >> 16 * i)));
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-        : "=f"(y[2 * i]), "=f"(y[2 * i + 1])
-        : "r"(halves));
-  }
+// Two E4M3 numbers, the lower 16 bits or the upper, as two halves, exactly.
+__device__ __forceinline__ u32 unpack_e4m3(u32 packed, int upper) {
+  u32 halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((u16)(packed >> 16 * upper)));
+  return halves;
+}
+
+__device__ __forceinline__ u32 two_halves(float low, float high) {
+  u32 halves;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(halves) : "f"(high), "f"(low));
+  return halves;
+}
+
+__device__ __forceinline__ float half_of(u32 halves, int upper) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((u16)(halves >> 16 * upper)));
+  return y;
+}
+
+__device__ __forceinline__ void add_product(u32 &sum, u32 a, u32 b) {
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
+}
+
+// d += a · b: 16 rows times 8 columns, 16 numbers each, halves; sums in float32.
+__device__ __forceinline__ void multiply_halves(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // Into L2. `bytes`: a multiple of 16.
@@ -105,122 +125,142 @@ template <int DEPTH, typename Ask, typename Use> __device__ __forceinline__ void
 
 #if HEADS
 
-// Where number k of a vector lies in shared memory: a lane has 16 neighbours, and reads four at a time beside its neighbours'.
-__device__ __forceinline__ u32 place_of(u32 k) { return k / CHUNK * CHUNK + k % 16 / 4 * 128 + k % CHUNK / 16 * 4 + k % 4; }
-
 // Of the weights' rows, which lie as linear_hopper.py has arranged them, the output that row n is.
 __device__ __forceinline__ u32 output_of(u32 n) { return n / 32 * 32 + n % 8 / 2 * 8 + n % 32 / 8 * 2 + n % 2; }
 
-__device__ __forceinline__ u32 chunks_of(u32 inner) { return (inner + CHUNK - 1) / CHUNK; }
+// A vector of float32 as the sum of two of halves: 22 bits. The second begins 16 bytes further on, in other banks.
+struct Vector {
+  u16 high[VECTOR], gap[8], low[VECTOR];
+};
 
-// Fills the vector with value(k), and with 0 from `inner` on to the end of its last chunk.
-template <typename Value> __device__ __forceinline__ void fill(float *vector, u32 inner, u32 thread, Value value) {
+struct Spare {
+  alignas(16) Vector vector;
+  alignas(16) char pieces[2][RING][PIECE];
+};
+static_assert(sizeof(Spare) <= SPARE_BYTES, "memory of the spare warps");
+static_assert(2 * X_RING * (PIECE + 16) <= SPARE_BYTES, "the same for x");
+
+// Fills the vector with value(k), and with 0 from `inner` on to the end of the last 128 columns that are read.
+template <typename Value> __device__ __forceinline__ void fill(Vector &vector, u32 inner, u32 thread, Value value) {
+  u32 width = (inner + 127) / 128 * 128;
 #pragma unroll 1
-  for (u32 first = thread; first < chunks_of(inner) * CHUNK; first += SPARE * 8) {
-    float raw[8];
+  for (u32 first = thread * 2; first < width; first += SPARE * 2 * 8) {
+    float2 raw[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) raw[i] = value(min(first + i * SPARE, inner - 1));
+    for (u32 i = 0; i < 8; i++) raw[i] = value(min(first + i * SPARE * 2, inner - 2));
 #pragma unroll
-    for (int i = 0; i < 8; i++) vector[place_of(first + i * SPARE)] = first + i * SPARE < inner ? raw[i] : 0.0f;
+    for (u32 i = 0; i < 8; i++) {
+      u32 k = first + i * SPARE * 2;
+      if (k >= width) break;
+      float2 y = k < inner ? raw[i] : make_float2(0, 0);
+      u32 high = two_halves(y.x, y.y);
+      *(u32 *)(vector.high + k) = high;
+      *(u32 *)(vector.low + k) = two_halves(y.x - half_of(high, 0), y.y - half_of(high, 1));
+    }
   }
 }
 
 // A matrix of `rows` rows of E4M3, `stride` bytes apart, times the vector of `inner` numbers. A warp takes every
-// (2 · programs)-th four rows; finish(row, product) is called by the lane that has a row's product.
+// (2 · programs)-th 16 rows; finish(row, product) is called by the lane that has a row's product.
+//
+// Numbers along K may come in any order, as long as weights and vector have the same: so a lane's share of 64 columns are 16
+// neighbours of rows lane / 4 and lane / 4 + 8, four for each of four products. The vector's two halves are the first two of
+// the product's eight columns; what is in the others is nothing to anybody.
 template <typename Finish>
 __device__ __forceinline__ void multiply_rows(
-    char *memory, const char *matrix, u32 rows, u32 stride, u32 inner, u32 warp, u32 lane, Finish finish) {
-  u32 width = chunks_of(inner) * CHUNK, own = (blockIdx.x * 2 + warp) * AT_ONCE, step = gridDim.x * 2 * AT_ONCE;
-  u32 groups = own < rows ? (rows - own + step - 1) / step : 0;
-  char *stages = memory + VECTOR * 4 + warp * 3 * STAGE + lane * 16;
-  u32 asked = 0, used = 0, row = own;
-  float sums[AT_ONCE] = {0, 0, 0, 0};
-  matrix += (u64)own * stride + lane * 16;
+    Spare &s, const char *matrix, u32 rows, u32 stride, u32 inner, u32 warp, u32 lane, Finish finish) {
+  u32 width = (inner + 127) / 128 * 128, row = (blockIdx.x * 2 + warp) * 16, step = gridDim.x * 2 * 16;
+  u32 groups = row < rows ? (rows - row + step - 1) / step : 0, asked = 0, used = 0;
+  char *pieces = s.pieces[warp][0] + lane * 16;
+  const u16 *vector = (lane / 4 % 2 ? s.vector.low : s.vector.high) + lane % 4 * 16;
+  float sums[4] = {0, 0, 0, 0};
+  matrix += (u64)(row + lane / 4) * stride;
   auto ask = [&](u32 place) {
-    const char *from = asked + lane * 16 < inner ? matrix + asked : matrix - lane * 16;
 #pragma unroll
-    for (u32 r = 0; r < AT_ONCE; r++) copy_16(stages + place * STAGE + r * CHUNK, from + r * stride);
-    asked += CHUNK;
+    for (u32 half = 0; half < 2; half++) {
+      u32 column = asked + half * 64 + lane % 4 * 16;
+      const char *from = matrix + (column < inner ? column : 0);
+      copy_16(pieces + place * PIECE + half * 1024, from);
+      copy_16(pieces + place * PIECE + half * 1024 + 512, from + 8 * stride);
+    }
+    asked += 128;
     if (asked == width) asked = 0, matrix += (u64)step * stride;
   };
-  staged<3>(groups * (width / CHUNK), ask, [&](u32 place) {
+  staged<RING>(groups * (width / 128), ask, [&](u32 place) {
 #pragma unroll
-    for (u32 part = 0; part < 4; part++) {
-      float4 x = *((const float4 *)memory + used / 4 + part * 32 + lane);
+    for (u32 half = 0; half < 2; half++) {
+      uint4 upper = *(const uint4 *)(pieces + place * PIECE + half * 1024);
+      uint4 lower = *(const uint4 *)(pieces + place * PIECE + half * 1024 + 512);
 #pragma unroll
-      for (u32 r = 0; r < AT_ONCE; r++) {
-        float w[4];
-        unpack_e4m3(w, *(const u32 *)(stages + place * STAGE + r * CHUNK + part * 4));
-        sums[r] += w[0] * x.x + w[1] * x.y + w[2] * x.z + w[3] * x.w;
+      for (u32 j = 0; j < 4; j += 2) {
+        uint4 x = *(const uint4 *)(vector + used + half * 64 + j * 4);
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+          u32 a = (&upper.x)[j + i], b = (&lower.x)[j + i];
+          multiply_halves(
+              sums, unpack_e4m3(a, 0), unpack_e4m3(b, 0), unpack_e4m3(a, 1), unpack_e4m3(b, 1), (&x.x)[2 * i], (&x.x)[2 * i + 1]);
+        }
       }
     }
-    used += CHUNK;
+    used += 128;
     if (used != width) return;
-#pragma unroll
-    for (int apart = 16; apart; apart /= 2)
-#pragma unroll
-      for (u32 r = 0; r < AT_ONCE; r++) sums[r] += __shfl_xor_sync(0xffffffff, sums[r], apart);
-    float product = lane == 0 ? sums[0] : lane == 1 ? sums[1] : lane == 2 ? sums[2] : sums[3];
-    if (lane < AT_ONCE) finish(row + lane, product);
-#pragma unroll
-    for (u32 r = 0; r < AT_ONCE; r++) sums[r] = 0;
+    if (lane % 4 == 0) finish(row + lane / 4, sums[0] + sums[1]), finish(row + lane / 4 + 8, sums[2] + sums[3]);
+    sums[0] = sums[1] = sums[2] = sums[3] = 0;
     used = 0, row += step;
   });
 }
 
-// Adds up the columns from `column` on of every program-th row of x from `row` to `end`: 16 a lane, of which none is counted
-// that K does not have.
+// Adds up every program-th row of x from `row` to `end`, at most LONGEST_SUM of them: 16 columns a lane from `column` on, of
+// which none is counted that K does not have.
 __device__ __forceinline__ void add_rows(
-    char *stages, const Parameters &p, u32 row, u32 end, u32 column, u64 *to, u32 lane) {
-  u32 step = gridDim.x, asked = row;
+    char *pieces, const Parameters &p, u32 row, u32 end, u32 column, u64 *to, u32 lane) {
+  u32 step = gridDim.x, asked = row, sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   const char *x = p.centre.x + (column < p.K ? column : 0);
-  float sums[16];
-#pragma unroll
-  for (int i = 0; i < 16; i++) sums[i] = 0;
   auto ask = [&](u32 place) {
-    char *at = stages + place * (STAGE + 16);
+    char *at = pieces + place * (PIECE + 16);
 #pragma unroll
-    for (u32 r = 0; r < AT_ONCE; r++, asked += step) {
+    for (u32 r = 0; r < 4; r++, asked += step) {
       u32 there = min(asked, end - 1);
-      copy_16(at + 16 + r * CHUNK + lane * 16, x + (u64)there * p.centre.x_stride);
+      copy_16(at + 16 + r * 512 + lane * 16, x + (u64)there * (u32)p.centre.x_stride);
       if (lane == r && p.x_scale) copy_4(at + r * 4, p.x_scale + there);
     }
   };
-  staged<6>((end - row + AT_ONCE * step - 1) / (AT_ONCE * step), ask, [&](u32 place) {
-    const char *at = stages + place * (STAGE + 16);
+  staged<X_RING>((end - row + 4 * step - 1) / (4 * step), ask, [&](u32 place) {
+    const char *at = pieces + place * (PIECE + 16);
     __syncwarp();  // scales came by other lanes
-#pragma unroll 1
-    for (u32 r = 0; r < AT_ONCE; r++, row += step) {
+#pragma unroll
+    for (u32 r = 0; r < 4; r++, row += step) {
       float scale = row >= end ? 0.0f : p.x_scale ? *(const float *)(at + r * 4) : 1.0f;
+      uint4 raw = *(const uint4 *)(at + 16 + r * 512 + lane * 16);
 #pragma unroll
-      for (u32 part = 0; part < 4; part++) {
-        float y[4];
-        unpack_e4m3(y, *(const u32 *)(at + 16 + r * CHUNK + lane * 16 + part * 4));
-#pragma unroll
-        for (u32 j = 0; j < 4; j++) sums[4 * part + j] += y[j] * scale;
-      }
+      for (u32 i = 0; i < 8; i++) add_product(sums[i], unpack_e4m3((&raw.x)[i / 2], i % 2), two_halves(scale, scale));
     }
     __syncwarp();  // before they are written over
   });
   if (column >= p.K) return;
 #pragma unroll
-  for (int j = 0; j < 16; j++)
-    asm volatile("red.global.add.u64 [%0], %1;" ::"l"(to + column + j), "l"(__float2ll_rn(sums[j] * SUM_UNIT)) : "memory");
+  for (u32 i = 0; i < 16; i++) {
+    long long sum = __float2ll_rn(half_of(sums[i / 2], i % 2) * SUM_UNIT);
+    asm volatile("red.global.add.u64 [%0], %1;" ::"l"(to + column + i), "l"(sum) : "memory");
+  }
 }
 
 __device__ __forceinline__ void add_columns(char *memory, const Parameters &p, u32 warp, u32 lane) {
-  char *stages = memory + warp * 6 * (STAGE + 16);
+  char *pieces = memory + warp * X_RING * (PIECE + 16);
+  u32 some = gridDim.x * LONGEST_SUM;
 #pragma unroll 1
-  for (u32 first = warp * CHUNK; first < p.K; first += 2 * CHUNK)
+  for (u32 first = warp * 512; first < p.K; first += 1024)
 #pragma unroll 1
     for (u32 stream = 0; stream <= p.second; stream++) {
-      u32 row = (stream ? p.split : 0) + blockIdx.x, end = stream < p.second ? p.split : p.M;
-      if (row < end) add_rows(stages, p, row, end, first + lane * 16, p.centre.sums + stream * p.K, lane);
+      u32 end = stream < p.second ? p.split : p.M;
+#pragma unroll 1
+      for (u32 row = (stream ? p.split : 0) + blockIdx.x; row < end; row += some)
+        add_rows(pieces, p, row, min(end, row + some), first + lane * 16, p.centre.sums + stream * p.K, lane);
     }
 }
 
 // In parts of VECTOR columns, and stream by stream; each but the first adds to what the same lane wrote before.
-__device__ __forceinline__ void mean_of_values(char *memory, const Parameters &p, u32 thread) {
+__device__ __forceinline__ void mean_of_values(Spare &s, const Parameters &p, u32 thread) {
   u32 d = p.heads / 3;
 #pragma unroll 1
   for (u32 stream = 0; stream <= p.second; stream++) {
@@ -231,30 +271,40 @@ __device__ __forceinline__ void mean_of_values(char *memory, const Parameters &p
       const u64 *sums = p.centre.sums + stream * p.K + column;
       u32 inner = min(p.K - column, VECTOR);
       spare_sync();  // what lies there has been read
-      fill((float *)memory, inner, thread, [&](u32 k) { return (float)(long long)__ldcg(sums + k) * unit; });
+      fill(s.vector, inner, thread, [&](u32 k) {
+        ulonglong2 pair = __ldcg((const ulonglong2 *)(sums + k));
+        return make_float2((float)(long long)pair.x * unit, (float)(long long)pair.y * unit);
+      });
       spare_sync();
       const char *w = p.centre.w + (u64)first * p.K + column;
-      multiply_rows(memory, w, d, p.K, inner, thread / 32, thread % 32, [&](u32 row, float product) {
+      multiply_rows(s, w, d, p.K, inner, thread / 32, thread % 32, [&](u32 row, float product) {
         u32 output = output_of(row);
         float *mean = p.centre.mean + output, value = product * p.w_scale[first + output];
-        __stcg(mean, (column ? value : value + p.bias[first + output] * share) + (stream || column ? __ldcg(mean) : 0.0f));
+        value += column ? 0.0f : p.bias[first + output] * share;
+        __stcg(mean, stream || column ? value + __ldcg(mean) : value);
       });
     }
   }
 }
 
-__device__ __forceinline__ void restore(char *memory, const Parameters &p, u32 thread) {
+// A 16th of the mean in units of attention's output, so that one of thousands of spreads fits in halves.
+__device__ __forceinline__ void restore(Spare &s, const Parameters &p, u32 thread) {
   const Centre &c = p.centre;
   u32 d = p.heads / 3, rows = c.back_streams * c.back_columns;
+  float unit = c.inverse / 16;
 #pragma unroll 1
   for (u32 column = 0; column < d; column += VECTOR) {
     u32 inner = min(d - column, VECTOR);
     spare_sync();
-    fill((float *)memory, inner, thread, [&](u32 k) { return __ldcg(c.mean + column + k) * c.inverse; });
+    fill(s.vector, inner, thread, [&](u32 k) {
+      float2 pair = __ldcg((const float2 *)(c.mean + column + k));
+      return make_float2(pair.x * unit, pair.y * unit);
+    });
     spare_sync();
-    multiply_rows(memory, c.back + column, rows, c.back_inner, inner, thread / 32, thread % 32, [&](u32 row, float product) {
+    multiply_rows(s, c.back + column, rows, c.back_inner, inner, thread / 32, thread % 32, [&](u32 row, float product) {
       u32 output = output_of(row);
-      c.restored[output] = product * c.back_scale[output] + (column ? c.restored[output] : 0.0f);
+      float value = product * 16 * c.back_scale[output];
+      c.restored[output] = column ? value + c.restored[output] : value;
     });
   }
 }
@@ -262,16 +312,16 @@ __device__ __forceinline__ void restore(char *memory, const Parameters &p, u32 t
 // Weights on their way to L2 while x is still being added up.
 __device__ __forceinline__ void prefetch_weights(const Parameters &p, u32 warp) {
   const Centre &c = p.centre;
-  u32 d = p.heads / 3, step = gridDim.x * 2 * AT_ONCE, own = (blockIdx.x * 2 + warp) * AT_ONCE;
+  u32 d = p.heads / 3, step = gridDim.x * 2 * 16, own = (blockIdx.x * 2 + warp) * 16;
 #pragma unroll 1
   for (u32 stream = 0; stream <= p.second; stream++)
 #pragma unroll 1
     for (u32 n = own; n < d; n += step)  // rows behind each other
-      prefetch(c.w + (u64)(stream * p.N + 2 * d + n) * p.K, AT_ONCE * p.K);
+      prefetch(c.w + (u64)(stream * p.N + 2 * d + n) * p.K, 16 * p.K);
 #pragma unroll 1
   for (u32 n = own; n < c.back_streams * c.back_columns; n += step)
 #pragma unroll 1
-    for (u32 r = 0; r < AT_ONCE; r++) prefetch(c.back + (u64)(n + r) * c.back_inner, d);
+    for (u32 r = 0; r < 16; r++) prefetch(c.back + (u64)(n + r) * c.back_inner, d);
 }
 
 // Counters, each left at 0: programs with their sums; with their part of the mean; warps that read the mean no more.
@@ -282,14 +332,14 @@ __device__ __forceinline__ void centre(char *memory, const Parameters &p, u32 th
   add_columns(memory, p, thread / 32, thread % 32);
   arrive_spare(arrived, thread);
   await_spare(arrived, thread);
-  mean_of_values(memory, p, thread);
+  mean_of_values(*(Spare *)memory, p, thread);
   if (arrive_spare(arrived + 1, thread)) {  // everybody has read the sums
 #pragma unroll 1
     for (u32 i = thread; i < (p.second + 1) * p.K; i += SPARE) p.centre.sums[i] = 0;
     if (thread == 0) arrived[0] = 0;
   }
   await_spare(arrived + 1, thread);
-  restore(memory, p, thread);
+  restore(*(Spare *)memory, p, thread);
 }
 
 // Said once by a program's spare warps and once by the warp that prepares columns.
