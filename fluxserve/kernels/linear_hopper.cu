@@ -201,7 +201,7 @@ __device__ __forceinline__ void prepare(Shared &s, const Parameters &p, const Pl
     barrier_wait(&s.columns_empty[at % 2], at / 2 & 1 ^ 1);
     Tile t = tile_of(p, plan, item.tile);
     if (is_centred(p, t)) {
-      if (threadIdx.x % 32 == 0) await(p.centre.arrived + 1, gridDim.x);
+      if (threadIdx.x % 32 == 0) await(COUNTER(1), gridDim.x);
       __syncwarp();
     }
     keep_columns(s.columns[at % 2], p, t, threadIdx.x % 32);

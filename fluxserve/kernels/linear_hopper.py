@@ -200,7 +200,7 @@ def _sums(inner: int, device: torch.device) -> tuple[Tensor, Tensor]:
     Every launch leaves both at 0. One for all launches of x with as many columns, as `_meeting_place` is.
     """
     sums = torch.zeros(2 * inner, dtype=torch.int64, device=device)
-    return sums, torch.zeros(3, dtype=torch.int32, device=device)
+    return sums, torch.zeros(3 * 32, dtype=torch.int32, device=device)
 
 
 def _programs(device: torch.device) -> int:

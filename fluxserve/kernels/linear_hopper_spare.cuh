@@ -34,14 +34,23 @@ __device__ __forceinline__ bool any_spare(bool mine) {
   return any;
 }
 
+// Counters lie 128 bytes apart: a line that is polled is one that others add to slowly.
+#define COUNTER(i) (p.centre.arrived + 32 * (i))
+
 __device__ __forceinline__ int count_one(int *counter) {
-  __threadfence();  // behind a barrier: of what every thread of it has written
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");  // behind a barrier: of what every thread of it has written
   return atomicAdd(counter, 1) + 1;
 }
 
+// Polls with pauses, and without ordering anything until it has seen enough: every poll that did would empty the L1 cache.
 __device__ __forceinline__ void await(const int *counter, int programs) {
-  int there = 0;
-  while (there < programs) asm volatile("ld.acquire.gpu.b32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
+  int there;
+  while (true) {
+    asm volatile("ld.relaxed.gpu.b32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
+    if (there >= programs) break;
+    __nanosleep(100);
+  }
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
 // Whether this program is the last whose spare warps have arrived.
@@ -210,12 +219,12 @@ __device__ __forceinline__ void multiply_rows(
   });
 }
 
-// Adds up every program-th row of x from `row` to `end`, at most LONGEST_SUM of them: 16 columns a lane from `column` on, of
-// which none is counted that K does not have.
+// Adds up every program-th row of x from `row` to `end`, at most LONGEST_SUM of them: 512 columns from `first` on, 16 a lane,
+// of which none is counted that K does not have.
 __device__ __forceinline__ void add_rows(
-    char *pieces, const Parameters &p, u32 row, u32 end, u32 column, u64 *to, u32 lane) {
+    char *pieces, const Parameters &p, u32 row, u32 end, u32 first, u64 *to, u32 lane) {
   u32 step = gridDim.x, asked = row, sums[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  const char *x = p.centre.x + (column < p.K ? column : 0);
+  const char *x = p.centre.x + (first + lane * 16 < p.K ? first + lane * 16 : 0);
   auto ask = [&](u32 place) {
     char *at = pieces + place * (PIECE + 16);
 #pragma unroll
@@ -237,25 +246,31 @@ __device__ __forceinline__ void add_rows(
     }
     __syncwarp();  // before they are written over
   });
-  if (column >= p.K) return;
+  // By way of shared memory, so that a warp adds to neighbours.
+  float *all = (float *)pieces;
 #pragma unroll
-  for (u32 i = 0; i < 16; i++) {
-    long long sum = __float2ll_rn(half_of(sums[i / 2], i % 2) * SUM_UNIT);
-    asm volatile("red.global.add.u64 [%0], %1;" ::"l"(to + column + i), "l"(sum) : "memory");
-  }
+  for (u32 i = 0; i < 4; i++)
+    *(float4 *)(all + lane * 16 + i * 4) = make_float4(
+        half_of(sums[2 * i], 0), half_of(sums[2 * i], 1), half_of(sums[2 * i + 1], 0), half_of(sums[2 * i + 1], 1));
+  __syncwarp();
+#pragma unroll 4
+  for (u32 i = lane; i < 512 && first + i < p.K; i += 32)
+    asm volatile("red.global.add.u64 [%0], %1;" ::"l"(to + first + i), "l"(__float2ll_rn(all[i] * SUM_UNIT)) : "memory");
+  __syncwarp();
 }
 
+// A warp takes every second 512 columns. Programs begin at different ones, so that they don't all add to the same at once.
 __device__ __forceinline__ void add_columns(char *memory, const Parameters &p, u32 warp, u32 lane) {
   char *pieces = memory + warp * X_RING * (PIECE + 16);
-  u32 some = gridDim.x * LONGEST_SUM;
+  u32 some = gridDim.x * LONGEST_SUM, parts = (p.K + 511) / 512;
 #pragma unroll 1
-  for (u32 first = warp * 512; first < p.K; first += 1024)
+  for (u32 i = warp; i < parts; i += 2)
 #pragma unroll 1
     for (u32 stream = 0; stream <= p.second; stream++) {
-      u32 end = stream < p.second ? p.split : p.M;
+      u32 end = stream < p.second ? p.split : p.M, first = (i + blockIdx.x) % parts * 512;
 #pragma unroll 1
       for (u32 row = (stream ? p.split : 0) + blockIdx.x; row < end; row += some)
-        add_rows(pieces, p, row, min(end, row + some), first + lane * 16, p.centre.sums + stream * p.K, lane);
+        add_rows(pieces, p, row, min(end, row + some), first, p.centre.sums + stream * p.K, lane);
     }
 }
 
@@ -326,27 +341,25 @@ __device__ __forceinline__ void prefetch_weights(const Parameters &p, u32 warp) 
 
 // Counters, each left at 0: programs with their sums; with their part of the mean; warps that read the mean no more.
 __device__ __forceinline__ void centre(char *memory, const Parameters &p, u32 thread) {
-  int *arrived = p.centre.arrived;
   if (thread % 32 == 0) prefetch_weights(p, thread / 32);
   __syncwarp();
   add_columns(memory, p, thread / 32, thread % 32);
-  arrive_spare(arrived, thread);
-  await_spare(arrived, thread);
+  arrive_spare(COUNTER(0), thread);
+  await_spare(COUNTER(0), thread);
   mean_of_values(*(Spare *)memory, p, thread);
-  if (arrive_spare(arrived + 1, thread)) {  // everybody has read the sums
+  if (arrive_spare(COUNTER(1), thread)) {  // everybody has read the sums
 #pragma unroll 1
     for (u32 i = thread; i < (p.second + 1) * p.K; i += SPARE) p.centre.sums[i] = 0;
-    if (thread == 0) arrived[0] = 0;
+    if (thread == 0) *COUNTER(0) = 0;
   }
-  await_spare(arrived + 1, thread);
+  await_spare(COUNTER(1), thread);
   restore(*(Spare *)memory, p, thread);
 }
 
 // Said once by a program's spare warps and once by the warp that prepares columns.
 __device__ __forceinline__ void leave(const Parameters &p) {
-  int *arrived = p.centre.arrived;
-  if (count_one(arrived + 2) < 2 * (int)gridDim.x) return;
-  arrived[1] = 0, arrived[2] = 0;
+  if (count_one(COUNTER(2)) < 2 * (int)gridDim.x) return;
+  *COUNTER(1) = 0, *COUNTER(2) = 0;
 }
 
 #endif

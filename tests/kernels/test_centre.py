@@ -40,8 +40,13 @@ def exact(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, centre: Cent
         y = y if w.scale is None else y * w.scale[stream].double()
         values.append(y if w.bias is None else y + w.bias[stream].double())
     mean = torch.cat(values)[:, -len(centre.mean) :].mean(dim=0)
-    back = centre.back.weight[:, :, : len(mean)].double() @ mean * centre.inverse
-    return mean, back if centre.back.scale is None else back * centre.back.scale.double()
+    return mean, restored_from(replace(centre, mean=mean))
+
+
+def restored_from(centre: Centre) -> Tensor:
+    """What the projection makes of `centre.mean`, in float64."""
+    back = centre.back.weight[:, :, : len(centre.mean)].double() @ centre.mean.double() * centre.inverse
+    return back if centre.back.scale is None else back * centre.back.scale.double()
 
 
 @pytest.mark.parametrize("way", [centre_values, plain_centre_values])
@@ -144,8 +149,11 @@ def test_spare_warps_as_the_reference(rows: int, width: int, inner: int, streams
     kernels.linear_heads(x, x_scale, arranged(w), split, heads_of(rows, streams, ours), got)
     plain.plain_linear_heads(x, x_scale, w, split, heads_of(rows, streams, theirs), expected)
     torch.cuda.synchronize()
-    mean, restored = exact(x, x_scale, w, split, theirs)
-    assert relative(ours.mean, mean) < 1e-5 and relative(ours.restored, restored) < 1e-5
+    mean, _ = exact(x, x_scale, w, split, theirs)
+    spread = float(expected[:, 2 * width :].float().std()) if rows > 1 else float(mean.std())
+    assert float((ours.mean - mean).norm()) < 3e-4 * spread * width**0.5, "x is added up in halves"
+    taken = replace(theirs, mean=ours.mean, restored=ours.restored)
+    assert relative(ours.restored, restored_from(taken)) < 1e-5
     same(got[:, : 2 * width], expected[:, : 2 * width].clamp(-448, 448), E4M3, of_product(E4M3) + 2**-10)
     if rows > 1:  # of one row nothing is left but the product's own error
         same(got[:, 2 * width :], expected[:, 2 * width :].clamp(-448, 448), E4M3, of_product(E4M3) + 2**-10)
