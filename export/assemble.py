@@ -74,7 +74,7 @@ def assemble(stages: Stages, numerics: Mapping[str, Result], target: Path) -> Pa
                 components = {name: _component(stages, name, numerics[name], partial) for name in names}
             _place(stages.reference(), partial / REFERENCE)
             if stages.options.precision == FP8:
-                shutil.copy(stages.scales().path / SCALES, partial / SCALES)
+                (partial / SCALES).write_text(json.dumps(stages.decided(), indent=1) + "\n", encoding="utf-8")
             line.say("hashing")
             manifest = _manifest(stages, components, partial)
             check_manifest(manifest, partial / MANIFEST)
@@ -183,6 +183,7 @@ def _manifest(stages: Stages, components: Mapping[str, Any], partial: Path) -> d
         "files": _listed(partial, files),
         "checkpoint": stages.hashes,
         "calibration": calibration if options.precision == FP8 else None,
+        **({"measured": stages.measured().record} if stages.measures else {}),
         "notes": _notes(options.engine, components),
         "made": {
             "fluxserve": __version__,

@@ -17,6 +17,7 @@ from export.options import (
     DTYPES,
     FP8,
     FUSED,
+    GATE,
     ONNXRUNTIME,
     TENSORRT,
     TENSORRT_RTX,
@@ -86,6 +87,13 @@ def _parser(stage: str) -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, help="where finished stages are kept; default: OUT.work")
     parser.add_argument("--engine", choices=(ONNXRUNTIME, TENSORRT, TENSORRT_RTX, FUSED), default=ONNXRUNTIME)
     parser.add_argument("--precision", choices=(*DTYPES, FP8), default="fp32", help="default: %(default)s")
+    parser.add_argument(
+        "--gate",
+        type=float,
+        default=GATE,
+        metavar="ERROR",
+        help="fused, fp8: a block of the transformer that is further from float32 stays in BF16; default: %(default)s",
+    )
     parser.add_argument(
         "--spell-attention-out", action="store_true", help="products and a softmax, as TensorRT 10.13 needs it"
     )
@@ -160,11 +168,7 @@ def _export(stage: str, options: argparse.Namespace) -> int:
     if stage and options.engine == FUSED:
         raise ExportError(f"{stage}: the fused engine has no such stage; it runs the checkpoint's own weights")
     own = stages.checkpoint.spec.components
-    usual = tuple(name for name in KEPT if name in own) if stage == "quantize" else own
-    components = tuple(getattr(options, "component", ())) or usual
-    for name in components:
-        if name not in own:
-            raise ExportError(f"component: got {name}; {stages.checkpoint.spec.name} has {', '.join(own)}")
+    components = _components(stages, stage, tuple(getattr(options, "component", ())))
     if stage in ("", "build"):
         stages.check_engine()
     if stage:
@@ -177,11 +181,24 @@ def _export(stage: str, options: argparse.Namespace) -> int:
         numerics = {component: stages.numerics(component) for component in own}
         for component in own:
             stages.engines(component)
+    if stages.measures:
+        from export import measure
+
+        print(measure.table(stages.measured().record))
     artifact = assemble(stages, numerics, options.out)
     print(
         f"exported in {console.duration(time.perf_counter() - begun)}; serve it: fluxserve serve --artifact {artifact}"
     )
     return _verify_if_possible(artifact, options)
+
+
+def _components(stages: "Stages", stage: str, named: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that were named, or all that the stage is for. Raises ExportError."""
+    own = stages.checkpoint.spec.components
+    for name in named:
+        if name not in own:
+            raise ExportError(f"component: got {name}; {stages.checkpoint.spec.name} has {', '.join(own)}")
+    return named or (tuple(name for name in KEPT if name in own) if stage == "quantize" else own)
 
 
 def _run_stage(stages: "Stages", stage: str, component: str) -> list[Path]:
@@ -205,6 +222,8 @@ def _stages(options: argparse.Namespace, stage: str) -> "Stages":
     usual = default_sizes(folder.spec)
     opt = options.opt_size or usual.opt_size
     sizes = Sizes(options.min_size or usual.min_size, opt, options.max_size or opt, options.max_batch)
+    if not options.gate > 0:
+        raise ExportError(f"gate: got {options.gate}; expected a number above 0, such as {GATE}")
     for name in ("prompts", "steps"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ExportError(f"{name}: got {value}; expected 1 or more")
@@ -227,6 +246,7 @@ def _stages(options: argparse.Namespace, stage: str) -> "Stages":
         tuple(dict.fromkeys(options.sm)),
         not options.spell_attention_out,
         not options.no_numerics,
+        options.gate,
     )
     wanted.check(folder.spec)  # before anything is made
     if not stage:

@@ -27,6 +27,9 @@ than TensorRT 10.13. No kernel is there for float32, nor for the VAE's single he
 
 FUSED_ARCHITECTURES = ("sm90",)
 
+GATE = 0.1
+"""The largest error of a block in FP8, of what it adds to the residual stream. BF16's is about a tenth of it."""
+
 FUSED_WITHOUT = ("clip",)
 """Components that the fused engine leaves in BF16 under fp8: a thousandth of the time."""
 
@@ -83,6 +86,8 @@ class Options:
     """Whether attention may be one operator, where the engine has a kernel for it."""
     check_numerics: bool = True
     """Whether ONNX files are run through ONNX Runtime, where memory allows it."""
+    gate: float = GATE
+    """The largest error of a block in FP8; see measure.py."""
 
     @property
     def dtype(self) -> torch.dtype:

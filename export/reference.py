@@ -119,7 +119,7 @@ def rows_of(asked: Sequence[Asked]) -> int:
 # --- noting calls -----------------------------------------------------------------------------------------------------
 
 
-class _Noted:
+class Noted:
     """An engine in front of another, which keeps a few of its calls."""
 
     def __init__(self, engine: Engine, wanted: Sequence[int]) -> None:
@@ -144,7 +144,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _NotedBound:
-    def __init__(self, bound: Bound, owner: _Noted) -> None:
+    def __init__(self, bound: Bound, owner: Noted) -> None:
         self.inputs, self.outputs, self._bound, self._owner = bound.inputs, bound.outputs, bound, owner
 
     def run(self) -> None:
@@ -158,7 +158,7 @@ def record(
     """Draw with the reference's components; their calls and the images."""
     steps = asked[0].num_inference_steps
     calls = {"transformer": (0, steps // 2, steps - 1, steps)}  # the last: the first step of the second picture
-    noted = {name: _Noted(engine, calls.get(name, (0, 1))) for name, engine in components.by_name().items()}
+    noted = {name: Noted(engine, calls.get(name, (0, 1))) for name, engine in components.by_name().items()}
     rows = rows_of(asked)
     images = draw(asked, Pipeline(spec, Components.of(noted), device, rows), tokenizers)
     for name in (*components.text, "vae_encoder"):  # the pipeline calls these for one row at a time

@@ -16,6 +16,7 @@ from torch import nn
 from export import build, calibrate, numerics, quantize, reference, trace
 from export.console import Line, size
 from export.fp8 import ATTENTION, KEPT
+from export.inputs import calls_to_keep, load_inputs, save_inputs
 from export.options import ATTENTION_OPSET, FP8, FUSED, FUSED_ARCHITECTURES, ONNXRUNTIME, Options, profile, ranges
 from export.work import Make, Result, Work
 from fluxserve.artifact import ANYWHERE, SCALES, Range, Scales
@@ -30,6 +31,8 @@ from fluxserve.text import Tokenizers
 
 ONNX = "model.onnx"
 PLAN = "model.plan"
+INPUTS = "inputs.safetensors"
+"""Of the transformer, beside SCALES: what blocks are measured on."""
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 
@@ -144,11 +147,15 @@ class Stages:
 
         def make(folder: Path, line: Line) -> dict[str, Any]:
             line.say("loading")
-            modules = self._modules(calibrate.dtype_on(asked.device))
-            pipeline = self._pipeline(modules)
+            spec, modules = self.checkpoint.spec, self._modules(calibrate.dtype_on(asked.device))
+            engines = self._components(modules).by_name()
+            wanted = calls_to_keep(asked.steps, spec.takes_references)
+            engines["transformer"] = noted = reference.Noted(engines["transformer"], wanted)
+            pipeline = Pipeline(spec, Components.of(engines), asked.device)
             found = calibrate.calibrate(
                 pipeline, Tokenizers(self.checkpoint), modules, asked, self.options.sizes.opt_size, line.progress
             )
+            save_inputs([case.inputs for case in noted.cases], folder / INPUTS)
             content = {
                 "format": "e4m3",
                 "method": asked.method,
@@ -165,9 +172,55 @@ class Stages:
         }
         return self.work.stage("calibrate", inputs, _judging(make))
 
+    def _calibrated(self) -> dict[str, Any]:
+        """What calibration measured, before anything was decided by it."""
+        content: dict[str, Any] = json.loads((self.scales().path / SCALES).read_text(encoding="utf-8"))
+        return content
+
     def scales_of(self, component: str) -> Scales:
-        content = json.loads((self.scales().path / SCALES).read_text(encoding="utf-8"))
-        return Scales.from_json(content["components"][component])
+        """A component's, with what measuring its blocks has kept in the compute dtype."""
+        return Scales.from_json(self.decided()["components"][component])
+
+    # --- measure ------------------------------------------------------------------------------------------------------
+
+    @property
+    def measures(self) -> bool:
+        """Whether blocks are measured: with the fused engine, whose arithmetic runs on any machine."""
+        return self.options.engine == FUSED and self.options.precision == FP8
+
+    def measured(self) -> Result:
+        """Each block of the transformer in FP8, BF16 and float32; what is kept follows from it.
+
+        Raises:
+            LibraryMissing: the engine's kernels can't be imported here, though only their definitions may be run.
+        """
+        from export import measure
+        from fluxserve.engines.fused.open import operations_on
+
+        asked, name = self.calibration, measure.COMPONENT
+        scales, run = Scales.from_json(self._calibrated()["components"][name]), operations_on(asked.device)
+
+        def make(_: Path, line: Line) -> dict[str, Any]:
+            batches = load_inputs(self.scales().path / INPUTS)
+            blocks = measure.measure(self.checkpoint, batches, scales, asked.device, run, line.progress)
+            return measure.record(blocks, self.options.gate)
+
+        keyed = {
+            "weights": self._weights([name]),
+            "scales": self.scales().files,
+            "gate": self.options.gate,
+            "device": asked.device,
+            "versions": self._libraries,
+        }
+        return self.work.stage("measure", keyed, _judging(make))
+
+    def decided(self) -> dict[str, Any]:
+        """The content of SCALES in the artifact."""
+        content = self._calibrated()
+        if self.measures:
+            kept = self.measured().record["kept"]
+            content["components"][ATTENTION[0]]["kept"] = kept
+        return content
 
     # --- quantize -----------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,10 @@ import torch
 from export import reference
 from export.metrics import psnr
 from fluxserve.artifact import REFERENCE, Artifact
-from fluxserve.engines.base import Components
+from fluxserve.engines.base import Components, Saturating
 from fluxserve.engines.open import CPU_ONLY, open_artifact
 from fluxserve.errors import ArtifactError
+from fluxserve.kernels.layers import SAMPLE
 from fluxserve.pipeline import Pipeline
 from fluxserve.text import Tokenizers
 
@@ -40,6 +41,7 @@ def verify(artifact: Artifact, device: str) -> dict[str, Any]:
             results = [reference.call(engine, case.inputs) for case in cases]
             rows += [{"component": name, **row} for row in reference.compare(cases, results)]
         images = _images(artifact, components, device, files)
+        saturated = _saturated(components)
     finally:
         components.close()
     for row in rows:
@@ -49,8 +51,15 @@ def verify(artifact: Artifact, device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
         "components": rows,
         "images": images,
+        **({} if saturated is None else {"saturated": saturated}),
         "passed": all(row["passed"] for row in [*rows, *images]),
     }
+
+
+def _saturated(components: Components) -> dict[str, list[int]] | None:
+    """Values that were too large for a static scale: block → of attention, of the hidden layer. None: nobody counts."""
+    engine = components.transformer
+    return {name: list(pair) for name, pair in engine.saturated().items()} if isinstance(engine, Saturating) else None
 
 
 def _files(artifact: Artifact) -> dict[str, Path]:
@@ -90,7 +99,15 @@ def table(found: Mapping[str, Any]) -> str:
     for row in found["images"]:
         name = f"{row['task']} {row['size'][0]}x{row['size'][1]}"
         lines.append(f"{name:<34}{row['psnr']:>15.1f}{row['plain']:>10.1f}{row['allowed']:>10.1f}{'':>10}{_mark(row)}")
+    if "saturated" in found:
+        lines.append(f"FP8 values at their limit, in every {SAMPLE}th row: {_counted(found['saturated'])}")
     return "\n".join(lines)
+
+
+def _counted(saturated: Mapping[str, Any]) -> str:
+    worst = sorted(saturated, key=lambda name: -sum(saturated[name]))[:5]
+    listed = ", ".join(f"{name}: {sum(saturated[name])}" for name in worst)
+    return listed + (f" ({len(saturated)} blocks in all)" if len(saturated) > len(worst) else "") or "none"
 
 
 def _mark(row: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ TILE_ROWS, TILE_COLUMNS, TILE_INNER, STAGES = 128, 256, 128, 4
 _SOURCE = Path(__file__).with_suffix(".cu")
 _THREADS = 384
 _BARRIERS = 2 * STAGES + 4
-VECTOR = 4096
+VECTOR = 8 * 512
 """Numbers of the vector that the spare warps hold at once; a longer one is taken in parts."""
 _SHARED = STAGES * (TILE_ROWS + TILE_COLUMNS) * TILE_INNER + 2 * 3 * TILE_COLUMNS * 4 + _BARRIERS * 8
 _ALIGNMENT = 16  # bytes, of a row that TMA reads

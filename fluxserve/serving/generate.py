@@ -151,6 +151,7 @@ class GenerateModel(ServedModel):
                 _send(asked.request, self._refusal(Cancelled(asked.request.request_id(), steps, asked.steps)))
             else:
                 self._hand_over(asked, drawing, {"queue": 1000 * seconds, **drawing.timings})
+        self._metrics.saturated(self._pipeline.saturated())
 
     def _start(self, asked: _Asked) -> float:
         """Seconds that a request waited. Raises Cancelled if nobody wants it any more."""

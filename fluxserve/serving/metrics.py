@@ -36,6 +36,10 @@ class DrawingMetrics:
             "pixels": _counter("fluxserve_pixels_total", "Pixels drawn"),
             "steps": _counter("fluxserve_steps_total", "Denoising steps run, one for each image and step"),
             "cancellations": _counter("fluxserve_cancellations_total", "Requests cancelled while waiting or running"),
+            "saturated": _counter(
+                "fluxserve_saturated_values_total",
+                "FP8 values that were too large for their static scale, in a sample of the rows: expected 0",
+            ),
         }
         self._counters = {name: family.Metric(labels={}) for name, family in families.items()}
         stage = pb_utils.MetricFamily(
@@ -45,12 +49,19 @@ class DrawingMetrics:
         )
         self._stages = {s: stage.Metric(labels={"stage": s}, buckets=_STAGE_BUCKETS) for s in self.STAGES}
         self._families = (*families.values(), stage)
+        self._saturated = 0
 
     def stepped(self) -> None:
         self._counters["steps"].increment(1)
 
     def cancelled(self) -> None:
         self._counters["cancellations"].increment(1)
+
+    def saturated(self, total: int) -> None:
+        """Count what has been added since the last total."""
+        if total > self._saturated:
+            self._counters["saturated"].increment(total - self._saturated)
+            self._saturated = total
 
     def drawn(self, images: int, pixels: int, milliseconds: Mapping[str, float]) -> None:
         self._counters["images"].increment(images)

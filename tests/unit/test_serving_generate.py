@@ -288,6 +288,19 @@ def test_the_numbers_come_after_the_answer(
     assert answered == [True]
 
 
+def test_saturated_values_are_counted_once(
+    generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine counts from its start on, and the metric what has come since the last picture."""
+    before, totals = spent("saturated_values_total"), iter([0, 5, 5, 9])
+    monkeypatch.setattr(generate._pipeline, "saturated", lambda: next(totals))
+    seen = []
+    for name in "abcd":
+        answers(generate, [job(table.claim(name))])
+        seen.append(spent("saturated_values_total") - before)
+    assert seen == [0, 5, 5, 9]
+
+
 def test_an_exception_releases_the_slots(generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")

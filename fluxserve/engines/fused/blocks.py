@@ -187,6 +187,13 @@ class _Attention:
         if given is not wanted:
             run.rows(given.attended, wanted.attended, None)  # v was divided by its scale, so this is one rounding
 
+    def output(self, b: Buffers) -> Tensor:
+        """What attention gives, float32 [S, D], with the mean that is given back behind it."""
+        rows = b.rows(self._mode.precision)
+        if not self._mode.precision.quantised:
+            return rows.attended.float()
+        return rows.attended.float() / self._inverse + b.mean
+
     def restored(self, b: Buffers, streams: int) -> Tensor | None:
         """What the projection adds to its bias."""
         return b.restored[:streams] if self._mode.precision.quantised else None
@@ -248,6 +255,10 @@ class DoubleBlock:
         run.linear_heads(rows.normed, rows.row_scale, self._qkv, b.split, heads, qkv)
         self._attention(run, b)
 
+    def attended(self, b: Buffers) -> Tensor:
+        """Attention's output after `attend`, float32 [S, D]."""
+        return self._attention.output(b)
+
     def __call__(self, run: Operations, b: Buffers, modulation: Tensor, counts: Tensor) -> None:
         """modulation: float32 [6, 2, D]. counts: int64 [2], saturated values of q, k, v and of the hidden layer."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
@@ -294,6 +305,10 @@ class SingleBlock:
         both = run.linear_heads_swiglu if self._gated else run.linear_heads_gelu
         both(rows.normed, rows.row_scale, self._in, heads, self._attention.rows(b).qkv, inverse, rows.hidden)
         self._attention(run, b)
+
+    def attended(self, b: Buffers) -> Tensor:
+        """Attention's output after `attend`, float32 [S, D]."""
+        return self._attention.output(b)
 
     def __call__(self, run: Operations, b: Buffers, modulation: Tensor, counts: Tensor, wanted: int = 0) -> None:
         """modulation: float32 [3, 1, D]. counts: as a double block's. wanted: the first row of the residual stream that

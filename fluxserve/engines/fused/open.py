@@ -16,13 +16,14 @@ from fluxserve.errors import DeviceUnsuited, EngineError, LibraryMissing, OutOfM
 try:
     from fluxserve.engines.fused import headroom, vae
     from fluxserve.engines.fused.clip import FusedClip
+    from fluxserve.engines.fused.probe import HOPPER
     from fluxserve.engines.fused.qwen3 import FusedQwen3
     from fluxserve.engines.fused.t5 import FusedT5
     from fluxserve.engines.fused.transformer import FusedTransformer
     from fluxserve.engines.fused.weights import Precision, Reader
     from fluxserve.kernels import linear_hopper
     from fluxserve.kernels.fp8 import E4M3
-    from fluxserve.kernels.operations import LAUNCHED, Operations
+    from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
 except ModuleNotFoundError as error:
     if error.name is None or not error.name.startswith("triton"):
         raise
@@ -30,7 +31,6 @@ except ModuleNotFoundError as error:
 
 BF16 = Precision(torch.bfloat16, torch.bfloat16)
 FP8 = Precision(torch.bfloat16, E4M3)
-_HOPPER = (9, 0)
 _ROWS = 8
 """Images that one call may hold: they take turns, so it costs no more than their inputs' memory."""
 
@@ -126,12 +126,19 @@ def _load(
     return components
 
 
+def operations_on(device: str) -> Operations:
+    """The kernels, if the device runs them; their definitions anywhere else."""
+    found = torch.device(device)
+    hopper = found.type == "cuda" and torch.cuda.get_device_capability(found) == HOPPER
+    return LAUNCHED if hopper else PLAIN
+
+
 def usable(device: str) -> torch.device:
     """Raises DeviceUnsuited: no GPU, or none of the architecture that the kernels are written for."""
     found = torch.device(device)
     if found.type != "cuda" or not torch.cuda.is_available():
         raise DeviceUnsuited("fused", device, "a CUDA device")
-    if torch.cuda.get_device_capability(found) != _HOPPER:
+    if torch.cuda.get_device_capability(found) != HOPPER:
         name, capability = torch.cuda.get_device_name(found), torch.cuda.get_device_capability(found)
         raise DeviceUnsuited("fused", f"{name}, compute capability {capability}", "Hopper, compute capability (9, 0)")
     return found
