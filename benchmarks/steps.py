@@ -1,15 +1,15 @@
 """A model's denoise loop in the fused engine, whole and sustained, with each set of kernels in turn.
 
     python -m benchmarks.steps [--model flux.1-dev] [--sets cuda triton] [--precision fp8 bf16] [--steps N]
-        [--reference HxW] [--profile] [--json OUT]
+        [--reference HxW] [--repeats N] [--profile] [--json OUT]
 
-Random weights, made on the GPU: no checkpoint, no text encoders. Every set runs the same steps from the same inputs;
-how far its velocity is from the first set's is printed beside its time. At a GPU's power limit kernels that spare
-energy are fast, so that what counts is all steps in a row and not a kernel alone. The last line on stdout is JSON.
+Random weights, drawn on the GPU: no checkpoint, no text encoders. Every set runs the same steps from the same inputs,
+loop by loop in turn; how far its velocity is from the first set's is printed beside its time. At a GPU's power limit
+kernels that spare energy are fast, so that what counts is all steps in a row and not a kernel alone. The last line on
+stdout is JSON.
 """
 
 import argparse
-import gc
 import json
 import time
 import zlib
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks import floor, published
 from benchmarks.command import report
+from benchmarks.drift import leaving_the_mean_in
 from benchmarks.pictures import sides
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import milliseconds, summary
@@ -38,9 +39,10 @@ from fluxserve.spec import FLUX1_DEV, ModelSpec, TransformerSpec
 
 SETS = {
     "cuda": LAUNCHED,
+    "mean-left-in": leaving_the_mean_in(LAUNCHED),
     "triton": replace(LAUNCHED, arrange=as_they_are),
 }
-"""As served; with Triton's products, as BF16 always has them."""
+"""As served; as served until v's mean was taken off; with Triton's products, as BF16 always has them."""
 PRECISIONS = {"fp8": FP8, "bf16": BF16}
 _DEVICE = torch.device("cuda")
 
@@ -112,40 +114,45 @@ def bound_of(engine: FusedTransformer, spec: ModelSpec, sizes: Sizes) -> FusedBo
     return bound
 
 
-def measure(
-    spec: ModelSpec, name: str, precision: Precision, sizes: Sizes, steps: int, profile: bool
-) -> dict[str, Any]:
-    """One set's loop: milliseconds, memory, its first velocity."""
-    begun = time.perf_counter()
-    scales = usual_scales(spec.transformer) if precision.quantised else None
-    most = (sum(spec.image_tokens(*size) for size in sizes), spec.text.sequence.tokens, 1)
-    read = RandomReader(spec)
-    engine = FusedTransformer(spec, read, _DEVICE, precision, scales, SETS[name], most)
-    torch.cuda.synchronize()
-    loaded, weights = time.perf_counter() - begun, torch.cuda.memory_allocated() - engine.arena.bytes
-    bound = bound_of(engine, spec, sizes)
-    times = torch.linspace(1, 1 / steps, steps, device=_DEVICE).to(torch.bfloat16)
+class Contender:
+    """One set of kernels with a model of its own, ready to run its loop."""
 
-    def loop() -> None:
-        bound.prepare(times)
-        for _ in range(steps):
-            bound.run()
+    def __init__(self, spec: ModelSpec, name: str, precision: Precision, sizes: Sizes, steps: int) -> None:
+        begun, before = time.perf_counter(), torch.cuda.memory_allocated()
+        scales = usual_scales(spec.transformer) if precision.quantised else None
+        most = (sum(spec.image_tokens(*size) for size in sizes), spec.text.sequence.tokens, 1)
+        engine = FusedTransformer(spec, RandomReader(spec), _DEVICE, precision, scales, SETS[name], most)
+        torch.cuda.synchronize()
+        self.name, self.steps, self.spent = name, steps, list[float]()
+        self._about = {
+            "weights_gib": round((torch.cuda.memory_allocated() - before - engine.arena.bytes) / 2**30, 2),
+            "arena_gib": round(engine.arena.bytes / 2**30, 2),
+            "load_s": round(time.perf_counter() - begun, 1),
+        }
+        self._bound = bound_of(engine, spec, sizes)
+        self._times = torch.linspace(1, 1 / steps, steps, device=_DEVICE).to(torch.bfloat16)
+        self._bound.prepare(self._times)
+        self._bound.run()
+        self.velocity = self._bound.outputs["velocity"].float().clone()
+        self.loop()  # captured by now
 
-    bound.prepare(times)
-    bound.run()
-    velocity = bound.outputs["velocity"].float().clone()
-    found = summary(milliseconds(loop, repeats=5))
-    if profile:
-        print(profiled(loop))
-    return {
-        "set": name,
-        "loop_ms": found,
-        "step_ms": round(found["median"] / steps, 2),
-        "weights_gib": round(weights / 2**30, 2),
-        "arena_gib": round(engine.arena.bytes / 2**30, 2),
-        "load_s": round(loaded, 1),
-        "velocity": velocity,
-    }
+    def loop(self) -> None:
+        self._bound.prepare(self._times)
+        for _ in range(self.steps):
+            self._bound.run()
+
+    def summary(self, first: Tensor, floor_ms: float) -> dict[str, Any]:
+        """Milliseconds, memory, and how far the first velocity is from that of the first set."""
+        found = summary(self.spent)
+        return {
+            "set": self.name,
+            "loop_ms": found,
+            "step_ms": round(found["median"] / self.steps, 2),
+            **self._about,
+            "apart": round(float((self.velocity - first).norm() / first.norm()), 5),
+            "finite": bool(torch.isfinite(self.velocity).all()),
+            "of_floor": round(found["median"] / floor_ms, 3),
+        }
 
 
 def profiled(loop: Any) -> str:
@@ -159,11 +166,12 @@ def profiled(loop: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=published.MODELS, default=FLUX1_DEV.name, help="default: %(default)s")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["cuda", "triton"])
     parser.add_argument("--precision", choices=PRECISIONS, default="fp8")
     parser.add_argument("--size", type=sides, default=(1024, 1024), metavar="HxW")
     parser.add_argument("--reference", type=sides, metavar="HxW", help="of an image to draw after; default: none")
     parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--repeats", type=int, default=5, help="loops of each set, in turn; default: %(default)s")
     parser.add_argument("--profile", action="store_true", help="print each kernel's share")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -174,19 +182,14 @@ def main() -> None:
     tokens = spec.text.sequence.tokens + sum(spec.image_tokens(*size) for size in sizes)
     under = floor.measure(spec.transformer, tokens, steps)
     print(f"floor     {under['total_ms']:>8.1f} ms  {under['step_ms']:>6.2f} a step", flush=True)
-    found: list[dict[str, Any]] = []
-    first: Tensor | None = None
-    for name in args.sets:
-        gc.collect()
-        torch.cuda.empty_cache()
-        result = measure(spec, name, PRECISIONS[args.precision], sizes, steps, args.profile)
-        velocity = result.pop("velocity")
-        first = velocity if first is None else first
-        result["apart"] = round(float((velocity - first).norm() / first.norm()), 5)
-        result["finite"] = bool(torch.isfinite(velocity).all())
-        result["of_floor"] = round(result["loop_ms"]["median"] / under["total_ms"], 3)
-        print(json.dumps(result), flush=True)
-        found.append(result)
+    contenders = [Contender(spec, name, PRECISIONS[args.precision], sizes, steps) for name in args.sets]
+    for _ in range(args.repeats):
+        for contender in contenders:  # in turn, so that the GPU's temperature and power are the same for all
+            contender.spent += milliseconds(contender.loop, repeats=1, warm_up=0)
+    if args.profile:
+        print(*(f"{contender.name}\n{profiled(contender.loop)}" for contender in contenders), sep="\n")
+    found = [contender.summary(contenders[0].velocity, under["total_ms"]) for contender in contenders]
+    print(*(json.dumps(result) for result in found), sep="\n", flush=True)
     asked = {"model": spec.name, "precision": args.precision}
     result = {"benchmark": "steps", **surroundings(), **asked, "floor": under, "sets": found}
     report(result, args.json)

@@ -1,0 +1,152 @@
+"""Follow how far FP8's latents drift from BF16's, before and since v's mean was taken off; one GPU, the fused engine.
+
+    python -m benchmarks.drift ARTIFACT [--sizes 1024x1024 2048x2048] [--steps N] [--prompt TEXT] [--json OUT]
+
+ARTIFACT is an FP8 artifact of the fused engine, whose text encoders and VAE serve all. Three transformers of the same
+weights draw from the same noise: BF16; FP8 as it was, with the mean left in attention; FP8 as it is. After each step
+the relative distance of the latents from BF16's is taken, and in the end the PSNR of the pictures, in dB. The last line
+on stdout is JSON.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.command import report
+from benchmarks.pictures import sides
+from benchmarks.surroundings import surroundings
+from export.metrics import psnr
+from fluxserve import artifact as artifacts
+from fluxserve.artifact import Artifact, Scales
+from fluxserve.engines import signatures
+from fluxserve.engines.base import Components
+from fluxserve.engines.fused.open import BF16, FP8, open_artifact
+from fluxserve.engines.fused.transformer import FusedTransformer
+from fluxserve.engines.fused.weights import Reader
+from fluxserve.job import Job, plan
+from fluxserve.kernels.layers import Heads
+from fluxserve.kernels.operations import LAUNCHED, Operations
+from fluxserve.pipeline import Pipeline
+from fluxserve.request import parse
+from fluxserve.text import Tokenizers
+
+_DEVICE = "cuda:0"
+
+
+def leaving_the_mean_in(kernels: Operations) -> Operations:
+    """The set as it was before values lost their mean: nothing is taken off, given back or counted."""
+
+    def as_it_was(heads: Heads) -> Heads:
+        return replace(heads, centre=None)
+
+    return replace(
+        kernels,
+        linear_heads=lambda x, scale, w, split, heads, out: kernels.linear_heads(
+            x, scale, w, split, as_it_was(heads), out
+        ),
+        linear_heads_gelu=lambda x, scale, w, heads, *rest: kernels.linear_heads_gelu(
+            x, scale, w, as_it_was(heads), *rest
+        ),
+        linear_heads_swiglu=lambda x, scale, w, heads, *rest: kernels.linear_heads_swiglu(
+            x, scale, w, as_it_was(heads), *rest
+        ),
+        linear_add=lambda x, scale, w, split, gate, residual, *_: kernels.linear_add(
+            x, scale, w, split, gate, residual
+        ),
+    )
+
+
+def with_the_means_range(scales: Scales) -> Scales:
+    """Scales for v as it is, mean and all."""
+    return replace(scales, centred={name: v for name, (_, _, v) in scales.attention.items()})
+
+
+def transformers(artifact: Artifact) -> dict[str, FusedTransformer]:
+    """By name; all on the GPU at once. An artifact's kept blocks are kept in each."""
+    spec, scales = artifact.spec, artifact.scales("transformer")
+    signature = signatures.transformer(spec)
+    most = (signature.most("image_tokens"), signature.most("text_tokens"), 1)
+    ways = {
+        "bf16": (BF16, None, LAUNCHED),
+        "fp8, mean left in": (FP8, with_the_means_range(scales), leaving_the_mean_in(LAUNCHED)),
+        "fp8": (FP8, scales, LAUNCHED),
+    }
+    folder, device = artifact.checkpoint.component("transformer"), torch.device(_DEVICE)
+    return {
+        name: FusedTransformer(spec, Reader(folder, device), device, precision, found, run, most)
+        for name, (precision, found, run) in ways.items()
+    }
+
+
+@torch.inference_mode()
+def drawn(pipeline: Pipeline, job: Job) -> tuple[list[Tensor], Any]:
+    """Latents after each step, and the picture, uint8 [height, width, 3]."""
+    conditioning, latents = pipeline.encode(job), pipeline.start(job, job.noise_seeds[0])
+    size = pipeline.spec.latent_size(job.height, job.width)
+    steps = [x.clone() for x in pipeline.denoise(latents, conditioning, job.sigmas, size)]
+    return steps, pipeline.decode(steps[-1], job.height, job.width)[0].cpu().numpy()
+
+
+def compared(
+    artifact: Artifact,
+    components: Components,
+    engines: dict[str, FusedTransformer],
+    size: tuple[int, int],
+    steps: int,
+    prompt: str,
+) -> dict[str, Any]:
+    """Distances of one size: for each way of FP8 those after each step, and the picture's."""
+    fields = {"prompt": prompt.encode(), "height": size[0], "width": size[1], "num_inference_steps": steps, "seed": 0}
+    job = plan(parse(fields, artifact.spec), artifact.spec, Tokenizers(artifact.checkpoint))
+    results = {
+        name: drawn(Pipeline(artifact.spec, replace(components, transformer=engine), _DEVICE), job)
+        for name, engine in engines.items()
+    }
+    latents, picture = results.pop("bf16")
+    return {
+        name: {
+            "latents": [round(float((a - b).norm() / b.norm()), 5) for a, b in zip(own, latents, strict=True)],
+            "psnr": round(psnr(shown, picture), 2),
+        }
+        for name, (own, shown) in results.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--sizes", type=sides, nargs="+", default=[(1024, 1024)], metavar="HxW")
+    parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--prompt", default="a lighthouse on a cliff at dusk, waves below, oil on canvas")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(arguments)
+    artifact = artifacts.read(args.artifact)
+    components, engines = open_artifact(artifact, _DEVICE), transformers(artifact)
+    steps = args.steps or artifact.spec.defaults.num_inference_steps
+    found = {}
+    for size in args.sizes:
+        found["x".join(map(str, size))] = by_way = compared(artifact, components, engines, size, steps, args.prompt)
+        for name, result in by_way.items():
+            shown = "  ".join(f"{value:.4f}" for value in result["latents"])
+            print(f"{size[0]} x {size[1]}, {name}: {result['psnr']} dB; {shown}", flush=True)
+    saturated = engines["fp8"].saturated()
+    result = {
+        "benchmark": "drift",
+        **surroundings(),
+        "model": artifact.spec.name,
+        "steps": steps,
+        "prompt": args.prompt,
+    }
+    report({**result, "sizes": found, "saturated": saturated}, args.json)
+    for engine in engines.values():
+        engine.close()
+    components.close()
+
+
+if __name__ == "__main__":
+    main()
