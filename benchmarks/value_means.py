@@ -130,8 +130,8 @@ def run(case: Case, kernels: Operations, attend: Attention, centred: bool) -> Re
     back = kernels.arrange(Linear(weight, back_scale, None))
     centre = None
     if centred:
-        buffers = torch.zeros(WIDTH, device=device), torch.zeros(2, WIDTH, device=device)
-        centre = Centre(back, 1 / s[2], *buffers)
+        due = torch.ones(1, dtype=torch.int32, device=device)
+        centre = Centre(back, 1 / s[2], due, torch.zeros(WIDTH, device=device), torch.zeros(2, WIDTH, device=device))
     turn = torch.ones(rows, DIM // 2, device=device), torch.zeros(rows, DIM // 2, device=device)
     heads = Heads(case.norms / scales[:3, None], *turn, centre)
     qkv, out = (torch.zeros(padded(rows, E4M3), n, device=device).to(E4M3) for n in (3 * WIDTH, WIDTH))

@@ -3,6 +3,8 @@
     mean [heads · head_dim]     Σ over streams of (Σ rows of x) · W_vᵀ + rows · b_v, divided by the number of all rows
     restored [streams, N]       mean · W_backᵀ / s_out, which the projection behind attention adds to its bias
 
+Unless `due` says so, nothing is computed and both stay as they are.
+
 See `layers.Centre` for why. `linear_hopper` computes both beside its own product; here are the kernels for weights that
 are not arranged for it, and the definitions that both are judged by.
 """
@@ -21,8 +23,10 @@ _COLUMNS, _ROWS, _OUTPUTS = 128, 32, 16
 
 
 @triton.jit
-def _sums_kernel(x, x_scale, sums, M, K, split, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns of the rows of one stream, always added in the same order."""
+def _sums_kernel(due, x, x_scale, sums, M, K, split, x_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum of a stream's rows, divided by the number of all; always added in the same order."""
+    if tl.load(due) == 0:
+        return
     stream = tl.program_id(1)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.where(stream == 0, 0, split)
@@ -35,11 +39,12 @@ def _sums_kernel(x, x_scale, sums, M, K, split, x_stride, ROWS: tl.constexpr, CO
         if x_scale is not None:
             part *= tl.load(x_scale + rows, mask=rows < end, other=0.0)[:, None]
         total += tl.sum(part, axis=0)
-    tl.store(sums + stream * K + columns, total, mask=columns < K)
+    tl.store(sums + stream * K + columns, total / M, mask=columns < K)
 
 
 @triton.jit
 def _products_kernel(
+    due,
     vector,
     w,
     w_scale,
@@ -60,6 +65,8 @@ def _products_kernel(
 
     STREAMS 0: one vector for all streams, each of which has an output of its own.
     """
+    if tl.load(due) == 0:
+        return
     index = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     mask = index < N - first
     value = tl.zeros((OUTPUTS,), dtype=tl.float32)
@@ -77,12 +84,10 @@ def _products_kernel(
             product *= tl.load(w_scale + output, mask=mask, other=0.0)
         if bias is not None:
             rows = M if STREAMS == 1 else split if i == 0 else M - split
-            product += tl.load(bias + output, mask=mask, other=0.0) * rows
+            product += tl.load(bias + output, mask=mask, other=0.0) * rows / M
         value += product
-    if STREAMS > 0:
-        tl.store(out + index, value / M * factor, mask=mask)
-    else:
-        tl.store(out + tl.program_id(1) * N + index, value * factor, mask=mask)
+    place = index if STREAMS > 0 else tl.program_id(1) * N + index
+    tl.store(out + place, value * factor, mask=mask)
 
 
 @cache  # for good: captured graphs write to it
@@ -91,7 +96,7 @@ def _sums(size: int, device: torch.device) -> Tensor:
 
 
 def centre_values(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, centre: Centre) -> None:
-    """Launch: write `centre.mean` and `centre.restored`.
+    """Launch: write `centre.mean` and `centre.restored`, if they are due.
 
     Args:
         x: [M, K], any dtype; x_scale: float32 [M] or None.
@@ -100,16 +105,17 @@ def centre_values(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, cent
     (rows, inner), (streams, outputs, _), width = x.shape, w.weight.shape, len(centre.mean)
     sums = _sums(streams * inner, x.device)
     grid = (triton.cdiv(inner, _COLUMNS), streams)
-    _sums_kernel[grid](x, x_scale, sums, rows, inner, split, x.stride(0), ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4)
+    tiles = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "num_warps": 4}
+    _sums_kernel[grid](centre.due, x, x_scale, sums, rows, inner, split, x.stride(0), **tiles)
     tiles = {"OUTPUTS": _OUTPUTS, "COLUMNS": _COLUMNS, "num_warps": 4}
-    given = (sums, w.weight, w.scale, w.bias, centre.mean)
+    given = (centre.due, sums, w.weight, w.scale, w.bias, centre.mean)
     first = outputs - width
     _products_kernel[(triton.cdiv(width, _OUTPUTS),)](
         *given, first, outputs, inner, inner, split, rows, 1.0, STREAMS=streams, **tiles
     )
     back = centre.back
     streams, outputs, inputs = back.weight.shape
-    given = (centre.mean, back.weight, back.scale, None, centre.restored)
+    given = (centre.due, centre.mean, back.weight, back.scale, None, centre.restored)
     _products_kernel[(triton.cdiv(outputs, _OUTPUTS), streams)](
         *given, 0, outputs, width, inputs, 0, 1, centre.inverse, STREAMS=0, **tiles
     )
@@ -143,6 +149,8 @@ def _changed_bias(streams: int, outputs: int, device: torch.device) -> Tensor:
 
 def plain_centre_values(x: Tensor, x_scale: Tensor | None, w: Linear, split: int, centre: Centre) -> None:
     """The same by its definition."""
+    if not int(centre.due):
+        return
     width, mean = len(centre.mean), torch.zeros_like(centre.mean)
     wide = x.float() if x_scale is None else x.float() * x_scale[:, None]
     streams = ((0, wide[:split]), (-1, wide[split:])) if len(w.weight) == 2 else ((0, wide),)

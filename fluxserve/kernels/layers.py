@@ -30,19 +30,21 @@ class Centre:
     """The buffers that carry the mean of v around E4M3 attention.
 
     Attention's weights add up to 1, so attention of v − m, plus m, equals attention of v for any m. `linear_heads`
-    takes the mean over all rows off v before it rounds v, and writes what the projection behind attention makes of that
-    mean; `linear_add` adds it to the projection's bias. Rounding then spends E4M3's bits on what differs between rows,
-    and no sum over keys has terms that all pull one way (docs/quality.md has the measurements).
+    takes a mean off v before it rounds v, and `linear_add` adds what the projection behind attention makes of that mean
+    to the projection's bias. Rounding then spends E4M3's bits on what differs between rows, and no sum over keys has
+    terms that all pull one way (docs/quality.md has the measurements).
 
     Attributes:
         back: the projection that reads attention's output as the first heads · head_dim of its inputs.
         inverse: 1 / s_out, by which attention's output is multiplied before it is rounded.
-        mean: float32 [heads · head_dim], written by `linear_heads`.
-        restored: float32 [streams of `back`, outputs], written by `linear_heads`.
+        due: int32 [1], whether `linear_heads` computes the mean over all rows anew before it takes it off.
+        mean: float32 [heads · head_dim].
+        restored: float32 [streams of `back`, outputs].
     """
 
     back: Linear
     inverse: float
+    due: Tensor
     mean: Tensor
     restored: Tensor
 
@@ -75,7 +77,7 @@ class Watched:
     counts: Tensor
 
 
-SAMPLE = 7
+SAMPLE = 31
 """Rows from one that is read for `Watched` to the next. It is odd, so that the rows fall on all columns of a
 picture."""
 

@@ -45,6 +45,7 @@ static_assert(128 * FEW + 256 * MANY <= 384 * 168, "registers of a block");
 
 // How the mean of v leaves attention's input and comes back behind it; see linear_hopper_spare.cuh. mean: null if it stays.
 struct Centre {
+  const int *due;
   const char *x, *w, *back;
   const float *back_scale;
   float *mean, *restored;
@@ -200,7 +201,7 @@ __device__ __forceinline__ void prepare(Shared &s, const Parameters &p, const Pl
     if (!finishes(item, plan)) continue;
     barrier_wait(&s.columns_empty[at % 2], at / 2 & 1 ^ 1);
     Tile t = tile_of(p, plan, item.tile);
-    if (is_centred(p, t)) {
+    if (is_centred(p, t) && *p.centre.due) {
       if (threadIdx.x % 32 == 0) await(COUNTER(1), gridDim.x);
       __syncwarp();
     }
@@ -210,7 +211,7 @@ __device__ __forceinline__ void prepare(Shared &s, const Parameters &p, const Pl
   }
 #if HEADS
   __syncwarp();
-  if (p.centre.mean && threadIdx.x % 32 == 0) leave(p);
+  if (p.centre.mean && *p.centre.due && threadIdx.x % 32 == 0) leave(p);
 #endif
 }
 

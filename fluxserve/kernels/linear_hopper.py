@@ -37,7 +37,7 @@ class _Centre(ctypes.Structure):
     """`Centre` of linear_hopper.cu."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "w", "back", "back_scale", "mean", "restored", "sums", "arrived")),
+        *((name, c_void_p) for name in ("due", "x", "w", "back", "back_scale", "mean", "restored", "sums", "arrived")),
         ("inverse", c_float),
         *((name, c_int) for name in ("x_stride", "back_columns", "back_inner", "back_streams")),
     ]
@@ -136,7 +136,8 @@ def _centre(x: Tensor, w: Linear, centre: Centre) -> _Centre:
         raise ValueError(f"centre: got {tuple(back.weight.shape)} as it is; expected it `arranged`")
     assert back.scale is not None, "arranged weights have a scale"
     streams, columns, inputs = back.weight.shape
-    addresses = (x, w.weight, back.weight, back.scale, centre.mean, centre.restored, *_sums(x.shape[1], x.device))
+    places = (back.weight, back.scale, centre.mean, centre.restored)
+    addresses = (centre.due, x, w.weight, *places, *_sums(x.shape[1], x.device))
     return _Centre(*(t.data_ptr() for t in addresses), centre.inverse, x.stride(0), columns, inputs, streams)
 
 

@@ -1,7 +1,7 @@
 // What the two spare warps of each program do while its other warps load and multiply. linear_hopper.cu includes this.
 //
-// Heads (`Centre`): the mean of v over all rows is taken off v before v is rounded to E4M3, in the same launch. v = x · Wᵀ + b
-// is linear, so the mean of v follows from the mean of x:
+// Heads (`Centre`): when it is due, the mean of v over its rows is computed before any v is stored, and taken off in the same
+// launch. v = x · Wᵀ + b is linear, so the mean of v follows from the mean of x:
 //
 //   1. sums       the columns of x, for each stream. A program adds its own rows; programs meet in 64-bit integers, whose sum
 //                 does not depend on who comes first.
@@ -386,7 +386,7 @@ __device__ __forceinline__ void count_saturated(const Watched &w, u32 warp, u32 
 
 __device__ __forceinline__ void spare(char *memory, const Parameters &p, u32 thread) {
 #if HEADS
-  if (!p.centre.mean) return;
+  if (!p.centre.mean || !*p.centre.due) return;
   centre(memory, p, thread);
   spare_sync();
   if (thread == 0) leave(p);

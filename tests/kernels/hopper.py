@@ -142,6 +142,7 @@ def main() -> None:
         "x": "*fp8e4nv",
         "w": "*fp8e4nv",
         **dict.fromkeys(("x_scale", "sums", "vector", "w_scale", "bias", "out"), "*fp32"),
+        "due": "*i32",
     }
     found["sums"] = compiled(centre._sums_kernel, means, {"ROWS": 32, "COLUMNS": 128}, num_warps=4)
     own = {"STREAMS": 2, "OUTPUTS": 16, "COLUMNS": 128}

@@ -133,8 +133,8 @@ class Buffers:
     """One image's activations, at fixed addresses. S rows, of which `split` are text; D = hidden_size.
 
     residual: compute dtype [S, D]. linear: rows in the dtype that blocks multiply in. compute: rows in the compute
-    dtype, for blocks that are kept in it; None if none is. cos, sin: float32 [S, head_dim / 2]. mean, restored: float32
-    [D] and [2, D], what `Centre` carries from attention's product to its projection.
+    dtype, for blocks that are kept in it; None if none is. cos, sin: float32 [S, head_dim / 2]. due, means, restored:
+    int32 [1] and float32 [blocks, D] and [blocks, 2, D], what `Centre` carries from step to step.
     """
 
     split: int
@@ -143,7 +143,8 @@ class Buffers:
     compute: Rows | None
     cos: Tensor
     sin: Tensor
-    mean: Tensor
+    due: Tensor
+    means: Tensor
     restored: Tensor
 
     def rows(self, precision: Precision) -> Rows:
@@ -161,8 +162,10 @@ class _Attention:
     all the same.
     """
 
-    def __init__(self, spec: TransformerSpec, norms: Tensor, scales: BlockScales, mode: Mode) -> None:
+    def __init__(self, spec: TransformerSpec, norms: Tensor, scales: BlockScales, mode: Mode, place: int) -> None:
+        """place: of the block among all blocks of both kinds."""
         self._heads, self._mode, self._inverse = spec.num_attention_heads, mode, 1 / scales.out
+        self._place = place
         streams, _, dim = norms.shape
         ones = torch.ones(streams, 1, dim, device=norms.device)
         q, k = (scales.q, scales.k) if mode.quantised_attention else (1.0, 1.0)
@@ -174,7 +177,8 @@ class _Attention:
 
     def heads(self, b: Buffers, back: Linear) -> Heads:
         """What becomes of q, k and v."""
-        centre = Centre(back, self._inverse, b.mean, b.restored[: len(back.weight)])
+        carried = b.means[self._place], b.restored[self._place, : len(back.weight)]
+        centre = Centre(back, self._inverse, b.due, *carried)
         return Heads(self._factors, b.cos, b.sin, centre if self._mode.precision.quantised else None)
 
     def rows(self, b: Buffers) -> Rows:
@@ -192,11 +196,11 @@ class _Attention:
         rows = b.rows(self._mode.precision)
         if not self._mode.precision.quantised:
             return rows.attended.float()
-        return rows.attended.float() / self._inverse + b.mean
+        return rows.attended.float() / self._inverse + b.means[self._place]
 
     def restored(self, b: Buffers, streams: int) -> Tensor | None:
         """What the projection adds to its bias."""
-        return b.restored[:streams] if self._mode.precision.quantised else None
+        return b.restored[self._place, :streams] if self._mode.precision.quantised else None
 
     def watched(self, b: Buffers) -> list[Tensor]:
         """E4M3 rows that static scales may have clipped."""
@@ -238,7 +242,7 @@ class DoubleBlock:
         own = made.arrange(mode)
         self._qkv = linear(parts, width, [width] * 3, order=_order(spec, read.device), arrange=own)
         norms = [f"{name}.attn.{norm}" for _, _, norm, _ in _DOUBLE_STREAMS]
-        self._attention = _Attention(spec, _norms(read, norms, spec), scales, mode)
+        self._attention = _Attention(spec, _norms(read, norms, spec), scales, mode, index)
         outs = [[f"attn.{out}"] for _, out, _, _ in _DOUBLE_STREAMS]
         self._out = linear(outs, width, [width], scales.out, arrange=own)
         up, down = ([[f"{mlp}.{part}"] for *_, mlp in _DOUBLE_STREAMS] for part in (style.up, style.down))
@@ -290,7 +294,8 @@ class SingleBlock:
         order = torch.cat([_order(spec, read.device), 3 * width + style.order(spec).to(read.device)])
         linear = partial(stack, read, precision=mode.precision, arrange=made.arrange(mode), biased=spec.biased)
         self._in = linear(_of(name, [style.both]), width, outputs, order=order)
-        self._attention = _Attention(spec, _norms(read, [f"{name}.attn.norm_{{}}"], spec), scales, mode)
+        norms, place = _norms(read, [f"{name}.attn.norm_{{}}"], spec), spec.num_layers + index
+        self._attention = _Attention(spec, norms, scales, mode, place)
         factors = torch.full((width + spec.mlp_width,), scales.hidden, device=read.device)
         factors[:width] = scales.out
         self._out = linear(_of(name, [[style.back]]), len(factors), [width], factors=[factors])

@@ -129,10 +129,12 @@ class Probe:
         index = int(block.name.partition(".")[2])
         steering = double[index] if isinstance(block, DoubleBlock) else single[index]
         d, device = self._spec.hidden_size, self._device
-        mean, restored = torch.zeros(d, device=device), torch.zeros(2, d, device=device)
+        blocks = self._spec.num_layers + self._spec.num_single_layers
+        due = torch.ones(1, dtype=torch.int32, device=device)
+        carried = due, torch.zeros(blocks, d, device=device), torch.zeros(blocks, 2, d, device=device)
         stream = residual.to(device, torch.bfloat16)
         linear, compute = (self._rows(len(stream), dtype) for dtype in (_FP8.linear, _FP8.compute))
-        b = Buffers(image.split, stream.clone(), linear, compute, image.cos, image.sin, mean, restored)
+        b = Buffers(image.split, stream.clone(), linear, compute, image.cos, image.sin, *carried)
         return b, steering, torch.zeros(2, dtype=torch.int64, device=device)
 
     def _rows(self, rows: int, dtype: torch.dtype) -> Rows:

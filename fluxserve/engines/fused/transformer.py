@@ -4,6 +4,7 @@ Images of a batch go through one after the other: one alone fills the GPU, and s
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ class FusedTransformer:
         dtypes = {t.name: compute if t.dtype == FLOATING else getattr(torch, t.dtype) for t in tensors}
         images, text, _ = sizes["encoder_hidden_states"]
         s, half = text + sizes["hidden_states"][1], self.spec.attention_head_dim // 2
-        steering = modulations.width(self.spec)
+        steering, blocks = modulations.width(self.spec), self.spec.num_layers + self.spec.num_single_layers
         return {
             **{name: Buffer(sizes[name], dtype) for name, dtype in dtypes.items()},
             "text": Buffer((images, text, d), compute),
@@ -122,8 +123,9 @@ class FusedTransformer:
             "ahead": Buffer((max(AHEAD, images), steering), torch.float32),
             "now": Buffer((images, steering), torch.float32),
             "residual": Buffer((s, d), compute),
-            "mean": Buffer((d,), torch.float32),
-            "restored": Buffer((2, d), torch.float32),
+            "due": Buffer((1,), torch.int32),
+            "means": Buffer((images, blocks, d), torch.float32),
+            "restored": Buffer((images, blocks, 2, d), torch.float32),
             "row_scale": Buffer((s,), torch.float32),
             **self._rows(s, linear, ""),
             **(self._rows(s, compute, KEPT) if self.kept else {}),
@@ -156,17 +158,21 @@ class FusedBound:
             split=self._text,
             linear=_rows_of(buffers, "", buffers["row_scale"] if engine.precision.quantised else None),
             compute=_rows_of(buffers, KEPT, None) if engine.kept else None,
-            **{name: buffers[name] for name in ("residual", "cos", "sin", "mean", "restored")},
+            **{name: buffers[name] for name in ("residual", "cos", "sin", "due")},
+            means=buffers["means"][0],
+            restored=buffers["restored"][0],
         )
         self._step = Replayed(self._launch, buffers["residual"].device)
         self._timesteps: Tensor | None = None
         self._next = self._ready = 0
+        self._every = 1
 
     @torch.inference_mode()
     def prepare(self, timesteps: Tensor) -> None:
         """Compute what does not depend on latents; the next len(timesteps) runs take these steps, in their order."""
         self._timesteps = timesteps[:, None].expand(-1, self._images)
         self._next = self._ready = 0
+        self._every = steps_between_means(len(timesteps), len(self._b.residual))
         self._prepare_inputs()
 
     def _prepare_inputs(self) -> None:
@@ -203,6 +209,7 @@ class FusedBound:
         else:
             row = self._foreseen(self._timesteps)
         self._buffers["now"].copy_(self._buffers["ahead"][row : row + self._images])
+        self._b.due.fill_(self._timesteps is None or (self._next - 1) % self._every == 0)
         self._step()
 
     def _foreseen(self, timesteps: Tensor) -> int:
@@ -221,7 +228,8 @@ class FusedBound:
             self._draw(image)
 
     def _draw(self, image: int) -> None:
-        run, w, b = self._engine.run, self._weights, self._b
+        run, w = self._engine.run, self._weights
+        b = replace(self._b, means=self._buffers["means"][image], restored=self._buffers["restored"][image])
         double, single, final = w.modulation.split(self._buffers["now"][image])
         b.residual[: self._text].copy_(self._buffers["text"][image])
         _linear_into(b.residual[self._text :], self.inputs["hidden_states"][image], w.image)
@@ -233,6 +241,16 @@ class FusedBound:
         scale, shift = final
         run.norm(b.residual[self._text :], shift, scale, 0, self._buffers["final"], None)
         _linear_into(self.outputs["velocity"][image], self._buffers["final"], w.out)
+
+
+def steps_between_means(steps: int, rows: int) -> int:
+    """How often a loop computes the means of attention's values anew.
+
+    They drift slowly, and computing them takes some of a step. With more rows that share falls, and a mean that is left
+    in would bias more: then they are computed more often. 28 steps of 1024² do so at every seventh step; 28 steps of
+    2048² at every second, as 4 steps do.
+    """
+    return max(2, steps * 1200 // rows)
 
 
 def _rows_of(buffers: Mapping[str, Tensor], prefix: str, row_scale: Tensor | None) -> Rows:
