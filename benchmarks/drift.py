@@ -1,14 +1,15 @@
 """Follow how far FP8's latents drift from BF16's, before and since v's mean was taken off; one GPU, the fused engine.
 
-    python -m benchmarks.drift ARTIFACT [--sizes 1024x1024 2048x2048] [--steps N] [--prompt TEXT] [--json OUT]
+    python -m benchmarks.drift ARTIFACT [--sizes 1024x1024 2048x2048] [--steps N ...] [--prompt TEXT] [--json OUT]
 
-ARTIFACT is an FP8 artifact of the fused engine, whose text encoders and VAE serve all. Three transformers of the same
-weights draw from the same noise: BF16; FP8 as it was, with the mean left in attention; FP8 as it is. After each step
-the relative distance of the latents from BF16's is taken, and in the end the PSNR of the pictures, in dB. The last line
-on stdout is JSON.
+ARTIFACT is an FP8 artifact of the fused engine, whose text encoders and VAE serve all. Transformers of the same
+weights draw from the same noise: BF16; FP8 as it was, with the mean left in attention; FP8 with a mean that is
+computed at every step; FP8 as it is served. After each step the relative distance of the latents from BF16's is
+taken, and in the end the PSNR of the pictures, in dB. The last line on stdout is JSON.
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +35,6 @@ from fluxserve.kernels.operations import LAUNCHED, Operations
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.text import Tokenizers
-
-_DEVICE = "cuda:0"
 
 
 def leaving_the_mean_in(kernels: Operations) -> Operations:
@@ -66,21 +65,24 @@ def with_the_means_range(scales: Scales) -> Scales:
     return replace(scales, centred={name: v for name, (_, _, v) in scales.attention.items()})
 
 
-def transformers(artifact: Artifact) -> dict[str, FusedTransformer]:
-    """By name; all on the GPU at once. An artifact's kept blocks are kept in each."""
+def transformers(artifact: Artifact, device: torch.device) -> dict[str, FusedTransformer]:
+    """By name, all on the device at once. An artifact's kept blocks are kept in each."""
     spec, scales = artifact.spec, artifact.scales("transformer")
     signature = signatures.transformer(spec)
     most = (signature.most("image_tokens"), signature.most("text_tokens"), 1)
     ways = {
         "bf16": (BF16, None, LAUNCHED),
         "fp8, mean left in": (FP8, with_the_means_range(scales), leaving_the_mean_in(LAUNCHED)),
+        "fp8, mean of every step": (FP8, scales, LAUNCHED),
         "fp8": (FP8, scales, LAUNCHED),
     }
-    folder, device = artifact.checkpoint.component("transformer"), torch.device(_DEVICE)
-    return {
+    folder = artifact.checkpoint.component("transformer")
+    made = {
         name: FusedTransformer(spec, Reader(folder, device), device, precision, found, run, most)
         for name, (precision, found, run) in ways.items()
     }
+    made["fp8, mean of every step"].steps_between_means = lambda *_: 1
+    return made
 
 
 @torch.inference_mode()
@@ -99,12 +101,13 @@ def compared(
     size: tuple[int, int],
     steps: int,
     prompt: str,
+    device: str,
 ) -> dict[str, Any]:
     """Distances of one size: for each way of FP8 those after each step, and the picture's."""
     fields = {"prompt": prompt.encode(), "height": size[0], "width": size[1], "num_inference_steps": steps, "seed": 0}
     job = plan(parse(fields, artifact.spec), artifact.spec, Tokenizers(artifact.checkpoint))
     results = {
-        name: drawn(Pipeline(artifact.spec, replace(components, transformer=engine), _DEVICE), job)
+        name: drawn(Pipeline(artifact.spec, replace(components, transformer=engine), device), job)
         for name, engine in engines.items()
     }
     latents, picture = results.pop("bf16")
@@ -121,28 +124,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--sizes", type=sides, nargs="+", default=[(1024, 1024)], metavar="HxW")
-    parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--steps", type=int, nargs="+", default=[], metavar="N", help="default: the model's own")
+    parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--prompt", default="a lighthouse on a cliff at dusk, waves below, oil on canvas")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     artifact = artifacts.read(args.artifact)
-    components, engines = open_artifact(artifact, _DEVICE), transformers(artifact)
-    steps = args.steps or artifact.spec.defaults.num_inference_steps
-    found = {}
-    for size in args.sizes:
-        found["x".join(map(str, size))] = by_way = compared(artifact, components, engines, size, steps, args.prompt)
+    components = open_artifact(artifact, args.device)
+    engines = transformers(artifact, torch.device(args.device))
+    found = []
+    for size, steps in itertools.product(args.sizes, args.steps or [artifact.spec.defaults.num_inference_steps]):
+        by_way = compared(artifact, components, engines, size, steps, args.prompt, args.device)
+        found.append({"size": list(size), "steps": steps, "distances": by_way})
         for name, result in by_way.items():
             shown = "  ".join(f"{value:.4f}" for value in result["latents"])
-            print(f"{size[0]} x {size[1]}, {name}: {result['psnr']} dB; {shown}", flush=True)
-    saturated = engines["fp8"].saturated()
-    result = {
-        "benchmark": "drift",
-        **surroundings(),
-        "model": artifact.spec.name,
-        "steps": steps,
-        "prompt": args.prompt,
-    }
-    report({**result, "sizes": found, "saturated": saturated}, args.json)
+            print(f"{size[0]} x {size[1]}, {steps} steps, {name}: {result['psnr']} dB; {shown}", flush=True)
+    about = {"benchmark": "drift", **surroundings(), "model": artifact.spec.name, "prompt": args.prompt}
+    report({**about, "runs": found, "saturated": engines["fp8"].saturated()}, args.json)
     for engine in engines.values():
         engine.close()
     components.close()

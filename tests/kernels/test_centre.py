@@ -158,7 +158,7 @@ def test_spare_warps_as_the_reference(rows: int, width: int, inner: int, streams
     torch.cuda.synchronize()
     mean, _ = exact(x, x_scale, w, split, theirs)
     spread = float(expected[:, 2 * width :].float().std()) if rows > 1 else float(mean.std())
-    assert float((ours.mean - mean).norm()) < 3e-4 * spread * width**0.5, "x is added up in halves"
+    assert float((ours.mean - mean).norm()) < 5e-4 * spread * width**0.5, "x is added up in halves"
     taken = replace(theirs, mean=ours.mean, restored=ours.restored)
     assert relative(ours.restored, restored_from(taken)) < 1e-4
     same(got[:, : 2 * width], expected[:, : 2 * width].clamp(-448, 448), E4M3, of_product(E4M3) + 2**-10)

@@ -1,14 +1,21 @@
 """benchmarks.drift: the arithmetic that FP8 had before values lost their mean."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from benchmarks import drift
 from benchmarks.drift import leaving_the_mean_in, with_the_means_range
 from export.fp8 import simulated
 from fluxserve import checkpoint, settings
 from fluxserve.engines import signatures
+from fluxserve.engines.fused import open as fused
 from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
+from fluxserve.kernels.operations import PLAIN
 from tests.conformance.test_fused import DEVICE, FP8, KERNELS, TEXT, Judge, relative, transformer, velocity
+from tests.support.exports import Exports
 
 pytestmark = pytest.mark.xdist_group("fused")
 
@@ -28,3 +35,40 @@ def test_the_mean_is_left_in() -> None:
     assert error <= 1.1 * relative(plain, judge.expected)
     assert engine.saturated() == {}
     assert not torch.equal(before, velocity(judge.open(FP8), judge.inputs))
+
+
+def test_distances_from_bf16(
+    export: Exports, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a command, on the tiny model and a CPU; what is computed at every step is what is computed at the first."""
+    artifact = export("fused", "fp8")
+    monkeypatch.setattr(fused, "usable", torch.device)
+    for module in (fused, drift):
+        monkeypatch.setattr(module, "LAUNCHED", PLAIN)
+    asked = [
+        "--sizes",
+        "128x128",
+        "64x96",
+        "--steps",
+        "1",
+        "3",
+        "--device",
+        "cpu",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    drift.main([str(artifact.path), *asked])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    assert [(run["size"], run["steps"]) for run in result["runs"]] == [
+        ([128, 128], 1),
+        ([128, 128], 3),
+        ([64, 96], 1),
+        ([64, 96], 3),
+    ]
+    for run in result["runs"]:
+        ways = run["distances"]
+        assert set(ways) == {"fp8, mean left in", "fp8, mean of every step", "fp8"}
+        assert all(len(way["latents"]) == run["steps"] and 0 < way["latents"][0] < 0.2 for way in ways.values())
+        assert ways["fp8"]["latents"][0] == ways["fp8, mean of every step"]["latents"][0]
+    assert result["saturated"] == {}
