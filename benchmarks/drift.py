@@ -86,11 +86,17 @@ def transformers(artifact: Artifact, device: torch.device) -> dict[str, FusedTra
 
 
 @torch.inference_mode()
-def drawn(pipeline: Pipeline, job: Job) -> tuple[list[Tensor], Any]:
-    """Latents after each step, and the picture, uint8 [height, width, 3]."""
+def denoised(pipeline: Pipeline, job: Job) -> list[Tensor]:
+    """Latents after each step."""
     conditioning, latents = pipeline.encode(job), pipeline.start(job, job.noise_seeds[0])
     size = pipeline.spec.latent_size(job.height, job.width)
-    steps = [x.clone() for x in pipeline.denoise(latents, conditioning, job.sigmas, size)]
+    return [x.clone() for x in pipeline.denoise(latents, conditioning, job.sigmas, size)]
+
+
+@torch.inference_mode()
+def drawn(pipeline: Pipeline, job: Job) -> tuple[list[Tensor], Any]:
+    """Latents after each step, and the picture, uint8 [height, width, 3]."""
+    steps = denoised(pipeline, job)
     return steps, pipeline.decode(steps[-1], job.height, job.width)[0].cpu().numpy()
 
 
