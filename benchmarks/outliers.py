@@ -1,4 +1,4 @@
-"""What E4M3 loses to outliers and to peaked scores; plain arithmetic, on any machine.
+"""What E4M3 loses to outliers and to peaked scores, and its accumulator to means; on any machine.
 
     python -m benchmarks.outliers [--json OUT]
 
@@ -10,17 +10,24 @@ Attention: q and k of RMSNorm with weights such that scores have a spread of `pe
 headroom of 2, against float64; v is exact. The error is relative to attention's distance from the mean of v, as export
 measures it. One row of numbers is for norms whose weights are equal, another for weights that differ by channel.
 
+Accumulator: a product of E4M3's values, added up as Hopper's tensor cores do (accumulator.py) and as linear_hopper has
+them do, against its exact sum. Inputs are behind GELU, with outliers of 1 or 100; each row of weights has a mean of
+`mean` of its spread, and all have the same sign.
+
 The last line on stdout is JSON.
 """
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
+from benchmarks.accumulator import accumulated
 from benchmarks.command import report
 from benchmarks.surroundings import surroundings
 from export.metrics import relative_error
@@ -31,6 +38,7 @@ FACTORS = (1, 10, 100, 1000, 10_000, 100_000)
 PEAKS = (0.5, 1, 2, 4, 8)
 ROWS, INNER, OUTPUTS, OUTLIERS = 256, 4096, 512, 4
 QUERIES, KEYS, DIM = 128, 4608, 128
+INNERS, MEANS, PRODUCTS = (3 * 1024, 15 * 1024, 32 * 1024), (0.0, 0.1, 0.3, 1.0), 64
 _NORM_SPREAD = 0.3
 """Of the logarithm of the norms' weights, where they differ."""
 
@@ -74,6 +82,18 @@ def _rounded(x: Tensor) -> Tensor:
     return cast((x / scale).float(), E4M3).double() * scale
 
 
+def accumulator_errors(inner: int, mean: float, factor: float) -> dict[str, float]:
+    """Relative error of the sums, and the share that they are shrunk by."""
+    generator = torch.Generator().manual_seed(inner)
+    x = gelu(torch.randn(PRODUCTS, inner, generator=generator))
+    x[:, :: inner // OUTLIERS] *= factor
+    weight = torch.randn(PRODUCTS, inner, generator=generator) + mean
+    left, right = (quantise_rows(rows)[0].double() for rows in (x, weight))
+    exact = left @ right.T
+    got = accumulated(left, right.T)
+    return {"error": relative_error(got, exact), "shrunk": 1 - float((got * exact).sum() / exact.square().sum())}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -82,9 +102,14 @@ def main() -> None:
     scores: list[dict[str, Any]] = [
         {"peak": peak, "even": attention_error(peak, False), "uneven": attention_error(peak, True)} for peak in PEAKS
     ]
-    for row in products + scores:
+    sums: list[dict[str, Any]] = [
+        {"inner": inner, "mean": mean, "factor": factor, **accumulator_errors(inner, mean, factor)}
+        for inner, mean, factor in itertools.product(INNERS, MEANS, (1, 100))
+    ]
+    for row in products + scores + sums:
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-    report({"benchmark": "outliers", **surroundings(), "products": products, "attention": scores}, args.json)
+    found = {"products": products, "attention": scores, "accumulator": sums}
+    report({"benchmark": "outliers", **surroundings(), **found}, args.json)
 
 
 if __name__ == "__main__":
