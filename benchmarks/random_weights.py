@@ -1,11 +1,15 @@
-"""A FLUX at its real widths with random weights, whole or few blocks of it, in diffusers' format on disk.
+"""Write a FLUX at its real widths with random weights, whole or few blocks of it, in diffusers' format on disk.
 
     python -m benchmarks.random_weights FOLDER [--model flux.1-dev] [--double N] [--single N] [--text-layers N]
-        [--narrow 1]
+        [--narrow 1] [--plain]
 
-Speed depends on shapes, and on numbers that are finite and random, not on what they mean. By default a model is whole:
-FLUX.1-dev takes 34 GB, klein-4B 16, klein-9B 35. --text-layers cuts the text encoder: a klein reads 27 of its 36
-layers, and fluxserve loads no more; diffusers runs all that are there, so that with fewer it is timed too fast.
+The transformer's weights are like trained ones (trained_like.py), so that FP8 loses there what it loses on a trained
+network. With --plain they are merely random: speed depends on shapes, and on numbers that are finite, not on what they
+mean.
+
+By default a model is whole: FLUX.1-dev takes 34 GB, klein-4B 16, klein-9B 35. --text-layers cuts the text encoder: a
+klein reads 27 of its 36 layers, and fluxserve loads no more; diffusers runs all that are there, so that with fewer it
+is timed too fast.
 
 FLUX.1: transformer 3072 wide, 24 heads of 128; T5 4096 wide; CLIP 768 wide; the VAE whole. Without a guidance
 embedding, as -schnell, it has 256 text tokens instead of 512. Tokenizers are stand-ins (stand_in.py) with as many words
@@ -22,6 +26,7 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +46,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, Qwen3ForCausalLM, T5Conf
 
 from benchmarks import published
 from benchmarks.stand_in import QWEN_WORDS, qwen_tokenizer, widen
+from benchmarks.trained_like import TrainedLike
 from fluxserve import settings
 from fluxserve.spec import FLUX1_DEV, ModelSpec
 
@@ -74,13 +80,16 @@ def write(
     single: int | None = None,
     text_layers: int | None = None,
     narrow: int = 1,
+    trained: bool = True,
 ) -> Path:
-    """Make the folder; weights in bfloat16. What is not told is the model's own.
+    """Make the folder, with weights in bfloat16. The same arguments give the same bytes.
 
     Args:
         spec: of MODELS.
-        text_layers: of T5 or Qwen3.
-        narrow: a power of two; heads and channels are so many times fewer, though at least one head or 32 channels.
+        double, single: numbers of blocks; None means the model's own.
+        text_layers: of T5 or Qwen3; None means the model's own.
+        narrow: a power of two, which divides heads and channels, down to one head or 32 channels.
+        trained: whether the transformer's weights are like trained ones, instead of merely random.
     """
     folder.mkdir(parents=True)
     own = spec.transformer
@@ -89,7 +98,7 @@ def write(
     spec = replace(spec, transformer=replace(own, **blocks, num_attention_heads=heads))
     write_model = _flux1 if own.generation == 1 else _klein
     for name, module in write_model(folder, spec, text_layers, narrow).items():
-        _save(module, folder / name)
+        _save(module, folder / name, trained)
     return folder
 
 
@@ -177,7 +186,7 @@ def _tiny(component: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def _save(module: nn.Module, folder: Path) -> None:
+def _save(module: nn.Module, folder: Path, trained: bool) -> None:
     """Weights cut out of one tile of random numbers: drawing a billion takes a minute."""
     module.save_config(folder) if hasattr(module, "save_config") else module.config.save_pretrained(folder)
     if not hasattr(module, "save_config"):
@@ -189,7 +198,11 @@ def _save(module: nn.Module, folder: Path) -> None:
     tied = getattr(module, "all_tied_weights_keys", {})  # published files hold such a tensor once
     parameters = {key: parameter for key, parameter in module.named_parameters() if key not in tied}
     branches = sum(bool(_BRANCH_ENDS.search(key)) for key in parameters)
-    weights = {key: _random(key, parameter, tile, branches) for key, parameter in parameters.items()}
+    if trained and isinstance(module, FluxTransformer2DModel | Flux2Transformer2DModel):
+        like = _trained_like(module, tile)
+        weights = {key: like(key, parameter.shape).to(device) for key, parameter in parameters.items()}
+    else:
+        weights = {key: _random(key, parameter, tile, branches) for key, parameter in parameters.items()}
     weights |= {f"bn.{name}": value for name, value in _batch_norm(module, device).items()}
     save_torch_state_dict(
         weights,
@@ -198,6 +211,12 @@ def _save(module: nn.Module, folder: Path) -> None:
         max_shard_size=_SHARD,
         metadata={"format": "pt"},
     )
+
+
+def _trained_like(module: FluxTransformer2DModel | Flux2Transformer2DModel, tile: Tensor) -> TrainedLike:
+    biased = isinstance(module, FluxTransformer2DModel)
+    branches = 2 * len(module.transformer_blocks) + len(module.single_transformer_blocks)
+    return TrainedLike(module.inner_dim, branches, biased, partial(_numbers, tile))
 
 
 def _batch_norm(module: nn.Module, device: str) -> dict[str, Tensor]:
@@ -214,10 +233,16 @@ def _random(name: str, parameter: Tensor, tile: Tensor, branches: int) -> Tensor
     if parameter.ndim == 1:  # norms near 1, biases near 0
         value = 0.0 if name.endswith("bias") else 1.0
         return torch.full(parameter.shape, value, dtype=torch.bfloat16, device=tile.device)
-    rounds = -(-parameter.numel() // tile.numel())
+    return _numbers(tile, name, parameter.shape).mul_(_spread(name, parameter[0].numel(), branches))
+
+
+def _numbers(tile: Tensor, name: str, shape: torch.Size) -> Tensor:
+    """Cut random numbers out of the tile, from a place that the name decides, and over again where it ends."""
     shifted = tile.roll(zlib.crc32(name.encode()) % tile.numel())
-    numbers = shifted.repeat(rounds)[: parameter.numel()]
-    return (numbers * _spread(name, parameter[0].numel(), branches)).reshape(parameter.shape)
+    numbers = torch.empty(shape.numel(), dtype=tile.dtype, device=tile.device)
+    for part in numbers.split(tile.numel()):
+        part.copy_(shifted[: len(part)])
+    return numbers.view(shape)
 
 
 def _spread(name: str, fan_in: int, branches: int) -> float:
@@ -247,8 +272,10 @@ def main() -> None:
     for name, what in (("double", "double blocks"), ("single", "single blocks"), ("text-layers", "of T5 or Qwen3")):
         parser.add_argument(f"--{name}", type=int, help=f"{what}; default: all")
     parser.add_argument("--narrow", type=int, default=1, choices=(1, 2, 4, 8, 16), help="so many times fewer heads")
+    parser.add_argument("--plain", action="store_true", help="merely random weights, for measuring speed alone")
     args = parser.parse_args()
-    print(write(args.folder, MODELS[args.model], args.double, args.single, args.text_layers, args.narrow))
+    cut = (args.double, args.single, args.text_layers, args.narrow)
+    print(write(args.folder, MODELS[args.model], *cut, trained=not args.plain))
 
 
 if __name__ == "__main__":
