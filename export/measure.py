@@ -8,7 +8,8 @@ same rows: in FP8, with its attention alone in BF16, and in BF16 whole. Two erro
     attention   ‖got − exact‖ / ‖exact − mean of v‖: of what attention says beside the mean that it would give anyway
 
 The gate bounds the first; the second may be twice as large, because a block adds its MLP's output besides. A block that
-is beyond either keeps its attention in BF16, and is kept whole if that is not enough.
+is beyond either keeps its attention in BF16, and is kept whole if that is not enough. Where BF16 whole is hardly better
+than FP8, nothing is gained by it: FP8 is always allowed one and a half times BF16's error.
 """
 
 import re
@@ -34,12 +35,16 @@ from fluxserve.engines.fused.blocks import DoubleBlock, SingleBlock
 from fluxserve.engines.fused.probe import Image, Kept, Probe
 from fluxserve.engines.fused.weights import Reader
 from fluxserve.engines.torch_eager import architectures
+from fluxserve.errors import ExportError
 from fluxserve.kernels.operations import Operations
 
 COMPONENT = "transformer"
 _BLOCK = re.compile(r"(single_)?transformer_blocks\.[0-9]+")
 _OF_ATTENTION = 2.0
 """How many times the gate attention's own error may be."""
+_OF_BF16 = 1.5
+"""How many times BF16's error any may be. Few tokens that are alike leave attention little to say beside the mean of v,
+and then BF16 is far off, too."""
 
 Progress = Callable[[int, int], None]
 
@@ -61,9 +66,17 @@ class Measured:
     milliseconds: Mapping[Kept, float]
 
     def kept(self, gate: float) -> Kept:
-        """The least that brings the block within the gate."""
-        within = (kept for kept, e in self.errors.items() if e.block <= gate and e.attention <= _OF_ATTENTION * gate)
-        return next(within, Kept.ALL)
+        """Return the least that brings the block within the gate, or near to what BF16 gives.
+
+        Raises:
+            ExportError: BF16's error is not a number.
+        """
+        best = self.errors[Kept.ALL]
+        block, attention = max(gate, _OF_BF16 * best.block), max(_OF_ATTENTION * gate, _OF_BF16 * best.attention)
+        for kept, errors in self.errors.items():
+            if errors.block <= block and errors.attention <= attention:
+                return kept
+        raise ExportError(f"measure: {self.block}: got {best} in BF16; expected numbers")
 
 
 def measure(

@@ -1,5 +1,6 @@
 """Each block measured against float32, and what export keeps in BF16 by it."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.fused import open as fused
 from fluxserve.engines.fused.probe import Kept
 from fluxserve.engines.torch_eager import architectures, load_module
+from fluxserve.errors import ExportError
 from fluxserve.kernels.operations import PLAIN
 from tests.conformance.test_fused import Judge, inputs_of
 from tests.support import flux2_blocks
@@ -78,8 +80,11 @@ def test_the_reference_is_the_module_and_frees_what_has_run(tiny: Judge) -> None
     assert left == {"meta"}
 
 
-def measured(name: str, fp8: tuple[float, float], attention: tuple[float, float]) -> Measured:
-    errors = {Kept.NOTHING: Errors(*fp8), Kept.ATTENTION: Errors(*attention), Kept.ALL: Errors(0.01, 0.01)}
+Pair = tuple[float, float]
+
+
+def measured(name: str, fp8: Pair, attention: Pair, bf16: Pair = (0.01, 0.01)) -> Measured:
+    errors = {Kept.NOTHING: Errors(*fp8), Kept.ATTENTION: Errors(*attention), Kept.ALL: Errors(*bf16)}
     return Measured(name, errors, {Kept.NOTHING: 1.0, Kept.ATTENTION: 1.5, Kept.ALL: 2.25})
 
 
@@ -107,6 +112,15 @@ def test_what_is_kept_is_the_least_that_is_within_the_gate() -> None:
     untimed = measure.table(measure.record([replace(block, milliseconds={}) for block in blocks], 0.1))
     assert "costs an unknown time a step" in untimed
     assert "Kept in BF16: nothing" in measure.table(measure.record(blocks[:1], 0.1))
+
+
+def test_nothing_is_kept_where_bf16_is_hardly_better() -> None:
+    """Attention that says nothing beside the mean of v is far off in any precision."""
+    assert measured("a", (0.35, 0.09), (0.3, 0.09), (0.25, 0.02)).kept(0.1) == Kept.NOTHING
+    assert measured("b", (0.4, 0.09), (0.3, 0.09), (0.25, 0.02)).kept(0.1) == Kept.ATTENTION
+    assert measured("c", (0.4, 0.2), (0.3, 0.2), (0.25, 0.12)).kept(0.1) == Kept.ALL
+    with pytest.raises(ExportError, match=r"d: got .*nan"):
+        measured("d", (0.1, 0.1), (0.1, 0.1), (math.nan, math.nan)).kept(0.01)
 
 
 def test_which_calls_are_kept_and_in_what_batches(tmp_path: Path) -> None:
