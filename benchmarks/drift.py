@@ -26,12 +26,12 @@ from fluxserve import artifact as artifacts
 from fluxserve.artifact import Artifact, Scales
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Components
-from fluxserve.engines.fused.open import BF16, FP8, open_artifact
+from fluxserve.engines.fused.open import BF16, FP8, assemble, operations_on
 from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Reader
 from fluxserve.job import Job, plan
 from fluxserve.kernels.layers import Heads
-from fluxserve.kernels.operations import LAUNCHED, Operations
+from fluxserve.kernels.operations import Operations
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.text import Tokenizers
@@ -65,15 +65,23 @@ def with_the_means_range(scales: Scales) -> Scales:
     return replace(scales, centred={name: v for name, (_, _, v) in scales.attention.items()})
 
 
+def opened(artifact: Artifact, device: str) -> Components:
+    """As it is served, on a GPU; elsewhere with the kernels' definitions. Its weights are not hashed."""
+    checkpoint = replace(artifact.checkpoint, spec=artifact.spec)
+    scales = artifact.scales("transformer")
+    return assemble(checkpoint, torch.device(device), FP8, scales, operations_on(device))
+
+
 def transformers(artifact: Artifact, served: FusedTransformer, device: torch.device) -> dict[str, FusedTransformer]:
     """By name, all on the device at once, the served one the last. An artifact's kept blocks are kept in each."""
     spec, scales = artifact.spec, artifact.scales("transformer")
     signature = signatures.transformer(spec)
     most = (signature.most("image_tokens"), signature.most("text_tokens"), 1)
+    kernels = served.run
     ways = {
-        "bf16": (BF16, None, LAUNCHED),
-        "fp8, mean left in": (FP8, with_the_means_range(scales), leaving_the_mean_in(LAUNCHED)),
-        "fp8, mean of every step": (FP8, scales, LAUNCHED),
+        "bf16": (BF16, None, kernels),
+        "fp8, mean left in": (FP8, with_the_means_range(scales), leaving_the_mean_in(kernels)),
+        "fp8, mean of every step": (FP8, scales, kernels),
     }
     folder = artifact.checkpoint.component("transformer")
     made = {
@@ -135,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     artifact = artifacts.read(args.artifact)
-    components = open_artifact(artifact, args.device)
+    components = opened(artifact, args.device)
     assert isinstance(components.transformer, FusedTransformer)
     engines = transformers(artifact, components.transformer, torch.device(args.device))
     found = []

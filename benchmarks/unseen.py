@@ -21,20 +21,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.command import report
-from benchmarks.drift import denoised
+from benchmarks.drift import denoised, opened
 from benchmarks.pictures import sides
 from benchmarks.surroundings import surroundings
 from fluxserve import artifact as artifacts
 from fluxserve.artifact import Artifact, Scales
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Components
-from fluxserve.engines.fused.open import FP8, open_artifact
+from fluxserve.engines.fused.open import FP8, operations_on
 from fluxserve.engines.fused.scales import HEADROOM
 from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Reader
 from fluxserve.job import plan
 from fluxserve.kernels.layers import SAMPLE
-from fluxserve.kernels.operations import LAUNCHED, Operations
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.text import Tokenizers
@@ -112,10 +111,10 @@ def _counts(engine: FusedTransformer) -> Tensor:
     return engine.counts.sum(dim=0).cpu()
 
 
-def opened(artifact: Artifact, read: Reader, scales: Scales, run: Operations) -> FusedTransformer:
+def transformer(artifact: Artifact, read: Reader, scales: Scales) -> FusedTransformer:
     signature = signatures.transformer(artifact.spec)
     most = (signature.most("image_tokens"), signature.most("text_tokens"), 1)
-    return FusedTransformer(artifact.spec, read, read.device, FP8, scales, run, most)
+    return FusedTransformer(artifact.spec, read, read.device, FP8, scales, operations_on(str(read.device)), most)
 
 
 def measured(artifact: Artifact, components: Components, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -123,7 +122,7 @@ def measured(artifact: Artifact, components: Components, args: argparse.Namespac
     folder, scales, found = artifact.checkpoint.component("transformer"), artifact.scales("transformer"), []
     for strength, headroom in itertools.product(args.strengths, args.headroom):
         read = Changed(folder, torch.device(args.device), strength)
-        engine = opened(artifact, read, with_headroom(scales, headroom), LAUNCHED)
+        engine = transformer(artifact, read, with_headroom(scales, headroom))
         pipeline = Pipeline(artifact.spec, replace(components, transformer=engine), args.device)
         for size in args.sizes:
             counted = clipped(pipeline, engine, artifact, size, args.steps)
@@ -145,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     artifact = artifacts.read(args.artifact)
-    components = open_artifact(artifact, args.device)
+    components = opened(artifact, args.device)
     about = {"benchmark": "unseen", **surroundings(), "model": artifact.spec.name, "prompts": PROMPTS}
     report({**about, "rank": RANK, "steps": args.steps, "clipped": measured(artifact, components, args)}, args.json)
     components.close()

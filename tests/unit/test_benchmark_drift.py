@@ -11,9 +11,7 @@ from benchmarks.drift import leaving_the_mean_in, with_the_means_range
 from export.fp8 import simulated
 from fluxserve import checkpoint, settings
 from fluxserve.engines import signatures
-from fluxserve.engines.fused import open as fused
 from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
-from fluxserve.kernels.operations import PLAIN
 from tests.conformance.test_fused import DEVICE, FP8, KERNELS, TEXT, Judge, relative, transformer, velocity
 from tests.support.exports import Exports
 
@@ -37,14 +35,9 @@ def test_the_mean_is_left_in() -> None:
     assert not torch.equal(before, velocity(judge.open(FP8), judge.inputs))
 
 
-def test_distances_from_bf16(
-    export: Exports, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_distances_from_bf16(export: Exports, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a command, on the tiny model and a CPU; what is computed at every step is what is computed at the first."""
     artifact = export("fused", "fp8")
-    monkeypatch.setattr(fused, "usable", torch.device)
-    for module in (fused, drift):
-        monkeypatch.setattr(module, "LAUNCHED", PLAIN)
     asked = [
         "--sizes",
         "128x128",

@@ -9,9 +9,7 @@ import torch
 from benchmarks import unseen
 from benchmarks.unseen import Changed
 from fluxserve import checkpoint, settings
-from fluxserve.engines.fused import open as fused
 from fluxserve.engines.fused.weights import Reader
-from fluxserve.kernels.operations import PLAIN
 from tests.support.exports import Exports
 
 pytestmark = pytest.mark.xdist_group("fused")
@@ -32,13 +30,10 @@ def test_matrices_of_blocks_are_changed_by_what_was_asked() -> None:
 
 
 def test_headroom_is_what_keeps_values_from_the_limit(
-    export: Exports, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    export: Exports, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a command: scales half as large as what calibration saw clip, and none does as it is served."""
     artifact = export("fused", "fp8")
-    monkeypatch.setattr(fused, "usable", torch.device)
-    for module in (fused, unseen):
-        monkeypatch.setattr(module, "LAUNCHED", PLAIN)
     asked = ["--sizes", "128x128", "--strengths", "0", "0.3", "--headroom", "0.5", "2", "--steps", "2"]
     unseen.main([str(artifact.path), *asked, "--device", "cpu", "--json", str(tmp_path / "out.json")])
     result = json.loads((tmp_path / "out.json").read_text())
