@@ -99,14 +99,29 @@ def test_the_judge_sees_references_and_guidance(small: Judge) -> None:
     assert relative(velocity(engine, {**small.inputs, "hidden_states": moved})[:, own], near) > 1e-3
 
 
-def test_steps_foreseen_are_the_steps_themselves(small: Judge) -> None:
-    """More than fit ahead at once, for two images with a reference; each step must be what it is alone."""
+def test_steps_foreseen_are_the_steps_themselves(small: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than fit ahead at once, for two images with a reference; each step must be what it is alone.
+
+    That holds of the steps that compute the means of values anew: here all of them.
+    """
     engine, inputs = small.open(FP8), inputs_of(small.folder, (8, 8), rows=2, references=[(6, 4)])
+    monkeypatch.setattr(engine, "steps_between_means", lambda steps, rows: 1)
     timesteps = torch.linspace(1, 0.02, 37, device=DEVICE).to(torch.bfloat16)
     seen = foreseen(engine, inputs, timesteps)
     for step in (0, 1, 15, 16, 31, 36):
         alone = velocity(engine, {**inputs, "timestep": timesteps[step].expand(2)})
         assert torch.equal(seen[step], alone), f"step {step}"
+
+
+def test_means_are_held_between_the_steps_that_compute_them(small: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that computes them is what it is alone; the next differs from what it is alone, by less than FP8 does."""
+    engine, inputs = small.open(FP8), inputs_of(small.folder, (8, 8), references=[(6, 4)])
+    monkeypatch.setattr(engine, "steps_between_means", lambda steps, rows: 3)
+    timesteps = torch.linspace(1, 0.02, 5, device=DEVICE).to(torch.bfloat16)
+    for step, seen in enumerate(foreseen(engine, inputs, timesteps)):
+        alone = velocity(engine, {**inputs, "timestep": timesteps[step].expand(1)})
+        assert torch.equal(seen, alone) == (step in (0, 3)), f"step {step}"
+        assert relative(seen, alone) < small.plain_fp8
 
 
 def test_an_image_has_the_same_bytes_alone_and_in_a_batch(small: Judge) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -142,17 +143,22 @@ def test_urgent_requests_go_first(server: TritonServer) -> None:
 
 
 def test_png_of_a_megapixel_is_quick_and_exact() -> None:
-    """≤ 15 ms for 1024² on one core, byte-exact when decoded."""
+    """Byte-exact when decoded, and in a fifth of the time that Pillow's quickest compression takes beside it."""
     rng = np.random.default_rng(0)
     smooth = np.kron(rng.integers(0, 250, (64, 64, 3), dtype=np.uint8), np.ones((16, 16, 1), np.uint8))
     image = smooth + rng.integers(0, 6, smooth.shape, dtype=np.uint8)
-    best = 1.0
+    ours, pillows = [], []
     for _ in range(7):
-        begin = time.process_time()
-        png = imaging.write_image(image, "png", 90)
-        best = min(best, time.process_time() - begin)
-    assert np.array_equal(pixels(png), image)
-    assert best < 0.015
+        ours.append(seconds(lambda: imaging.write_image(image, "png", 90)))
+        pillows.append(seconds(lambda: Image.fromarray(image).save(io.BytesIO(), "png", compress_level=1)))
+    assert np.array_equal(pixels(imaging.write_image(image, "png", 90)), image)
+    assert min(ours) < min(pillows) / 5
+
+
+def seconds(work: Callable[[], object]) -> float:
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
 
 
 def test_metrics(server: TritonServer) -> None:
