@@ -10,9 +10,9 @@ import pytest
 # One answer's worth of buffers, made and dropped; the last of twenty rounds is counted.
 FAULTS = """
 import resource
-from fluxserve_client.transports import open_transport
+from fluxserve_client.transports import opener
 from fluxserve_client.transports.endpoint import Endpoint
-open_transport(Endpoint.parse("localhost"), {})
+opener(Endpoint.parse("localhost"), {})
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     buffers = [b"x" * (3 << 20) for _ in range(6)]

@@ -39,7 +39,7 @@ def test_the_whole_client(fake: FakeFlux) -> None:
     client.close()  # once more does no harm
     with pytest.raises(RuntimeError, match="closed"):
         client.ready()
-    assert not [thread for thread in threading.enumerate() if thread is client._thread]
+    assert not [thread for thread in threading.enumerate() if thread.name == "fluxserve-client"]
 
 
 async def test_inside_a_running_event_loop(fake: FakeFlux) -> None:

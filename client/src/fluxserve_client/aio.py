@@ -9,13 +9,15 @@ client first asks `control` to cancel that request, and only then hangs up.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
+import math
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from fluxserve_client.contract import (
     CONTROL,
@@ -28,13 +30,17 @@ from fluxserve_client.contract import (
     parse_result,
 )
 from fluxserve_client.errors import DeadlineExceeded, FluxserveError
+from fluxserve_client.forks import begin_anew_in_children
 from fluxserve_client.result import ImageFormat, Progress, Result, State
-from fluxserve_client.transports import Transport, open_transport
+from fluxserve_client.transports import Transport, opener
 from fluxserve_client.transports.endpoint import Endpoint, Tls
+from fluxserve_client.transports.per_loop import PerLoop
 
 log = logging.getLogger("fluxserve_client")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+ProgressCallback = Callable[[Progress], Awaitable[None] | None]
+
 _RETRY_S = 0.05  # between two tries to cancel a request that has not reached the server's table yet
 
 
@@ -74,10 +80,16 @@ class AsyncClient:
         cancel_timeout: float = 2.0,
         transport: Transport | None = None,
     ) -> None:
-        self._transport = transport or open_transport(Endpoint.parse(url, protocol, tls), headers or {})
+        if transport is None:
+            transport = PerLoop(opener(Endpoint.parse(url, protocol, tls), dict(headers or {})))
+        self._transport = transport
         self._poll_interval = poll_interval
         self._cancel_timeout = cancel_timeout
+        self._closed = False
+        self._deadlines: set[tuple[asyncio.AbstractEventLoop, asyncio.Timeout]] = set()
+        self._requests: set[asyncio.Future[None]] = set()
         self._stopping: set[asyncio.Task[str | None]] = set()
+        begin_anew_in_children(self)
 
     async def __aenter__(self) -> Self:
         return self
@@ -88,10 +100,33 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Let the cancels on their way arrive, and close the connections."""
-        if self._stopping:
-            await asyncio.wait(self._stopping)
+        """End the calls that run, stop their requests on the server, and close the connections.
+
+        Those calls, and later ones, raise `RuntimeError`. A request that was sent from another event loop is
+        stopped by that loop, which this method does not wait for.
+        """
+        self._closed = True
+        here = asyncio.get_running_loop()
+        for loop, deadline in list(self._deadlines):
+            if loop is here:
+                self._expire(loop, deadline)
+            elif not loop.is_closed():
+                loop.call_soon_threadsafe(self._expire, loop, deadline)
+        running: list[asyncio.Future[Any]] = [*self._requests, *self._stopping]
+        ending = [future for future in running if future.get_loop() is here]
+        if ending:
+            await asyncio.wait(ending)
         await self._transport.close()
+
+    def _expire(self, loop: asyncio.AbstractEventLoop, deadline: asyncio.Timeout) -> None:
+        if (loop, deadline) in self._deadlines and not deadline.expired():
+            deadline.reschedule(0)  # a time long past
+
+    def after_fork(self) -> Iterable[object]:
+        """Forget the calls of the parent process; see `forks`."""
+        state: list[object] = [*self._deadlines, *self._requests, *self._stopping]
+        self._deadlines, self._requests, self._stopping = set(), set(), set()
+        return state
 
     async def generate(
         self,
@@ -109,7 +144,7 @@ class AsyncClient:
         quality: int | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
-        progress: Callable[[Progress], None] | None = None,
+        progress: ProgressCallback | None = None,
     ) -> Result:
         """Draw what `prompt` says. Everything else is optional; what isn't given, the server's model decides.
 
@@ -128,9 +163,10 @@ class AsyncClient:
             request_id: the name of this request for `status` and `cancel`, 1 to 64 characters of A-Z a-z 0-9 . _ -,
                 unique among the requests in flight; a random one if not given.
             timeout: seconds for the whole call; None waits for ever.
-            progress: called on the event loop with a `Progress` at every change that is seen. What it raises leaves
-                this call, after the request is cancelled: raise from it to stop. If the *server* can't
-                tell the progress, that is logged as a warning and the call goes on without.
+            progress: called, and awaited if it is asynchronous, on the event loop with a `Progress` at every change
+                that is seen. What it raises leaves this call, after the request is cancelled: raise from it to
+                stop. If the *server* can't tell the progress, that is logged as a warning and the call goes on
+                without.
 
         Raises:
             TypeError, ValueError, OSError: an argument that cannot be sent; nothing was sent.
@@ -139,6 +175,7 @@ class AsyncClient:
             RequestIdInUse, Cancelled, AccessDenied, ServerError: see `fluxserve_client.errors`.
             DeadlineExceeded: `timeout` passed; the server was told to stop.
             ConnectionFailed: nothing answered, or the connection broke.
+            RuntimeError: the client is closed, or was closed before the answer came.
 
         Whichever way the call is left early, a note on the exception (and a logged warning) says so if the server
         could not be told to stop.
@@ -156,9 +193,10 @@ class AsyncClient:
             output_format=output_format,
             quality=quality,
         )
+        self._check(timeout)
         inputs = request.tensors()
         name = uuid.uuid4().hex if request_id is None else _checked(request_id)
-        async with self._in_flight(name, inputs) as answer, _within(timeout, name):
+        async with self._in_flight(name, inputs) as answer, self._within(timeout, name):
             outputs = await self._attend(answer, name, progress)
         return parse_result(outputs, name, output_format)
 
@@ -181,23 +219,61 @@ class AsyncClient:
 
         Raises `ConnectionFailed` if nothing answers and `DeadlineExceeded` after `timeout` seconds.
         """
-        async with _within(timeout):
+        self._check(timeout)
+        async with self._within(timeout):
             return all([await self._transport.ready(model) for model in (FLUX, CONTROL)])
 
     async def _control(self, request_id: str, action: str, timeout: float | None) -> Progress:
-        inputs = control_tensors(_checked(request_id), action)
-        async with _within(timeout, request_id):
-            return parse_progress(await self._transport.infer(CONTROL, inputs, ""))
+        self._check(timeout)
+        async with self._within(timeout, _checked(request_id)):
+            return await self._ask(request_id, action)
+
+    async def _ask(self, request_id: str, action: str) -> Progress:
+        return parse_progress(await self._transport.infer(CONTROL, control_tensors(request_id, action), ""))
+
+    def _check(self, timeout: float | None) -> None:
+        if self._closed:
+            raise RuntimeError("this client is closed")
+        if timeout is not None and math.isnan(timeout):
+            raise ValueError(f"timeout: got {timeout}, expected seconds, or None to wait for ever")
+
+    @asynccontextmanager
+    async def _within(self, timeout: float | None, request_id: str = "") -> AsyncIterator[None]:
+        """Bound the block as `asyncio.timeout` does.
+
+        Raises `DeadlineExceeded`, or `RuntimeError` where `close` ended the block; a TimeoutError of the block's own
+        passes untouched.
+        """
+        try:
+            async with asyncio.timeout(timeout) as deadline:
+                entry = asyncio.get_running_loop(), deadline
+                self._deadlines.add(entry)
+                try:
+                    yield
+                finally:
+                    self._deadlines.discard(entry)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            if self._closed:
+                raise RuntimeError("this client was closed before the answer came") from error
+            message = f"no answer within {timeout:g} s"
+            raise DeadlineExceeded(message, status="DEADLINE_EXCEEDED", request_id=request_id) from error
 
     @asynccontextmanager
     async def _in_flight(self, request_id: str, inputs: Tensors) -> AsyncIterator[asyncio.Task[Tensors]]:
         """Send the request; if the block is left before the answer is here, stop it on the server."""
         answer = asyncio.create_task(_infer(self._transport, inputs, request_id))
+        left = asyncio.get_running_loop().create_future()
+        self._requests.add(left)
         try:
             yield answer
+        except GeneratorExit:  # this call is dropped together with its event loop: nothing can be awaited here
+            log.warning("request %s may still run on the server: its event loop ended", request_id)
+            raise
         except BaseException as error:  # CancelledError above all
-            if answer.done():
-                _ = answer.cancelled() or answer.exception()  # nobody is left to hear it
+            if _answered(answer):
+                answer.exception()  # nobody is left to hear it
             else:
                 stopping = asyncio.create_task(self._stop(request_id, answer))
                 self._stopping.add(stopping)
@@ -206,6 +282,9 @@ class AsyncClient:
                 if problem := await asyncio.shield(stopping):
                     error.add_note(problem)
             raise
+        finally:
+            self._requests.discard(left)
+            left.cancel()
 
     async def _stop(self, request_id: str, answer: asyncio.Task[Tensors]) -> str | None:
         """Cancel on the server, then hang up; return what went wrong.
@@ -216,8 +295,8 @@ class AsyncClient:
         problem = None
         try:
             async with asyncio.timeout(self._cancel_timeout):
-                while await self.cancel(request_id) is State.UNKNOWN and not answer.done():
-                    await asyncio.wait({answer}, timeout=_RETRY_S)
+                while (await self._ask(request_id, "cancel")).state is State.UNKNOWN and not _answered(answer):
+                    await asyncio.sleep(_RETRY_S) if answer.done() else await asyncio.wait({answer}, timeout=_RETRY_S)
         except (FluxserveError, TimeoutError) as error:
             reason = str(error) or f"no confirmation within {self._cancel_timeout:g} s"
             problem = f"request {request_id} may still run on the server: it could not be cancelled: {reason}"
@@ -229,7 +308,7 @@ class AsyncClient:
         return problem
 
     async def _attend(
-        self, answer: asyncio.Task[Tensors], request_id: str, progress: Callable[[Progress], None] | None
+        self, answer: asyncio.Task[Tensors], request_id: str, progress: ProgressCallback | None
     ) -> Tensors:
         """Wait for the answer, following the progress meanwhile.
 
@@ -241,26 +320,33 @@ class AsyncClient:
         follower = asyncio.create_task(self._follow(request_id, progress))
         try:
             await asyncio.wait({answer, follower}, return_when=asyncio.FIRST_COMPLETED)
-            if follower.done():
-                follower.result()  # raises what the callback raised
+            if follower.done() and (error := follower.result()):
+                raise error
             await asyncio.wait({answer})
             return answer.result()
         finally:
             follower.cancel()
-            await asyncio.wait({follower})
+            await asyncio.wait({follower}, timeout=self._cancel_timeout)
 
-    async def _follow(self, request_id: str, progress: Callable[[Progress], None]) -> None:
+    async def _follow(self, request_id: str, progress: ProgressCallback) -> BaseException | None:
+        """Report every change; return what the callback raised, because SystemExit would end the event loop here."""
         last = None
         while True:
             await asyncio.sleep(self._poll_interval)
             try:
-                now = await self.status(request_id)
+                now = await self._ask(request_id, "status")
             except FluxserveError as error:
                 log.warning("the progress of request %s is not followed any more: %s", request_id, error)
-                return
+                return None
             if now != last and now.state is not State.UNKNOWN:
                 last = now
-                progress(now)
+                try:
+                    if inspect.isawaitable(reporting := progress(now)):
+                        await reporting
+                except GeneratorExit:  # means, in the caller's coroutine, that nothing can be awaited any more
+                    return RuntimeError("the progress callback raised GeneratorExit")
+                except BaseException as error:  # noqa: BLE001 (raised again where the caller waits)
+                    return error
 
 
 async def _infer(transport: Transport, inputs: Tensors, request_id: str) -> Tensors:
@@ -275,14 +361,6 @@ def _checked(request_id: str) -> str:
     return request_id
 
 
-@asynccontextmanager
-async def _within(timeout: float | None, request_id: str = "") -> AsyncIterator[None]:
-    """`asyncio.timeout`, raising `DeadlineExceeded`; a TimeoutError of the block's own passes untouched."""
-    try:
-        async with asyncio.timeout(timeout) as deadline:
-            yield
-    except TimeoutError as error:
-        if not deadline.expired():
-            raise
-        message = f"no answer within {timeout:g} s"
-        raise DeadlineExceeded(message, status="DEADLINE_EXCEEDED", request_id=request_id) from error
+def _answered(answer: asyncio.Task[Tensors]) -> bool:
+    """Whether the server's last word is here. A wait that was cancelled, by the end of an event loop, has none."""
+    return answer.done() and not answer.cancelled()

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
+import atexit
+import contextlib
 import functools
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from numbers import Real
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 from fluxserve_client.aio import AsyncClient
+from fluxserve_client.errors import DeadlineExceeded
+from fluxserve_client.forks import begin_anew_in_children
 from fluxserve_client.transports import Transport
 from fluxserve_client.transports.endpoint import Tls
+from fluxserve_client.worker import Retired, Unresponsive, Worker
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_GRACE_S = 1.0
+"""How long after `timeout` and `cancel_timeout` a call waits for its event loop before it leaves without it."""
 
 
 def _blocking(
@@ -24,7 +33,7 @@ def _blocking(
 
     @functools.wraps(method)
     def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._run(method(self._client, *args, **kwargs))
+        return self._run(method(self._client, *args, **kwargs), cast(Any, kwargs).get("timeout"))
 
     return call
 
@@ -39,7 +48,8 @@ class Client:
 
     It works inside a running event loop too (Jupyter), and several threads may share it. Ctrl-C stops the request
     on the server before `KeyboardInterrupt` leaves the call; a second Ctrl-C does not wait for that. A progress
-    callback runs in the client's thread. Arguments and errors are those of `AsyncClient`.
+    callback runs in the client's thread. A forked process may use its parent's client, over gRPC only if the parent
+    had not used gRPC before the fork. Arguments and errors are those of `AsyncClient`.
     """
 
     generate = _blocking(AsyncClient.generate)
@@ -67,9 +77,11 @@ class Client:
             cancel_timeout=cancel_timeout,
             transport=transport,
         )
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="fluxserve-client", daemon=True)
-        self._thread.start()
+        self._patience = cancel_timeout + _GRACE_S
+        self._lock = threading.Lock()
+        self._worker: Worker | None = None
+        begin_anew_in_children(self)
+        _open.add(self)
 
     def __enter__(self) -> Self:
         return self
@@ -80,44 +92,48 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections and end the thread; calls after this raise `RuntimeError`."""
-        if self._loop.is_closed():
-            return
-        self._run(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Close the connections and end the thread; calls after this raise `RuntimeError`.
 
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        if self._loop.is_closed():
-            coroutine.close()
-            raise RuntimeError("this client is closed")
-        if threading.current_thread() is self._thread:  # would wait for itself, for ever
-            coroutine.close()
-            raise RuntimeError("called from a progress callback; to stop the request, raise an exception there")
-        started: list[asyncio.Task[T]] = []
-        ended = threading.Event()
+        Calls that run in other threads raise it too, once their requests are stopped on the server.
+        """
+        worker = self._worker_here()
+        with contextlib.suppress(Retired):  # another thread closed the client first
+            worker.run(self._client.close())
+        worker.retire()
+        worker.thread.join()
 
-        def start() -> None:
-            started.append(self._loop.create_task(coroutine))
-            started[0].add_done_callback(lambda _: ended.set())
+    def after_fork(self) -> Iterable[object]:
+        """Begin anew in a child process: the thread stayed in the parent; see `forks`."""
+        worker, self._worker, self._lock = self._worker, None, threading.Lock()
+        return [] if worker is None else [worker, worker.loop]
 
-        self._loop.call_soon_threadsafe(start)
+    def _worker_here(self) -> Worker:
+        """The thread of this process, started at the first call: a fork before that leaves nothing to lose."""
+        with self._lock:
+            if self._worker is None:
+                self._worker = Worker()
+                # the thread of a client that nobody closed ends with the client
+                weakref.finalize(self, self._worker.retire).atexit = False
+            return self._worker
+
+    def _run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None) -> T:
+        bounded = isinstance(timeout, Real) and 0 <= timeout < threading.TIMEOUT_MAX - self._patience
+        patience = float(timeout) + self._patience if timeout is not None and bounded else None
         try:
-            ended.wait()
-        except BaseException as interrupt:  # Ctrl-C: the request must stop before we leave
-            self._loop.call_soon_threadsafe(lambda: started[0].cancel())  # in order, so `start` ran before
-            ended.wait()
-            _keep_notes(started[0], interrupt)
-            raise
-        return started[0].result()
+            return self._worker_here().run(coroutine, patience)
+        except Unresponsive as error:
+            message = f"no answer within {timeout:g} s: a progress callback holds the client's thread"
+            late = DeadlineExceeded(message, status="DEADLINE_EXCEEDED")
+            late.add_note("the request may run on the server until that callback returns")
+            raise late from error
 
 
-def _keep_notes(task: asyncio.Task[Any], interrupt: BaseException) -> None:
-    """Carry what could not be done from the cancelled call to the exception that its caller sees."""
-    try:
-        error: BaseException | None = task.exception()
-    except asyncio.CancelledError as cancelled:
-        error = cancelled
-    for note in getattr(error, "__notes__", ()):
-        interrupt.add_note(note)
+def _close_all() -> None:
+    """Stop what daemon threads have asked for and cannot wait for any more."""
+    for client in list(_open):
+        if client._worker is not None:
+            client.close()
+
+
+_open: weakref.WeakSet[Client] = weakref.WeakSet()
+atexit.register(_close_all)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -31,17 +31,20 @@ class Transport(Protocol):
         """Close the connections."""
 
 
-def open_transport(endpoint: Endpoint, headers: Mapping[str, str]) -> Transport:
-    """The transport for `endpoint`; it connects at the first call. `headers` travel with every call."""
+def opener(endpoint: Endpoint, headers: Mapping[str, str]) -> Callable[[], Transport]:
+    """Import what a transport to `endpoint` needs; return a function that makes one, which connects at its first call.
+
+    `headers` travel with every call.
+    """
     _keep_freed_memory()
     # imported here: each pulls in a heavy stack, and one of the two is never needed
     if endpoint.protocol == "grpc":
         from fluxserve_client.transports.grpc import GrpcTransport
 
-        return GrpcTransport(endpoint, headers)
+        return lambda: GrpcTransport(endpoint, headers)
     from fluxserve_client.transports.http import HttpTransport
 
-    return HttpTransport(endpoint, headers)
+    return lambda: HttpTransport(endpoint, headers)
 
 
 def _keep_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,6 +19,29 @@ from fluxserve_client.transports.endpoint import Endpoint
 _OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
+class _Library:
+    """Whether this process can use gRPC, whose threads and locks a fork leaves half-way in the child."""
+
+    used = False
+    lost = False
+
+    @classmethod
+    def use(cls) -> None:
+        if cls.lost:
+            raise RuntimeError(
+                "gRPC was used before this process was forked, and cannot be used after that: start processes with "
+                "multiprocessing's 'spawn' or 'forkserver', use gRPC in the children alone, or use http://"
+            )
+        cls.used = True
+
+    @classmethod
+    def after_fork(cls) -> None:
+        cls.lost = cls.used
+
+
+os.register_at_fork(after_in_child=_Library.after_fork)
+
+
 class GrpcTransport:
     """See `Transport`. `headers` become gRPC metadata, whose keys are lower-case."""
 
@@ -28,6 +52,7 @@ class GrpcTransport:
     @cached_property
     def _client(self) -> Any:
         # at the first call and not before: a channel belongs to the event loop it is made on
+        _Library.use()
         tls = self._endpoint.tls
         return aio.InferenceServerClient(
             self._endpoint.address,
