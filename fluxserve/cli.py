@@ -1,23 +1,29 @@
 """fluxserve serve | demo | generate | repository | doctor: the command line. Of the library, only this prints."""
 
 import argparse
+import contextlib
 import logging
+import os
 import re
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fluxserve import __version__, process, settings
-from fluxserve.errors import FluxserveError, ServerError
+from fluxserve import __version__, console, process, settings
+from fluxserve.errors import FluxserveError, LibraryMissing, ServerError
 from fluxserve.installation import Installation, bundled, installed_at
 from fluxserve.repository import lay_out
 from fluxserve.server import DRAIN_TIMEOUT_S, LOOPBACK, Ports, TritonServer
 from fluxserve.spec import FAMILY
+
+if TYPE_CHECKING:
+    from fluxserve_client import Client
 
 _EPILOG = """\
 examples:
@@ -38,24 +44,33 @@ _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for an error with a message, 2 for usage, 130 for Ctrl-C."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    console.prepare()
+    try:
+        status = _run(sys.argv[1:] if arguments is None else list(arguments))
+        sys.stdout.flush()
+    except (FluxserveError, OSError) as error:  # an OSError: a file that can't be written, a closed pipe
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        console.let_go()
+    return status
+
+
+def _run(given: Sequence[str]) -> int:
     if given[:1] == ["export"]:
         return _export(given[1:])
     options = _parser().parse_args(given)
     logging.captureWarnings(True)
     settings.let_threads_sleep()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is stopped
-    try:
-        status: int = options.command(options)
-    except FluxserveError as error:
-        print(f"fluxserve: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:  # a file that can't be written, a closed terminal
-        print(f"fluxserve: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return status
+    return int(options.command(options))
+
+
+def _complain(message: str) -> int:
+    with contextlib.suppress(OSError):  # nobody reads standard error: the status says it all
+        print(f"fluxserve: {console.printable(message)}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     repository = commands.add_parser("repository", help="write a model repository for one model; any Triton serves it")
     repository.add_argument("folder", type=Path, help="a new one")
     _model_options(repository)
-    repository.add_argument("--gpus", type=int, nargs="+", default=[], metavar="N", help="default: all there are")
+    repository.add_argument("--gpus", type=_gpu, nargs="+", default=[], metavar="N", help="default: all there are")
     repository.set_defaults(command=_lay_out)
     doctor = commands.add_parser("doctor", help="check what this machine can run; print every setting")
     _server_options(doctor)
@@ -124,7 +139,15 @@ def _picture(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected a name that ends in {', '.join(_FORMATS)}")
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path.absolute().parent}: no such folder")
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path}: {'is a folder' if path.is_dir() else 'cannot be written'}")
     return path
+
+
+def _gpu(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected the number of a GPU, 0 or more")
+    return int(text)
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -160,23 +183,6 @@ def _chosen(options: argparse.Namespace) -> dict[str, str]:
 
 def _installation(server: str) -> Installation:
     return installed_at(Path(server)) if server else bundled()
-
-
-class _Ticker:
-    """One line that shows how long something takes: rewritten on a terminal, every five seconds elsewhere."""
-
-    def __init__(self, what: str) -> None:
-        self._what, self._shown = what, -1
-
-    def __call__(self, seconds: float) -> None:
-        if sys.stdout.isatty():
-            print(f"\r{self._what} … {seconds:.1f} s", end="", flush=True)
-        elif int(seconds) // 5 != self._shown // 5 or self._shown < 0:
-            print(f"{self._what} … {seconds:.0f} s", flush=True)
-        self._shown = int(seconds)
-
-    def done(self, seconds: float) -> None:
-        print(f"{chr(13) if sys.stdout.isatty() else ''}{self._what}: {seconds:.1f} s ", flush=True)
 
 
 # --- repository ------------------------------------------------------------------------------------------------------
@@ -229,13 +235,31 @@ def _say(line: str) -> None:
 
 def _attach(url: str) -> int:
     """Another server is served by somebody else: say whether it is ready."""
-    from fluxserve_client import Client
+    _say(f"{_ready(url)}; it runs by itself, so there is nothing to start")
+    return 0
 
-    with Client(url) as client:
+
+def _ready(url: str) -> str:
+    with _client(url) as client:
         if not client.ready():
             raise ServerError(f"{url}: the server or its model `flux` is not ready")
-    print(f"{url}: ready; it runs by itself, so there is nothing to start")
-    return 0
+    return f"{url}: ready"
+
+
+@contextmanager
+def _client(url: str) -> "Iterator[Client]":
+    """A client of a server, whose errors become ours: what a caller gives to it is the command line's."""
+    settings.silence_grpc()
+    try:
+        from fluxserve_client import Client
+        from fluxserve_client import FluxserveError as ClientError
+    except ModuleNotFoundError as error:
+        raise LibraryMissing(str(error.name), comes_with="the client (pip install ./client)") from error
+    try:
+        with Client(url) as client:
+            yield client
+    except (ClientError, ValueError) as error:
+        raise ServerError(str(error)) from error
 
 
 # --- demo ------------------------------------------------------------------------------------------------------------
@@ -247,7 +271,7 @@ def _demo(options: argparse.Namespace) -> int:
     with tempfile.NamedTemporaryFile(prefix=process.own_prefix(), suffix=".log") as log:
         server = TritonServer(options.repository, Ports.free(), _installation(options.server), log, _chosen(options))
         with server:
-            ticker = _Ticker("starting Triton")
+            ticker = console.Ticker("starting Triton")
             server.start()
             try:
                 ticker.done(server.wait_ready(progress=ticker))
@@ -269,10 +293,8 @@ def _show_step(progress: Any) -> None:
 
 
 def _draw_through(url: str, options: argparse.Namespace) -> int:
-    from fluxserve_client import Client
-
     begin = time.perf_counter()
-    with Client(url) as client:
+    with _client(url) as client:
         progress = _show_step if sys.stdout.isatty() else None
         result = client.generate(options.prompt, seed=options.seed, progress=progress)
         result.save(options.output)
@@ -318,11 +340,11 @@ def _generate(options: argparse.Namespace) -> int:
     names = ("height", "width", "num_inference_steps", "guidance_scale", "seed")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given["output_format"] = _FORMATS[options.output.suffix.lower()].encode()
-    parsed = request.parse({"prompt": options.prompt.encode(), **given}, found.spec)
+    parsed = request.parse({"prompt": os.fsencode(options.prompt), **given}, found.spec)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = found.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    ticker, begin = _Ticker("loading"), time.perf_counter()
+    ticker, begin = console.Ticker("loading"), time.perf_counter()
     pipeline = Pipeline(found.spec, found.open_components(device, config.dtype), device, config.max_rows)
     ticker.done(time.perf_counter() - begin)
     job = plan(parsed, found.spec, Tokenizers(found.checkpoint))
@@ -353,7 +375,9 @@ def _doctor(options: argparse.Namespace) -> int:
         return f"{found.spec.name} at {where}, engine {found.engine}"
 
     checks: dict[str, Callable[[], str]] = {
-        "tritonserver": lambda: str(_installation(options.server).binary),
+        "tritonserver": lambda: (
+            _ready(options.server) if "://" in options.server else str(_installation(options.server).binary)
+        ),
         "model": model,
         "GPU": gpu,
         "torch": lambda: str(torch.__version__),

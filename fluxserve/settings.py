@@ -132,6 +132,11 @@ def let_threads_sleep() -> None:
         os.environ.setdefault(name, value)
 
 
+def silence_grpc() -> None:
+    """Keep the log of gRPC's library off standard error; call it before the client is imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
 def as_served() -> None:
     """The same, and this process takes a GPU's memory as a server's does; call it before torch is imported."""
     let_threads_sleep()

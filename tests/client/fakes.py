@@ -150,8 +150,12 @@ def _decode(data: bytes, datatype: str) -> Any:
 class Wire:
     """`FakeFlux` on sockets, in a thread; `grpc_port` and `http_port` are open inside the `with` block."""
 
-    def __init__(self, fake: FakeFlux, certificate: tuple[Path, Path] | None = None) -> None:
+    def __init__(
+        self, fake: FakeFlux, certificate: tuple[Path, Path] | None = None, ping_interval_s: float = 300.0
+    ) -> None:
+        """`ping_interval_s` is how often a client may ping while no data passes; Triton's own default is 300."""
         self.fake = fake
+        self._ping_interval_s = ping_interval_s
         self._certificate = certificate
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -182,7 +186,9 @@ class Wire:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             context.load_cert_chain(chain, key)
             credentials = grpc.ssl_server_credentials([(key.read_bytes(), chain.read_bytes())])
-        self._grpc = grpc.aio.server(options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)])
+        pings = ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * self._ping_interval_s))
+        options = [("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0), pings]
+        self._grpc = grpc.aio.server(options=options)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(_Grpc(self.fake), self._grpc)
         add = self._grpc.add_insecure_port
         self.grpc_port = self._grpc.add_secure_port("localhost:0", credentials) if credentials else add("localhost:0")

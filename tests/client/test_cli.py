@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -110,12 +112,8 @@ def test_progress_in_lines_and_quiet(fake: FakeFlux, run: Run, capsys: pytest.Ca
 
 
 def test_progress_as_a_bar_on_a_terminal() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal = Terminal()
-    with progress_display(terminal, quiet=False) as progress:
+    terminal = io.StringIO()
+    with progress_display(terminal, bar=True) as progress:
         assert progress is not None
         progress(Progress(State.RUNNING, 10, 20))
     shown = terminal.getvalue()
@@ -132,15 +130,46 @@ def test_progress_as_a_bar_on_a_terminal() -> None:
         (["generate", "a fox", "--image", "none.png"], "none.png"),
         (["generate", "a fox", "--header", "nonsense"], "--header: got 'nonsense', expected KEY=VALUE"),
         (["generate", "a fox", "--request-id", "a b"], "request_id: got 'a b'"),
+        (["generate", "a fox", "--request-id", "é"], "request_id: got 'é'"),
+        (["generate", "a fox", "-o", "folder.png"], "'folder.png' is a folder"),
+        (["generate", "a fox", "--image", "folder.png"], "Is a directory"),
+        (["generate", "a fox", "--seed", str(2**70)], "seed: got"),
+        (["generate", "a fox", "--timeout", "nan"], "timeout: got nan"),
+        (["generate", "\udcff"], "prompt: not valid Unicode text"),
+        (["cancel", ""], "request_id: got ''"),
         (["health", "--cert", "c.pem"], "cert, key: got one of them"),
     ],
 )
 def test_wrong_usage(
     fake: FakeFlux, run: Run, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
+    Path("folder.png").mkdir()
     assert run(*arguments) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
     assert fake.requests == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--url", "ftp://x"], 2, "url: got scheme 'ftp'"),
+        (["--url", "http://x:99999"], 2, "url: got 'http://x:99999'"),
+        (["--url", "grpc://[::1"], 2, "url: got 'grpc://[::1'"),
+        (["--url", "http://x", "--header", "a b=c"], 2, "headers: got 'a b'"),
+        (["--url", "https://x", "--ca", "none.pem"], 2, "none.pem"),
+        (["--url", "grpcs://x", "--ca", "none.pem"], 2, "none.pem"),
+        (["--url", "http://x", "--keepalive", "10"], 2, "keepalive: got 10.0 over http"),
+        (["--url", "grpc://127.0.0.1:1"], 1, "failed to connect"),
+        (["--url", "http://127.0.0.1:1"], 1, "Cannot connect"),
+    ],
+)
+def test_addresses_that_lead_nowhere(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, message: str
+) -> None:
+    assert main(["health", *arguments]) == status
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["generate"], ["generate", "a fox", "--height", "tall"]])
@@ -155,6 +184,14 @@ def test_what_the_server_refuses(fake: FakeFlux, run: Run, capsys: pytest.Captur
     assert run("generate", "a fox", "--height", "17") == 1
     assert capsys.readouterr().err == "fluxserve-client: error: height: got 17; allowed: multiples of 16\n"
     assert not Path("fluxserve.png").exists()
+
+
+def test_a_message_is_one_line_without_control_characters(
+    fake: FakeFlux, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.error = InvalidRequest("prompt:\n  got \x1b[2Jnothing\x00")
+    assert run("generate", "a fox") == 1
+    assert capsys.readouterr().err == "fluxserve-client: error: prompt: got \\x1b[2Jnothing\\x00\n"
 
 
 def test_a_timeout(fake: FakeFlux, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,8 +226,18 @@ def test_not_ready(fake: FakeFlux, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "not ready\n"
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_ctrl_c(fake: FakeFlux, wire: Wire, tmp_path: Path, protocol: str) -> None:
+@pytest.mark.parametrize(
+    ("protocol", "number", "status"),
+    [
+        ("grpc", signal.SIGINT, 130),
+        ("http", signal.SIGINT, 130),
+        ("http", signal.SIGTERM, 143),
+        ("http", signal.SIGHUP, 129),
+    ],
+)
+def test_signals(
+    fake: FakeFlux, wire: Wire, tmp_path: Path, protocol: str, number: signal.Signals, status: int
+) -> None:
     fake.steps, fake.step_s = 2000, 0.01
     command = [sys.executable, "-m", "fluxserve_client", "generate", "a fox", "--url", wire.url(protocol)]
     header = ["--header", "X-Team=foxes"]
@@ -201,10 +248,75 @@ def test_ctrl_c(fake: FakeFlux, wire: Wire, tmp_path: Path, protocol: str) -> No
         while not fake.table and time.monotonic() < end:
             time.sleep(0.01)
         [name] = fake.table
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         said = process.communicate(timeout=20)[1]
-    assert process.returncode == 130
+    assert process.returncode == status
     assert said.splitlines()[-1] == "fluxserve-client: stopped"
+    assert "Traceback" not in said
     assert (name, "cancel") in fake.actions
     assert fake.headers[0]["x-team"] == "foxes"
     assert list(tmp_path.iterdir()) == []
+
+
+def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of sh in which $CLIENT is the program."""
+    env = {**os.environ, "CLIENT": f"{sys.executable} -m fluxserve_client", **environment}
+    return subprocess.run(
+        ["/bin/sh", "-c", command], cwd=folder, env=env, capture_output=True, text=True, errors="replace"
+    )
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        ("> /dev/full", 2, "fluxserve-client: error: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_streams_that_take_nothing(wire: Wire, tmp_path: Path, redirection: str, status: int, said: str) -> None:
+    ended = shell(f"$CLIENT generate -q fox --url {wire.url('http')} {redirection}", tmp_path)
+    assert (ended.returncode, ended.stderr) == (status, said)
+    assert (tmp_path / "fluxserve.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("health --url $URL", "fluxserve-client: error: [Errno 32] Broken pipe\n1\n"), ("--help", "0\n")],
+)
+def test_a_reader_that_left(wire: Wire, tmp_path: Path, command: str, said: str) -> None:
+    ended = shell(f"{{ sleep 0.1; $CLIENT {command}; echo $? >&2; }} | true", tmp_path, URL=wire.url("http"))
+    assert ended.stderr == said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_of_another_encoding(wire: Wire, tmp_path: Path, encoding: str) -> None:
+    ended = shell(f"$CLIENT generate 狐 -o 狐.png --url {wire.url('http')}", tmp_path, PYTHONIOENCODING=encoding)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False)
+    assert ended.stdout.startswith("\\u72d0.png\nsize    16 ")
+    ended = shell(f"$CLIENT generate fox -o 狐.gif --url {wire.url('http')}", tmp_path, PYTHONIOENCODING=encoding)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "\\u72d0.gif" in ended.stderr
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_locale_without_letters(fake: FakeFlux, wire: Wire, tmp_path: Path, locale: dict[str, str]) -> None:
+    ended = shell(f"$CLIENT generate 'a fox' -o 狐.png --url {wire.url('http')}", tmp_path, **locale)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False)
+    assert (tmp_path / "狐.png").exists()
+
+
+@pytest.mark.parametrize(("term", "bar"), [("xterm", True), ("dumb", False)])
+def test_a_bar_only_where_a_terminal_can_clear_its_line(
+    fake: FakeFlux, wire: Wire, tmp_path: Path, term: str, bar: bool
+) -> None:
+    fake.steps, fake.step_s = 4, 0.1
+    seen, child = pty.openpty()
+    command = [sys.executable, "-m", "fluxserve_client", "generate", "a fox", "--url", wire.url("http")]
+    environment = {**os.environ, "TERM": term}
+    subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=child, check=True)
+    os.close(child)
+    shown = os.read(seen, 100_000)
+    os.close(seen)
+    assert b"running" in shown
+    assert (b"\x1b[K[" in shown) == bar

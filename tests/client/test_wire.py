@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from fluxserve_client import AsyncClient, ConnectionFailed, MockTransport, ServerError, Tls
+from fluxserve_client import AsyncClient, ConnectionFailed, MockTransport, Result, ServerError, Tls
 from fluxserve_client.transports.endpoint import Endpoint
 
 from tests.client.fakes import FakeFlux, Wire
@@ -61,6 +61,46 @@ def test_contradictions(url: str, protocol: str | None, tls: Tls | None, message
         AsyncClient(url, protocol=protocol, tls=tls)
 
 
+@pytest.mark.parametrize("url", ["grpcs://x", "https://x"])
+def test_certificates_are_read_at_once_and_named(tmp_path: Path, url: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.pem"):
+        AsyncClient(url, tls=Tls(ca=tmp_path / "none.pem"))
+    (tmp_path / "junk.pem").write_text("junk")
+    with pytest.raises(ValueError, match=r"junk\.pem, expected PEM files"):
+        AsyncClient(url, tls=Tls(ca=tmp_path / "junk.pem"))
+
+
+@pytest.mark.parametrize("url", ["grpc://x", "http://x"])
+@pytest.mark.parametrize("headers", [{"a b": "c"}, {"a": "b\r\nc: d"}, {"é": "x"}, {"a": "é"}, {"": "x"}])
+def test_headers_that_no_wire_carries(url: str, headers: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="headers: got") as caught:
+        AsyncClient(url, headers=headers)
+    assert "c: d" not in str(caught.value), "a value may be a secret"
+
+
+@pytest.mark.parametrize("port", ["99999", "abc", "b:c"])
+def test_a_port_that_is_none_names_the_address(port: str) -> None:
+    with pytest.raises(ValueError, match=f"url: got 'http://x:{port}'"):
+        AsyncClient(f"http://x:{port}")
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("localhost", True),
+        ("127.8.9.1", True),
+        ("[::1]", True),
+        ("a.localhost", True),
+        ("flux.example", False),
+        ("10.0.0.1", False),
+        ("localhost.example", False),
+        ("0.0.0.0", False),
+    ],
+)
+def test_loopback(address: str, expected: bool) -> None:
+    assert Endpoint.parse(address).is_loopback is expected
+
+
 def test_half_a_client_certificate() -> None:
     with pytest.raises(ValueError, match="cert, key: got one of them"):
         Tls(cert="c.pem")
@@ -98,6 +138,26 @@ async def test_many_at_once_do_not_hold_up_a_cancel(fake: FakeFlux, wire: Wire, 
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
     assert len([action for _, action in fake.actions if action == "cancel"]) == 120
+
+
+async def test_pings_keep_a_long_request_where_the_server_allows_them() -> None:
+    """gRPC sends one a second at most, and a server bears two too many."""
+
+    async def draw(allowed_s: float) -> object:
+        with Wire(FakeFlux(steps=60, step_s=0.1), ping_interval_s=allowed_s) as wire:
+            async with AsyncClient(wire.url("grpc"), keepalive=0.2) as client:
+                return await client.generate("a fox", timeout=60)
+
+    patient, default = await asyncio.gather(draw(0.1), draw(300.0), return_exceptions=True)
+    assert isinstance(patient, Result)
+    assert isinstance(default, ConnectionFailed)
+    assert "the server allows fewer: see `keepalive`" in str(default)
+
+
+@pytest.mark.parametrize(("url", "keepalive"), [("http://x", 10), ("grpc://x", 0), ("grpc://x", float("nan"))])
+def test_pings_that_cannot_be_sent(url: str, keepalive: float) -> None:
+    with pytest.raises(ValueError, match="keepalive: got"):
+        AsyncClient(url, keepalive=keepalive)
 
 
 @PROTOCOLS
@@ -165,6 +225,14 @@ async def test_tls(fake: FakeFlux, certificate: tuple[Path, Path], protocol: str
         async with AsyncClient(wire.url(protocol)) as client:  # does not trust it
             with pytest.raises(ConnectionFailed):
                 await client.generate("a fox")
+
+
+@pytest.mark.parametrize("other", ["grpc", "http"])
+async def test_a_port_with_tls_is_asked_about(fake: FakeFlux, certificate: tuple[Path, Path], other: str) -> None:
+    with Wire(fake, certificate) as wire:
+        async with AsyncClient(wire.url(other).replace(f"{other}s://", "grpc://")) as client:
+            with pytest.raises(ConnectionFailed, match="or one with TLS"):
+                await client.ready()
 
 
 async def test_tls_without_verification(fake: FakeFlux, certificate: tuple[Path, Path]) -> None:

@@ -63,10 +63,15 @@ class AsyncClient:
         headers: sent with every call, as HTTP headers or gRPC metadata, e.g. {"Authorization": "Bearer …"}.
         poll_interval: seconds between two looks at a request whose progress is followed.
         cancel_timeout: seconds that the message which stops an abandoned request may take.
-        transport: another wire, e.g. a `MockTransport`; then `url`, `protocol`, `tls` and `headers` are not used.
+        keepalive: seconds between two pings while a call runs, over gRPC, for a network that drops silent connections.
+            A server ends connections that ping more often than it allows: by Triton's default every 300 s, which its
+            option `--grpc-http2-min-recv-ping-interval-without-data` changes. None sends none.
+        transport: another wire, e.g. a `MockTransport`; then `url`, `protocol`, `tls`, `headers` and `keepalive` are
+            not used.
 
     Raises:
         ValueError: an address, or options, that contradict each other.
+        OSError: a certificate that cannot be read.
     """
 
     def __init__(
@@ -78,10 +83,11 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         poll_interval: float = 0.1,
         cancel_timeout: float = 2.0,
+        keepalive: float | None = None,
         transport: Transport | None = None,
     ) -> None:
         if transport is None:
-            transport = PerLoop(opener(Endpoint.parse(url, protocol, tls), dict(headers or {})))
+            transport = PerLoop(opener(Endpoint.parse(url, protocol, tls), dict(headers or {}), keepalive))
         self._transport = transport
         self._poll_interval = poll_interval
         self._cancel_timeout = cancel_timeout

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from fluxserve_client import console
 from fluxserve_client.errors import FluxserveError
 from fluxserve_client.pictures import grid, save
 from fluxserve_client.result import FORMAT_OF_SUFFIX, Result, State
@@ -17,7 +23,7 @@ from fluxserve_client.sync import Client
 from fluxserve_client.transports import Transport
 from fluxserve_client.transports.endpoint import Tls
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE = 0, 1, 2
 
 EXAMPLES = """\
 examples:
@@ -30,29 +36,67 @@ examples:
   fluxserve-client generate "a fox" --request-id fox-1 &  fluxserve-client cancel fox-1
   fluxserve-client health --protocol http
 
-exit status: 0 done, 1 the server (or the way to it) failed, 2 wrong usage, 130 stopped by Ctrl-C
+exit status: 0 done, 1 the server (or the way to it) failed, 2 wrong usage, 130 stopped by Ctrl-C,
+  143 by SIGTERM
 """
 
 
 def main(argv: Sequence[str] | None = None, transport: Transport | None = None) -> int:
     """Run one command and return its exit status. `transport` replaces the wire, for tests."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    clear = CLEAR_LINE if sys.stderr.isatty() else ""
-    logging.basicConfig(format=f"{clear}fluxserve-client: %(message)s")  # what could not be done, e.g. a cancel
+    console.prepare()
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its library's log, between our lines
     try:
-        with _connect(arguments, transport) as client:
-            return int(arguments.run(client, arguments))
-    except KeyboardInterrupt:
-        return _complain("stopped", INTERRUPTED)
+        with _signals_as_interrupts():
+            status = _run(argv, transport)
+        sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        return _complain("stopped", 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
     except FluxserveError as error:
+        return _complain(f"error: {error}", FAILED)
+    except BrokenPipeError as error:  # nobody reads standard output any more
         return _complain(f"error: {error}", FAILED)
     except (ValueError, OSError) as error:
         return _complain(f"error: {error}", USAGE)
+    finally:
+        console.let_go()
+    return status
+
+
+def _run(argv: Sequence[str] | None, transport: Transport | None) -> int:
+    arguments = build_parser().parse_args(argv)
+    clear = CLEAR_LINE if _draws_bars() else ""
+    logging.basicConfig(format=f"{clear}fluxserve-client: %(message)s")  # what could not be done, e.g. a cancel
+    with _connect(arguments, transport) as client:
+        return int(arguments.run(client, arguments))
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP stop the request on the server, as Ctrl-C does. What is ignored (nohup) stays so."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    if threading.current_thread() is not threading.main_thread():  # which alone may change it
+        former = {}
+    for number, handler in former.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _draws_bars() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _complain(line: str, status: int) -> int:
-    print(f"fluxserve-client: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads standard error: the status says it all
+        print(f"fluxserve-client: {console.one_line(line)}", file=sys.stderr)
     return status
 
 
@@ -104,6 +148,7 @@ def _connection_options() -> argparse.ArgumentParser:
     group.add_argument("--cert", metavar="FILE", help="PEM file of the client's certificate")
     group.add_argument("--key", metavar="FILE", help="PEM file of its key")
     group.add_argument("--insecure", action="store_true", help="accept any certificate (HTTP only)")
+    group.add_argument("--keepalive", type=float, metavar="SECONDS", help="ping this often while waiting (gRPC only)")
     group.add_argument(
         "--timeout",
         type=float,
@@ -148,6 +193,7 @@ def _connect(arguments: argparse.Namespace, transport: Transport | None) -> Clie
         protocol=arguments.protocol,
         tls=None if tls == Tls() else tls,
         headers=dict(_pair(header) for header in arguments.header),
+        keepalive=arguments.keepalive,
         transport=transport,
     )
 
@@ -165,9 +211,8 @@ def _generate(client: Client, arguments: argparse.Namespace) -> int:
     chosen = FORMAT_OF_SUFFIX.get(target.suffix.lower())
     if chosen is None or (chosen == "raw" and as_sheet):
         raise ValueError(f"--output: got {target.name!r}, expected .png, .jpg or .webp (.raw: no sheet of several)")
-    if not target.parent.is_dir():  # found now, not after the picture was drawn
-        raise ValueError(f"--output: there is no folder {str(target.parent)!r}")
-    with progress_display(sys.stderr, quiet=arguments.quiet) as progress:
+    _check_writable(target)
+    with progress_display(sys.stderr, bar=_draws_bars(), quiet=arguments.quiet) as progress:
         result = client.generate(
             sys.stdin.read().strip() if arguments.prompt == "-" else arguments.prompt,
             height=arguments.height,
@@ -187,6 +232,16 @@ def _generate(client: Client, arguments: argparse.Namespace) -> int:
     files = _write(result, target, as_sheet, arguments.quality)
     print(report(result, files, as_json=arguments.json))
     return OK
+
+
+def _check_writable(target: Path) -> None:
+    """Refuse a file that cannot be written now, and not after the picture was drawn."""
+    if not target.parent.is_dir():
+        raise ValueError(f"--output: there is no folder {str(target.parent)!r}")
+    if target.is_dir():
+        raise ValueError(f"--output: {str(target)!r} is a folder")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise ValueError(f"--output: {str(target)!r} cannot be written")
 
 
 def _write(result: Result, target: Path, as_sheet: bool, quality: int | None) -> list[Path]:

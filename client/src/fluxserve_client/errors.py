@@ -107,7 +107,8 @@ _CODE = re.compile(r"\[(?P<code>CANCELLED|ALREADY_EXISTS)\] ")
 # gRPC reports its own transport's failures as UNAVAILABLE too, and tritonclient keeps nothing but the text.
 _TRANSPORT_WORDS = re.compile(
     r"failed to connect|errors resolving|resolution failed|socket closed|connection (?:reset|refused|timed out|aborted)"
-    r"|broken pipe|goaway|transport closed|endpoint closing|stream removed|handshak|ping timeout|keepalive",
+    r"|broken pipe|goaway|transport closed|endpoint closing|stream removed|handshak|ping timeout|keepalive"
+    r"|too many pings",
     re.IGNORECASE,
 )
 _QUEUE_FULL_WORDS = re.compile(r"^queue: |exceeds maximum queue size", re.IGNORECASE)

@@ -17,11 +17,13 @@ _BAR_WIDTH = 30
 
 
 @contextmanager
-def progress_display(stream: TextIO, *, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """The callback that shows progress on `stream`: a bar on a terminal, lines elsewhere, None when `quiet`."""
+def progress_display(
+    stream: TextIO, *, bar: bool = False, quiet: bool = False
+) -> Iterator[Callable[[Progress], None] | None]:
+    """The callback that shows progress on `stream`: a bar, or else a line for each change; None when `quiet`."""
     if quiet:
         yield None
-    elif stream.isatty():
+    elif bar:
         started = time.monotonic()
         try:
             yield lambda now: _draw(stream, now, time.monotonic() - started)

@@ -66,6 +66,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         poll_interval: float = 0.1,
         cancel_timeout: float = 2.0,
+        keepalive: float | None = None,
         transport: Transport | None = None,
     ) -> None:
         self._client = AsyncClient(
@@ -75,6 +76,7 @@ class Client:
             headers=headers,
             poll_interval=poll_interval,
             cancel_timeout=cancel_timeout,
+            keepalive=keepalive,
             transport=transport,
         )
         self._patience = cancel_timeout + _GRACE_S

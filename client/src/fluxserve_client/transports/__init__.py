@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -9,6 +10,9 @@ import numpy as np
 
 from fluxserve_client.contract import Tensors
 from fluxserve_client.transports.endpoint import Endpoint
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9._-]+")  # what both HTTP and gRPC take
+_HEADER_VALUE = re.compile(r"[ -~]*")
 
 _LARGE = 31 << 20
 """glibc's malloc learns from freed blocks of up to 32 MiB what sizes come and go."""
@@ -31,17 +35,28 @@ class Transport(Protocol):
         """Close the connections."""
 
 
-def opener(endpoint: Endpoint, headers: Mapping[str, str]) -> Callable[[], Transport]:
+def opener(endpoint: Endpoint, headers: Mapping[str, str], keepalive: float | None = None) -> Callable[[], Transport]:
     """Import what a transport to `endpoint` needs; return a function that makes one, which connects at its first call.
 
-    `headers` travel with every call.
+    `headers` travel with every call; `keepalive` is of gRPC, in seconds.
+
+    Raises:
+        ValueError, OSError: options that contradict each other, or headers or certificates that cannot be used.
     """
+    if keepalive is not None and (endpoint.protocol != "grpc" or not 0 < keepalive < 86_400):
+        raise ValueError(f"keepalive: got {keepalive} over {endpoint.protocol}, expected seconds, over gRPC only")
+    for name, value in headers.items():
+        if not (_HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value)):
+            # without the value, which may be a secret
+            raise ValueError(f"headers: got {name!r}, expected a name of A-Z a-z 0-9 . _ - with a value in ASCII")
+    if endpoint.tls is not None:
+        endpoint.tls.context()
     _keep_freed_memory()
     # imported here: each pulls in a heavy stack, and one of the two is never needed
     if endpoint.protocol == "grpc":
         from fluxserve_client.transports.grpc import GrpcTransport
 
-        return lambda: GrpcTransport(endpoint, headers)
+        return lambda: GrpcTransport(endpoint, headers, keepalive)
     from fluxserve_client.transports.http import HttpTransport
 
     return lambda: HttpTransport(endpoint, headers)

@@ -45,8 +45,11 @@ os.register_at_fork(after_in_child=_Library.after_fork)
 class GrpcTransport:
     """See `Transport`. `headers` become gRPC metadata, whose keys are lower-case."""
 
-    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
+    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str], keepalive: float | None = None) -> None:
         self._endpoint = endpoint
+        self._options = [*_OPTIONS, *_pings(keepalive)]
+        if endpoint.is_loopback:  # gRPC would ask a proxy of the environment for this machine
+            self._options.append(("grpc.enable_http_proxy", 0))
         self._headers = {key.lower(): value for key, value in headers.items()}
 
     @cached_property
@@ -60,11 +63,11 @@ class GrpcTransport:
             root_certificates=tls and tls.ca,
             private_key=tls and tls.key,
             certificate_chain=tls and tls.cert,
-            channel_args=_OPTIONS,
+            channel_args=self._options,
         )
 
     async def infer(self, model: str, inputs: Tensors, request_id: str) -> Tensors:
-        with _border(request_id):
+        with _border(self._endpoint, request_id):
             answer = await self._client.infer(
                 model,
                 [_input(name, tensor) for name, tensor in inputs.items()],
@@ -74,7 +77,7 @@ class GrpcTransport:
             return {output.name: answer.as_numpy(output.name) for output in answer.get_response().outputs}
 
     async def ready(self, model: str) -> bool:
-        with _border():
+        with _border(self._endpoint):
             headers = dict(self._headers)
             server = await self._client.is_server_ready(headers=headers)
             return bool(server and await self._client.is_model_ready(model, headers=headers))
@@ -84,13 +87,20 @@ class GrpcTransport:
             await self._client.close()
 
 
+def _pings(keepalive: float | None) -> list[tuple[str, int]]:
+    """Options for a ping every `keepalive` seconds while a call runs, however long no data passes."""
+    if keepalive is None:
+        return []
+    return [("grpc.keepalive_time_ms", round(1000 * keepalive)), ("grpc.http2.max_pings_without_data", 0)]
+
+
 def _input(name: str, tensor: Any) -> Any:
     return aio.InferInput(name, tensor.shape, np_to_triton_dtype(tensor.dtype)).set_data_from_numpy(tensor)
 
 
 @contextmanager
-def _border(request_id: str = "") -> Iterator[None]:
+def _border(endpoint: Endpoint, request_id: str = "") -> Iterator[None]:
     try:
         yield
     except InferenceServerException as error:
-        raise from_status(error.status(), error.message(), request_id) from error
+        raise from_status(error.status(), endpoint.explain(error.message()), request_id) from error

@@ -39,7 +39,7 @@ class HttpTransport:
         )
 
     async def infer(self, model: str, inputs: Tensors, request_id: str) -> Tensors:
-        with _border(request_id):
+        with _border(self._endpoint, request_id):
             answer = await self._client.infer(
                 model,
                 [_input(name, tensor) for name, tensor in inputs.items()],
@@ -50,7 +50,7 @@ class HttpTransport:
             return {name: answer.as_numpy(name) for name in names}
 
     async def ready(self, model: str) -> bool:
-        with _border():
+        with _border(self._endpoint):
             headers = dict(self._headers)
             server = await self._client.is_server_ready(headers=headers)
             return bool(server and await self._client.is_model_ready(model, headers=headers))
@@ -66,13 +66,16 @@ def _input(name: str, tensor: Any) -> Any:
 
 
 @contextmanager
-def _border(request_id: str = "") -> Iterator[None]:
+def _border(endpoint: Endpoint, request_id: str = "") -> Iterator[None]:
     try:
         yield
     except InferenceServerException as error:
         raise _translate(error, request_id) from error
     except (aiohttp.ClientError, OSError) as error:
-        raise ConnectionFailed(str(error) or type(error).__name__, request_id=request_id) from error
+        message = str(error) or type(error).__name__
+        if "Bad status line" in message:  # with a dump of the bytes that came
+            message = f"the answer from {endpoint.address} is not HTTP/1.1"
+        raise ConnectionFailed(endpoint.explain(message), request_id=request_id) from error
 
 
 def _translate(error: InferenceServerException, request_id: str) -> FluxserveError:
