@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fluxserve_client import Result, Timings
+from fluxserve_client import Client, MockTransport, Result, Timings
+from fluxserve_client.contract import Tensors
 from fluxserve_client.pictures import grid, save
+from fluxserve_client.result import format_named
 from PIL import Image
+
+from tests.client.fakes import FakeFlux
 
 PIXELS = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)  # height 2, width 3
 
@@ -53,6 +57,28 @@ def test_save_refuses_a_suffix_that_lies(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"path: got 'fox.JPG' for a png picture; ask for output_format='jpeg'"):
         PNG.save(tmp_path / "fox.JPG")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["JPEG", "jpg", "JPG", ".jpg", " Jpeg ", ".jpe"])
+@pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".jpeg", ".jpe", ".jfif"])
+def test_every_name_of_a_format(tmp_path: Path, name: str, suffix: str) -> None:
+    """What is asked for in one spelling is sent in the contract's, and saved under any suffix of the format."""
+    seen: list[bytes] = []
+
+    def server(model: str, inputs: Tensors, request_id: str) -> Tensors:
+        seen.append(inputs["output_format"][0])
+        return FakeFlux(pictures=(b"\xff\xd8\xffjpeg",)).answer(inputs)
+
+    with Client(transport=MockTransport(server)) as client:
+        result = client.generate("a fox", output_format=name)
+    assert seen == [b"jpeg"]
+    assert result.format == "jpeg"
+    assert result.save(tmp_path / f"fox{suffix}").read_bytes() == b"\xff\xd8\xffjpeg"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("PNG", "png"), ("WebP", "webp"), (".RAW", "raw"), ("gif", "gif")])
+def test_other_names_of_formats(name: str, expected: str) -> None:
+    assert format_named(name) == expected
 
 
 @pytest.mark.parametrize(

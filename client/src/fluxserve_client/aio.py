@@ -22,7 +22,6 @@ from typing import Any, Self
 from fluxserve_client.contract import (
     CONTROL,
     FLUX,
-    ImageInput,
     Request,
     Tensors,
     control_tensors,
@@ -31,6 +30,7 @@ from fluxserve_client.contract import (
 )
 from fluxserve_client.errors import DeadlineExceeded, FluxserveError
 from fluxserve_client.forks import begin_anew_in_children
+from fluxserve_client.images import ImageInput
 from fluxserve_client.result import ImageFormat, Progress, Result, State
 from fluxserve_client.transports import Transport, opener
 from fluxserve_client.transports.endpoint import Endpoint, Tls
@@ -146,7 +146,7 @@ class AsyncClient:
         num_images: int | None = None,
         image: ImageInput | Sequence[ImageInput] | None = None,
         strength: float | None = None,
-        output_format: ImageFormat | None = None,
+        output_format: ImageFormat | str | None = None,
         quality: int | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
@@ -161,10 +161,12 @@ class AsyncClient:
             guidance_scale: how closely to follow the prompt.
             seed: -1 draws one; the ones used are in the result. Image k of several has seed + k.
             num_images: 1 to 8.
-            image: a picture to start from: the bytes of a PNG, JPEG or WebP file, a path, or a Pillow image. With
-                FLUX.2 one to four of them, to draw after.
+            image: a picture to start from: the bytes of a PNG, JPEG or WebP file, its path, a Pillow image, or a data
+                URI or base64 text. With FLUX.2 one to four of them, to draw after. It is sent as a viewer shows it;
+                see `fluxserve_client.images`.
             strength: how far to leave `image` behind, above 0 (nearly the same) up to 1 (a new picture); not of FLUX.2.
-            output_format: "png" (the server's default), "jpeg", "webp" or "raw" (uint8 RGB, height × width × 3).
+            output_format: "png" (the server's default), "jpeg", "webp" or "raw" (uint8 RGB, height × width × 3); also
+                as "JPEG", "jpg" or ".jpg".
             quality: of jpeg and webp.
             request_id: the name of this request for `status` and `cancel`, 1 to 64 characters of A-Z a-z 0-9 . _ -,
                 unique among the requests in flight; a random one if not given.

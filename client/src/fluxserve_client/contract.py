@@ -8,31 +8,26 @@ called like an input would be answered with the input.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import operator
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from fluxserve_client.errors import ServerError
-from fluxserve_client.result import ImageFormat, Progress, Result, State, Timings
+from fluxserve_client.images import ImageInput, file_of
+from fluxserve_client.result import ImageFormat, Progress, Result, State, Timings, format_named
 
 FLUX = "flux"
 CONTROL = "control"
 
 Tensor: TypeAlias = npt.NDArray[Any]
 Tensors: TypeAlias = Mapping[str, Tensor]
-
-ImageInput: TypeAlias = bytes | os.PathLike[str] | Image.Image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +43,7 @@ class Request:
     num_images: int | None = None
     image: ImageInput | Sequence[ImageInput] | None = None
     strength: float | None = None
-    output_format: ImageFormat | None = None
+    output_format: ImageFormat | str | None = None
     quality: int | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -75,7 +70,7 @@ def parse_progress(outputs: Tensors) -> Progress:
     return Progress(State(state), *(int(_output(outputs, name)[0]) for name in ("step", "steps")))
 
 
-def parse_result(outputs: Tensors, request_id: str, asked: ImageFormat | None) -> Result:
+def parse_result(outputs: Tensors, request_id: str, asked: str | None) -> Result:
     """The answer of `flux`. Raises `ServerError` if it breaks the contract."""
     images = _strings(outputs, "images")
     seeds = tuple(int(seed) for seed in _output(outputs, "seeds"))
@@ -88,7 +83,7 @@ def parse_result(outputs: Tensors, request_id: str, asked: ImageFormat | None) -
         timings=_timings(_strings(outputs, "timings")[0]),
         height=height,
         width=width,
-        format=asked or _format_of(images[0]),
+        format=cast(ImageFormat, format_named(asked)) if asked else _format_of(images[0]),
         request_id=request_id,
     )
 
@@ -108,20 +103,13 @@ def _bytes(value: bytes) -> Tensor:
 
 
 def _pictures(name: str, value: object) -> Tensor:
-    several = value if isinstance(value, Sequence) and not isinstance(value, bytes | str) else (value,)
-    return np.array([_picture(name, each) for each in several], dtype=np.object_)
+    one_file = bytes | bytearray | memoryview | str
+    several = value if isinstance(value, Sequence) and not isinstance(value, one_file) else (value,)
+    return np.array([file_of(name, each) for each in several], dtype=np.object_)
 
 
-def _picture(name: str, value: object) -> bytes:
-    if isinstance(value, Image.Image):
-        file = io.BytesIO()
-        value.save(file, "PNG", compress_level=1)
-        return file.getvalue()
-    if isinstance(value, os.PathLike):
-        return Path(value).read_bytes()
-    if isinstance(value, bytes):
-        return value
-    raise TypeError(f"{name}: got {type(value).__name__}, expected bytes, a pathlib.Path or a Pillow image")
+def _format(name: str, value: object) -> Tensor:
+    return _text(name, format_named(value) if isinstance(value, str) else value)
 
 
 def _integer(dtype: type[np.int32 | np.int64]) -> Callable[[str, object], Tensor]:
@@ -157,7 +145,7 @@ _INPUTS: dict[str, Callable[[str, object], Tensor]] = {
     "num_images": _integer(np.int32),
     "image": _pictures,
     "strength": _float,
-    "output_format": _text,
+    "output_format": _format,
     "quality": _integer(np.int32),
 }
 

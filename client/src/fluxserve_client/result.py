@@ -19,9 +19,17 @@ FORMAT_OF_SUFFIX: dict[str, ImageFormat] = {
     ".png": "png",
     ".jpg": "jpeg",
     ".jpeg": "jpeg",
+    ".jpe": "jpeg",
+    ".jfif": "jpeg",
     ".webp": "webp",
     ".raw": "raw",
 }
+
+
+def format_named(name: str) -> str:
+    """The contract's name of a format that people write as "JPEG", "jpg" or ".jpg"; an unknown name as it is."""
+    plain = name.strip().lower().removeprefix(".")
+    return FORMAT_OF_SUFFIX.get(f".{plain}", plain)
 
 
 class State(StrEnum):
