@@ -5,6 +5,7 @@ PNG is written by png/strips.py, on several threads; JPEG and WebP go through Pi
 
 import io
 import math
+import re
 import struct
 import warnings
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from fluxserve.colour import in_srgb
 from fluxserve.errors import InvalidRequest
 from fluxserve.png import strips
+from fluxserve.png.texts import without_texts
 from fluxserve.spec import Limits
 
 Pixels = npt.NDArray[np.uint8]
@@ -75,11 +78,11 @@ def read_image(data: bytes, limits: Limits) -> InputImage:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows, on the header
-            picture = Image.open(io.BytesIO(data), formats=_READABLE)
+            picture = Image.open(io.BytesIO(without_texts(data)), formats=_READABLE)
     except Image.DecompressionBombError as error:
         raise InvalidRequest("image", "an image of far too many pixels", allowed) from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise InvalidRequest("image", f"{len(data)} bytes of no known image format", allowed) from error
+        raise InvalidRequest("image", f"{len(data)} bytes of {_likely(data)}", allowed) from error
     if picture.width * picture.height > limits.max_image_pixels:
         raise InvalidRequest("image", f"an image of {picture.width} x {picture.height} pixels", allowed)
     try:
@@ -88,8 +91,24 @@ def read_image(data: bytes, limits: Limits) -> InputImage:
         raise InvalidRequest("image", f"a damaged or truncated {picture.format} file ({error})", allowed) from error
 
 
+_LIKELY = (
+    (rb"data:", "a data URI: decode its base64"),
+    (rb"\s*(iVBORw0KGgo|/9j/|UklGR)", "an image in base64: decode it"),
+    (rb"https?://|file://|/|[\w./~-]+\.(png|jpe?g|webp)\Z", "a URL or a path: send the file's bytes"),
+    (rb"GIF8", "a GIF file"),
+    (rb"....ftyp(avif|heic|heix|mif1|msf1)", "an AVIF or HEIC file"),
+    (rb"BM|II\*\0|MM\0\*", "a BMP or TIFF file"),
+)
+
+
+def _likely(data: bytes) -> str:
+    """What data looks like that is no image of ours."""
+    named = (name for pattern, name in _LIKELY if re.match(pattern, data[:100], re.DOTALL))
+    return next(named, "no known image format")
+
+
 def _upright_rgb(picture: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(picture)
+    upright = in_srgb(ImageOps.exif_transpose(picture))
     if upright.mode == "I" or upright.mode.startswith("I;16"):  # 16-bit grey, which Pillow would clip and not scale
         return Image.fromarray((np.asarray(upright).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:

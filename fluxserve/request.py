@@ -132,25 +132,39 @@ def _check_reference(image: InputImage, limits: Limits) -> None:
 
 
 def _size(fields: Mapping[str, Any], spec: ModelSpec, images: Sequence[InputImage]) -> tuple[int, int]:
-    """Height and width; one that is missing comes from the first image, or else from the model's default."""
+    """Height and width; what is missing comes from the first image, or else from the model's default."""
     limits, multiple = spec.limits, spec.size_multiple
     natural = (spec.defaults.side, spec.defaults.side)
     if images and spec.takes_references:
         natural = _fit(*images[0].reference_size(limits.max_reference_pixels, multiple), spec)
     elif images:
         natural = _fit(images[0].height, images[0].width, spec)
-    size = []
-    for name, default in zip(("height", "width"), natural, strict=True):
-        value = int(fields.get(name, default))
-        if not limits.min_side <= value <= limits.max_side or value % multiple:
-            allowed = f"a multiple of {multiple} from {limits.min_side} to {limits.max_side}"
-            raise InvalidRequest(name, str(value), allowed)
-        size.append(value)
-    height, width = size
+    if images:
+        natural = _beside(fields, natural, images[0], spec)
+    size = {name: int(fields.get(name, side)) for name, side in zip(("height", "width"), natural, strict=True)}
+    for name in sorted(size, key=lambda side: side not in fields):  # what was asked for first
+        if not limits.min_side <= size[name] <= limits.max_side or size[name] % multiple:
+            got = str(size[name]) if name in fields else f"{size[name]}, to keep the image's proportions"
+            raise InvalidRequest(name, got, f"a multiple of {multiple} from {limits.min_side} to {limits.max_side}")
+    height, width = size["height"], size["width"]
     if height * width > limits.max_pixels:
         got, allowed = f"{height} x {width}", f"at most {limits.max_pixels} pixels in all"
         raise InvalidRequest("height, width", got, allowed)
     return height, width
+
+
+def _beside(fields: Mapping[str, Any], natural: tuple[int, int], image: InputImage, spec: ModelSpec) -> tuple[int, int]:
+    """Height and width where one of them was asked for: the other keeps the image's proportions."""
+
+    def proportional(side: int, own: int, other: int) -> int:
+        multiple = spec.size_multiple
+        return max(round(side * other / own / multiple) * multiple, spec.limits.min_side)
+
+    if "height" in fields and "width" not in fields:
+        return natural[0], proportional(int(fields["height"]), image.height, image.width)
+    if "width" in fields and "height" not in fields:
+        return proportional(int(fields["width"]), image.width, image.height), natural[1]
+    return natural
 
 
 def _fit(height: int, width: int, spec: ModelSpec) -> tuple[int, int]:

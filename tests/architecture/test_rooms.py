@@ -56,7 +56,7 @@ LAYERS = (
     ("device", "job"),
     ("text", "request"),
     ("flow", "imaging"),
-    ("png",),
+    ("png", "colour"),
     ("source",),
     ("engines",),
     ("kernels",),

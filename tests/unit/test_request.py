@@ -172,8 +172,36 @@ def test_the_area_is_limited() -> None:
 def test_an_input_image_gives_the_size() -> None:
     r = ask(image=[PNG])
     assert (r.height, r.width, r.strength) == (96, 160, 0.6)
-    r = ask(image=[PNG], height=64, strength=1.0)
+    r = ask(image=[PNG], height=64, width=160, strength=1.0)
     assert (r.height, r.width, r.strength) == (64, 160, 1.0)
+
+
+@pytest.mark.parametrize("spec", [TINY, FLUX2_KLEIN_4B], ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"height": 192}, (192, 320)),
+        ({"width": 320}, (192, 320)),
+        ({"height": 128}, (128, 208)),
+        ({"width": 64}, (64, 64)),  # the least side, as beside an image that is as narrow
+        ({"height": 64, "width": 64}, (64, 64)),
+    ],
+    ids=str,
+)
+def test_one_side_beside_an_image_keeps_its_proportions(
+    spec: ModelSpec, asked: dict[str, int], expected: tuple[int, int]
+) -> None:
+    r = ask(spec, image=[PNG], **asked)
+    assert (r.height, r.width) == expected
+
+
+def test_a_side_that_the_proportions_make_too_long() -> None:
+    most = TINY.limits.max_side
+    error = refusal(image=[PNG], height=most)
+    assert (error.field, error.got) == ("width", f"{round(most * 160 / 96 / 16) * 16}, to keep the image's proportions")
+    for height in (most + 16, 17, -5, 0, 2**31 - 1):
+        error = refusal(image=[PNG], height=height)
+        assert (error.field, error.got) == ("height", str(height)), "what was asked for is judged first"
 
 
 @pytest.mark.parametrize("strength", [0.0, -0.1, 1.0001, math.nan, math.inf])
@@ -260,7 +288,7 @@ def test_a_reference_gives_the_size(reference: tuple[int, int], size: tuple[int,
         (FLUX2_KLEIN_4B, [PNG] * 5, "got 5 images; allowed: 1 to 4 of them"),
         (FLUX2_KLEIN_4B, [png(63, 64)], "got an image of 63 x 64 pixels; allowed: sides from 64,"),
         (FLUX2_KLEIN_4B, [PNG, png(64, 513)], "got an image of 64 x 513 pixels as number 2 of 2; allowed: sides from"),
-        (FLUX2_KLEIN_4B, [PNG, PNG, b"GIF89a"], "got 6 bytes of no known image format as number 3 of 3; allowed:"),
+        (FLUX2_KLEIN_4B, [PNG, PNG, b"GIF89a"], "got 6 bytes of a GIF file as number 3 of 3; allowed:"),
     ],
 )
 def test_images_that_are_refused(spec: ModelSpec, images: list[bytes], message: str) -> None:
