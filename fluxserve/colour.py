@@ -27,7 +27,7 @@ def in_srgb(picture: Image.Image) -> Image.Image:
             return picture
         mode = "RGBA" if picture.mode == "RGBA" else "RGB"
         converted = ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode=mode)
-    except (ImageCms.PyCMSError, OSError):
+    except (ImageCms.PyCMSError, OSError, ValueError):
         return picture
     assert converted is not None  # it is None only where the picture is changed in place
     return converted

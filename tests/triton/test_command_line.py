@@ -79,7 +79,7 @@ def test_a_terminal_of_any_encoding(server: TritonServer, encoding: str) -> None
     arguments = ["generate", "ein 狐", "--url", url, "-o", "狐.png"]
     ended = shell("fluxserve_client", *arguments, PYTHONIOENCODING=encoding)
     assert ended.returncode == 0 and b"Traceback" not in ended.stderr
-    assert "128 x 128" if encoding == "ascii" else "128 × 128" in ended.stdout.decode(encoding)
+    assert ("128 x 128" if encoding == "ascii" else "128 × 128") in ended.stdout.decode(encoding)
     assert Path("狐.png").exists()
 
 

@@ -340,14 +340,13 @@ def test_a_grey_or_ink_profile_on_other_pixels_is_not() -> None:
     assert np.array_equal(pixels(encoded(NOISE, "PNG", icc_profile=cmyk)), NOISE)
 
 
-def test_damaged_profiles_are_as_none_or_refused() -> None:
+def test_damaged_profiles_are_as_none() -> None:
     """One byte changed, at many places; and a profile that is larger than any."""
     profile = swapped()
-    for at in range(0, len(profile), 5):
+    for at in [*range(0, 132), *range(132, len(profile), 7)]:
         for value in (0, 0xFF):
             bad = profile[:at] + bytes([value]) + profile[at + 1 :]
-            with suppress(InvalidRequest):
-                assert pixels(encoded(NOISE[:4, :4], "PNG", icc_profile=bad)).shape == (4, 4, 3)
+            assert pixels(encoded(NOISE[:4, :4], "PNG", icc_profile=bad)).shape == (4, 4, 3)
     bomb = chunk(b"iCCP", b"k\0\0" + zlib.compress(b"\0" * 10**8))
     assert np.array_equal(pixels(png(1, 1, 8, 2, b"\0\1\2\3", bomb)), [[[1, 2, 3]]])
 
