@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fluxserve_client import AsyncClient, Client, DeadlineExceeded
@@ -39,6 +40,17 @@ def test_a_timeout_while_queued(server: TritonServer, protocol: str) -> None:
         probe.control("ahead", "cancel")
         ahead.result(PATIENCE)
     wait_for(lambda: state(server, "behind") == "unknown")
+
+
+def test_tritons_own_timeout_has_no_effect(server: TritonServer) -> None:
+    """Neither while a request waits nor while it runs: the README says so, and what to do in its place."""
+    probe = plain(server, "grpc")
+    with running(probe, "ahead") as ahead, ThreadPoolExecutor(1) as pool:
+        behind = pool.submit(probe.call, "flux", {"prompt": "a fox", "height": 64, "width": 64}, "behind", timeout=1)
+        wait_for(lambda: state(server, "behind") == "queued")
+        probe.control("ahead", "cancel")
+        ahead.result(PATIENCE)
+        assert len(behind.result(PATIENCE)["images"]) == 1
 
 
 @PROTOCOLS

@@ -86,9 +86,9 @@ class AsyncClient:
         keepalive: float | None = None,
         transport: Transport | None = None,
     ) -> None:
-        if transport is None:
-            transport = PerLoop(opener(Endpoint.parse(url, protocol, tls), dict(headers or {}), keepalive))
-        self._transport = transport
+        self._transport = transport or PerLoop(
+            opener(Endpoint.parse(url, protocol, tls), dict(headers or {}), keepalive)
+        )
         self._poll_interval = poll_interval
         self._cancel_timeout = cancel_timeout
         self._closed = False
