@@ -216,6 +216,8 @@ def _serve(options: argparse.Namespace) -> int:
             return 128 + signals[0]
         _say(f"ready after {spent:.1f} s; Ctrl-C stops")
         _say(f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}\n  metrics  {server.metrics_url}")
+        if exposed := server.exposed():
+            _say(f"warning: other users of this machine can read prompts and pictures: {exposed[0]} and its like")
         server.supervise(lambda: bool(signals), _say)
         _say("stopping: admitted requests are finished, new ones refused; once more ends the waiting")
         server.stop(options.drain_timeout, hurry=lambda: len(signals) > 1)
