@@ -12,6 +12,8 @@ import pytest
 from fluxserve.server import TritonServer
 from tests.triton.conftest import plain
 
+pytestmark = pytest.mark.xdist_group("triton")
+
 NOBODY = 65534
 OPEN = """
 import os, sys
