@@ -25,7 +25,7 @@ from pathlib import Path
 
 UMASK = 0o077
 BOOST_MODE = 0o644
-"""Mode that Boost.Interprocess gives shared memory unless it is told otherwise."""
+"""Default mode of shared memory in Boost.Interprocess."""
 
 _NOT_FOUND = 127
 """Exit status for a program that can't be executed, as shells have it."""
@@ -54,15 +54,15 @@ def command(program: Sequence[str]) -> list[str]:
 
 def exposed(folder: Path, prefix: str) -> list[Path]:
     """Return the files in `folder` that begin with `prefix` and that other users may open."""
-    found = []
+    files = []
     for file in sorted(folder.glob(f"{prefix}*")):
         try:
             mode = file.lstat().st_mode
         except FileNotFoundError:  # removed meanwhile
             continue
         if stat.S_IMODE(mode) & UMASK:
-            found.append(file)
-    return found
+            files.append(file)
+    return files
 
 
 def _filter(arch: int, fchmod: int) -> bytes:

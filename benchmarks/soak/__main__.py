@@ -60,7 +60,7 @@ def summary(soaked: Soaked) -> dict[str, Any]:
         (o.case.kind, o.case.what if o.case.kind == "abandoned" else "", o.case.protocol, o.ended) for o in outcomes
     )
     good = sorted(o.ms for o in outcomes if o.case.kind == "good" and not o.wrong)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "requests": len(outcomes),
         "counts": [
             {"kind": k, "way": w, "protocol": p, "ended": e, "n": n} for (k, w, p, e), n in sorted(counts.items())
@@ -70,39 +70,57 @@ def summary(soaked: Soaked) -> dict[str, Any]:
     if watch and watch.samples:
         for name in ("rss", "shared"):
             early, late = growth([getattr(s, name) for s in watch.samples])
-            found[f"{name}_mib"] = {"early": round(early / MIB, 1), "late": round(late / MIB, 1)}
-    return found
+            result[f"{name}_mib"] = {"early": round(early / MIB, 1), "late": round(late / MIB, 1)}
+    return result
 
 
-def show(found: dict[str, Any], judged: Sequence[Promise]) -> None:
-    for row in found["counts"]:
+def show(result: dict[str, Any], judged: Sequence[Promise]) -> None:
+    for row in result["counts"]:
         print(f"{row['n']:>7}  {row['kind']:<10}{row['protocol']:<6}{row['ended']:<10}{row['way']}")
     for name in ("good_ms", "rss_mib", "shared_mib"):
-        if found.get(name):
-            print(f"{name:<12}" + "  ".join(f"{key} {value:.0f}" for key, value in found[name].items()))
+        if result.get(name):
+            print(f"{name:<12}" + "  ".join(f"{key} {value:.0f}" for key, value in result[name].items()))
     for promise in judged:
         print(f"{promise.verdict:<14}{promise.text}")
         for example in list(promise.broken or ())[:3]:
             print(f"{'':<14}  {example}")
 
 
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}; expected more than 0")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; expected at least 1")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("artifact", "checkpoint", "engine"):
-        made.add_argument(f"--{name}", default="", help="as `fluxserve serve` takes it")
-    made.add_argument("--server", nargs=2, metavar=("HTTP", "GRPC"), help="host:port of each; default: one of its own")
-    made.add_argument("--minutes", type=float, default=15.0, help="default: %(default)s")
-    made.add_argument("--at-once", type=int, default=8, help="default: %(default)s")
-    made.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    shape = Shape()
-    made.add_argument("--sides", type=int, nargs="+", default=shape.sides, help="of pictures; default: %(default)s")
-    made.add_argument("--steps", type=int, default=shape.steps, help="at most; default: %(default)s")
-    made.add_argument(
-        "--long-steps", type=int, default=shape.long_steps, help="of abandoned ones; default: %(default)s"
+        options.add_argument(f"--{name}", default="", help="as `fluxserve serve` takes it")
+    options.add_argument(
+        "--server", nargs=2, metavar=("HTTP", "GRPC"), help="host:port of each; default: one of its own"
     )
-    made.add_argument("--references", action="store_true", help="the model takes reference images: FLUX.2")
-    made.add_argument("--json", type=Path)
-    return made
+    options.add_argument("--minutes", type=_positive, default=15.0, help="default: %(default)s")
+    options.add_argument("--at-once", type=_count, default=8, help="default: %(default)s")
+    options.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    shape = Shape()
+    options.add_argument(
+        "--sides", type=_count, nargs="+", default=shape.sides, help="of pictures; default: %(default)s"
+    )
+    options.add_argument("--steps", type=_count, default=shape.steps, help="at most; default: %(default)s")
+    options.add_argument(
+        "--long-steps", type=_count, default=shape.long_steps, help="of abandoned ones; default: %(default)s"
+    )
+    options.add_argument("--references", action="store_true", help="the model takes reference images: FLUX.2")
+    options.add_argument("--json", type=Path)
+    return options
 
 
 def main() -> int:
@@ -117,10 +135,10 @@ def main() -> int:
     else:
         with supervised({name: value for name, value in model.items() if value}) as server:
             soaked = asyncio.run(soak({"http": server.http_url, "grpc": server.grpc_url}, plan, server))
-    found = summary(soaked)
-    show(found, soaked.promises)
-    asked = {"minutes": args.minutes, "at_once": args.at_once, "seed": args.seed, **model}
-    report({"benchmark": "soak", **surroundings(), **asked, **found, "promises": as_json(soaked.promises)}, args.json)
+    result = summary(soaked)
+    show(result, soaked.promises)
+    run = {"minutes": args.minutes, "at_once": args.at_once, "seed": args.seed, **model}
+    report({"benchmark": "soak", **surroundings(), **run, **result, "promises": as_json(soaked.promises)}, args.json)
     return int(any(promise.broken for promise in soaked.promises))
 
 

@@ -198,9 +198,9 @@ def flaw(result: Result, fields: Mapping[str, Any]) -> str:
     """What is wrong with an answer; "" if nothing is: its number of files, their format and size, its seeds."""
     count, size = fields.get("num_images", 1), (fields["width"], fields["height"])
     if len(result.images) != count:
-        return f"{len(result.images)} images; {count} were asked for"
+        return f"{len(result.images)} images; expected {count}"
     if result.seeds != tuple(fields["seed"] + k for k in range(count)):
-        return f"seeds {result.seeds}; the first that was asked for is {fields['seed']}"
+        return f"seeds {result.seeds}; expected to begin with {fields['seed']}"
     for image in result.images:
         if fields["output_format"] == "raw":
             if len(image) != 3 * size[0] * size[1]:
@@ -209,5 +209,5 @@ def flaw(result: Result, fields: Mapping[str, Any]) -> str:
         with Image.open(io.BytesIO(image)) as opened:
             opened.load()
             if (opened.format or "").lower() != fields["output_format"] or opened.size != size:
-                return f"a {opened.format} of {opened.size}; {fields['output_format']} of {size} was asked for"
+                return f"a {opened.format} of {opened.size}; expected {fields['output_format']} of {size}"
     return ""

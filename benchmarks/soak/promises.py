@@ -40,9 +40,11 @@ def promises(
     if sent != len(outcomes):
         lost.append(f"{sent} requests were sent and {len(outcomes)} ended")
     wrong = [o for o in outcomes if o.wrong and o.ended != "lost"]
+    good = [o for o in outcomes if o.case.kind == "good"]
     return [
+        Promise("there was load", [] if good else ["no good request was sent"]),
         Promise("nothing is lost: every request ends", lost),
-        Promise("good requests are answered, with what they asked for", _of(wrong, "good")),
+        Promise("good requests are answered, as requested", _of(wrong, "good")),
         Promise("bad requests are refused, by the field at fault", _of(wrong, "bad")),
         Promise("abandoned requests end as cancelled, or were answered before", _of(wrong, "abandoned")),
         Promise("the same request has the same bytes at the end", different),

@@ -19,7 +19,7 @@ _LINE_S = 30.0
 
 @dataclass(frozen=True)
 class Plan:
-    """warm_up: seconds of load before anything is counted, in which pools and caches reach the size of this mix."""
+    """warm_up: seconds of load before memory is looked at, in which pools and caches reach the size of this mix."""
 
     shape: Shape = field(default_factory=Shape)
     seconds: float = 900.0
@@ -44,14 +44,14 @@ async def soak(urls: Mapping[str, str], plan: Plan, server: TritonServer | None 
         urls: host:port by protocol.
         server: that server, if it runs on this machine and may be looked at.
     """
-    callers, known = Callers(urls), references(plan.shape)
+    callers, known, sequence = Callers(urls), references(plan.shape), cases(plan.seed, plan.shape)
+    watch = Watch(server) if server else None
     try:
         await callers.draw_references(known)
-        await _warm_up(callers.known, urls, plan)
-        watch = Watch(server) if server else None
+        await callers.run(sequence, plan.at_once, _after(plan.warm_up))
         begin = time.monotonic()
         progress = asyncio.create_task(_progress(callers, watch, begin, plan.seconds))
-        await callers.run(cases(plan.seed, plan.shape), plan.at_once, begin + plan.seconds)
+        await callers.run(sequence, plan.at_once, begin + plan.seconds)
         progress.cancel()
         still_live = await _still_live(server)
         different = await callers.draw_references(known)
@@ -61,27 +61,19 @@ async def soak(urls: Mapping[str, str], plan: Plan, server: TritonServer | None 
     return Soaked(callers.outcomes, judged, watch)
 
 
-async def _warm_up(known: Mapping[str, tuple[bytes, ...]], urls: Mapping[str, str], plan: Plan) -> None:
-    callers = Callers(urls, known)
-    try:
-        await callers.run(cases(plan.seed + 1, plan.shape), plan.at_once, _after(plan.warm_up))
-    finally:
-        await callers.close()
-
-
 def _after(seconds: float) -> float:
     return time.monotonic() + seconds
 
 
 async def _progress(callers: Callers, watch: Watch | None, begin: float, seconds: float) -> None:
     """Sample memory, and keep one line on stderr up to date; where that is no terminal, a line now and then."""
-    told = 0.0
+    printed = 0.0
     while True:
         if watch:
             await asyncio.to_thread(watch.sample)
         spent = time.monotonic() - begin
-        if sys.stderr.isatty() or spent - told >= _LINE_S:
-            told = spent
+        if sys.stderr.isatty() or spent - printed >= _LINE_S:
+            printed = spent
             end = "\r" if sys.stderr.isatty() else "\n"
             print(_line(callers.outcomes, watch, spent, seconds), end=end, file=sys.stderr, flush=True)
         await asyncio.sleep(SAMPLE_S)

@@ -35,12 +35,12 @@ class Watch:
 
     def processes(self) -> dict[int, int]:
         """Start times of the server's processes, by pid."""
-        found = {}
+        pids = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             fields = _fields(stat)
             if fields and int(fields[3]) == self._session and fields[0] != "Z":
-                found[int(stat.parent.name)] = int(fields[19])
-        return found
+                pids[int(stat.parent.name)] = int(fields[19])
+        return pids
 
     def sample(self) -> None:
         rss = 0

@@ -89,6 +89,7 @@ def test_all_is_well() -> None:
 @pytest.mark.parametrize(
     ("sent", "outcomes", "different", "live", "promise"),
     [
+        (0, [], [], [], "load"),
         (4, GOOD, [], [], "lost"),
         (4, [*GOOD, outcome("good", "lost", "no answer")], [], [], "lost"),
         (4, [*GOOD, outcome("good", "ServerError", "ServerError: x")], [], [], "good requests"),
