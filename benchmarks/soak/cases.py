@@ -38,7 +38,7 @@ _WRONG: tuple[tuple[str, dict[str, Any]], ...] = (
     ("num_images", {"num_images": 9}),
     ("seed", {"seed": -2}),
     ("guidance_scale", {"guidance_scale": float("nan")}),
-    ("strength", {"strength": 0.5}),
+    ("strength", {"image": _PICTURE, "strength": 2.0}),
     ("output_format", {"output_format": "bmp"}),
     ("quality", {"quality": 0}),
     ("image", {"image": b"what is this"}),

@@ -16,6 +16,9 @@ from benchmarks.soak.callers import Outcome, flaw
 from benchmarks.soak.cases import ABANDONED, BAD, FORMATS, IN_USE, WAYS, Case, Shape, cases, references
 from benchmarks.soak.promises import Promise, promises
 from benchmarks.soak.watch import MIB, Watch, growth
+from fluxserve.errors import InvalidRequest
+from fluxserve.request import parse
+from fluxserve.spec import TINY
 
 MANY = 4000
 
@@ -37,6 +40,20 @@ def test_the_mix() -> None:
     assert {c.what for c in sent if c.kind == "good"} == {"", *(c.what for c in references(Shape()))}
     assert {IN_USE, "prompt", "image", "seed"} <= {c.what for c in sent if c.kind == "bad"}
     assert any("image" in c.fields for c in sent if c.kind == "good")
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_good_requests_are_good_and_bad_ones_bad(seed: int) -> None:
+    """By the server's own judgement, without a server: it would be blamed for the soak's mistakes."""
+    for case in islice(cases(seed, Shape()), 1000):
+        fields = {name: value.encode() if isinstance(value, str) else value for name, value in case.fields.items()}
+        if "image" in fields:
+            fields["image"] = [fields["image"]]
+        if case.kind == "bad" and case.what != IN_USE:
+            with pytest.raises(InvalidRequest, match=f"^{case.what}: "):
+                parse(fields, TINY)
+        else:
+            parse(fields, TINY)
 
 
 def result(images: list[bytes], seeds: tuple[int, ...] = (5,)) -> Result:
