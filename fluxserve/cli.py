@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,6 +221,8 @@ def _serve(options: argparse.Namespace) -> int:
             return 128 + signals[0]
         _say(f"ready after {spent:.1f} s; Ctrl-C stops")
         _say(f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}\n  metrics  {server.metrics_url}")
+        if exposed := server.exposed():
+            _say(f"warning: other users of this machine can read prompts and pictures: {exposed[0]} and its like")
         server.supervise(lambda: bool(signals), _say)
         _say("stopping: admitted requests are finished, new ones refused; once more ends the waiting")
         server.stop(options.drain_timeout, hurry=lambda: len(signals) > 1)
@@ -246,7 +247,7 @@ def _ready(url: str) -> str:
     return f"{url}: ready"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _client(url: str) -> "Iterator[Client]":
     """A client of a server, whose errors become ours: what a caller gives to it is the command line's."""
     settings.silence_grpc()

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fluxserve import contract, process, settings
+from fluxserve import contract, launcher, process, settings
 from fluxserve.errors import ServerError
 from fluxserve.installation import Installation
 from fluxserve.serving.inflight import InflightTable
@@ -140,7 +140,7 @@ class TritonServer:
             raise ServerError(f"{self.repository}: no such folder; expected a model repository")
         self._refuse_taken_ports()
         self._process = subprocess.Popen(
-            self._command(),
+            launcher.command(self._command()),
             env=self._environment(),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -235,6 +235,10 @@ class TritonServer:
 
     def exit_status(self) -> int | None:
         return self._process.poll() if self._process else None
+
+    def exposed(self) -> list[Path]:
+        """Return the files in shared memory that other users may open: none, unless the kernel refuses `launcher`."""
+        return launcher.exposed(_SHARED_MEMORY, self._prefix)
 
     @property
     def pid(self) -> int:

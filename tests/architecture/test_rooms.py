@@ -63,7 +63,7 @@ LAYERS = (
     ("artifact",),
     ("checkpoint", "settings"),
     ("spec", "contract", "installation", "repository"),
-    ("errors", "process", "console"),
+    ("errors", "launcher", "process", "console"),
 )
 ENGINES_MAY_IMPORT = {"spec", "errors", "artifact", "kernels", "checkpoint", "engines"}
 

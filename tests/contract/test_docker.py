@@ -21,7 +21,7 @@ from fluxserve import __version__, cli, contract, server, settings, spec
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-UNITS = {"mb": 2**20, "gb": 2**30}
+UNITS = {"mb": 2**20, "gb": 2**30, "g": 2**30}
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -89,9 +89,36 @@ def in_context(path: PurePosixPath) -> bool:
 # --- Dockerfile ------------------------------------------------------------------------------------------------------
 
 
-def test_base_is_a_pinned_release() -> None:
+def release() -> tuple[int, int]:
+    """Year and month of the base image."""
     (base,) = arguments("FROM")
-    assert re.fullmatch(r"nvcr\.io/nvidia/tritonserver:\d\d\.\d\d-py3(@sha256:[0-9a-f]{64})?", base)
+    found = re.fullmatch(r"nvcr\.io/nvidia/tritonserver:(\d\d)\.(\d\d)-py3(@sha256:[0-9a-f]{64})?", base)
+    assert found, base
+    return int(found[1]), int(found[2])
+
+
+def test_base_is_a_pinned_release() -> None:
+    year, month = release()
+    text = (DOCKER / "README.md").read_text(encoding="utf-8")
+    assert f"pinned to {year}.{month:02}" in text
+
+
+SECURITY = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+HEADER_ENDS_IT = {(26, 6), (26, 7), (26, 8)}
+"""Releases that one HTTP header ends (docs/security.md)."""
+
+
+def test_base_has_every_fix_that_was_published() -> None:
+    """Each row of the table of bulletins ends in the release that has its fixes."""
+    rows = re.findall(r"^\| \[\d{4}\]\(.*\| (\d\d)\.(\d\d) \|$", SECURITY, re.MULTILINE)
+    assert len(rows) >= 12
+    assert all((int(year), int(month)) <= release() for year, month in rows)
+    assert release() not in HEADER_ENDS_IT
+
+
+@pytest.mark.parametrize("number", [*range(24206, 24210), 24146, 24173])
+def test_known_vulnerabilities_are_in_the_table(number: int) -> None:
+    assert f"CVE-2026-{number}" in SECURITY or f"-{number}" in SECURITY
 
 
 def test_user_is_a_number_and_not_root() -> None:
@@ -229,6 +256,42 @@ def test_shared_memory() -> None:
         "gigabytes, as compose.yaml and README.md say"
     )
     assert size(service()["shm_size"]) >= 1.5 * eight
+
+
+FLUX1_BYTES = 2 * 12 * 10**9
+"""Of the transformer in BF16, which is the largest component."""
+
+
+def test_memory_limit() -> None:
+    """Bytes of /dev/shm and /tmp, of what runs without a GPU, and of one GPU's process while it loads FLUX.1."""
+    compose = service()
+    (tmp,) = compose["tmpfs"]
+    in_memory = size(compose["shm_size"]) + size(re.search(r"size=(\w+)", tmp)[1])  # type: ignore[index]
+    base, process = in_memory + size("4gb"), size("4gb") + FLUX1_BYTES
+    assert size(compose["mem_limit"]) >= 1.1 * (base + process)
+    assert compose["memswap_limit"] == compose["mem_limit"], "no swap"
+    text = (DOCKER / "README.md").read_text(encoding="utf-8")
+    assert f"{base / 2**30:.0f} + 4 + {FLUX1_BYTES / 1e9:.0f} = {base / 2**30 + 4 + FLUX1_BYTES / 1e9:.0f} GB" in text
+    for limit in ("--memory ", "--memory-swap ", "--pids-limit ", "--ulimit core=0"):
+        assert limit in text, "docker run has the limits too"
+
+
+def test_process_limit() -> None:
+    gpus, cores, idle, compilers = 8, 128, 195, 32
+    assert int(service()["pids_limit"]) >= 2 * (idle + gpus * (cores + compilers))
+
+
+def test_no_core_dumps() -> None:
+    assert service()["ulimits"]["core"] == 0
+
+
+def test_limits_can_be_changed_and_are_documented() -> None:
+    compose = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
+    text = (DOCKER / "README.md").read_text(encoding="utf-8")
+    for name in ("MEMORY_LIMIT", "PIDS_LIMIT"):
+        default = re.search(rf"\$\{{{name}:-(\w+)\}}", compose)
+        assert default
+        assert f"| `{name}` | `{default[1]}` |" in text
 
 
 def test_stopping_leaves_time_to_drain() -> None:

@@ -1,0 +1,99 @@
+"""One soak of a running server: load, samples of its memory, and the verdict."""
+
+import asyncio
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.soak.callers import LOST_S, Callers, Outcome
+from benchmarks.soak.cases import Shape, cases, references
+from benchmarks.soak.promises import Promise, promises
+from benchmarks.soak.watch import MIB, Watch
+from fluxserve.server import TritonServer
+
+SAMPLE_S = 1.0
+_LINE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """warm_up: seconds of load before memory is looked at, in which pools and caches reach the size of this mix."""
+
+    shape: Shape = field(default_factory=Shape)
+    seconds: float = 900.0
+    at_once: int = 8
+    seed: int = 0
+    warm_up: float = 5.0
+
+
+@dataclass(frozen=True)
+class Soaked:
+    """watch: None for a server that could not be looked at."""
+
+    outcomes: Sequence[Outcome]
+    promises: Sequence[Promise]
+    watch: Watch | None
+
+
+async def soak(urls: Mapping[str, str], plan: Plan, server: TritonServer | None = None) -> Soaked:
+    """Load a server, and judge it.
+
+    Args:
+        urls: host:port by protocol.
+        server: that server, if it runs on this machine and may be looked at.
+    """
+    callers, known, sequence = Callers(urls), references(plan.shape), cases(plan.seed, plan.shape)
+    watch = Watch(server) if server else None
+    try:
+        await callers.draw_references(known)
+        await callers.run(sequence, plan.at_once, _after(plan.warm_up))
+        begin = time.monotonic()
+        progress = asyncio.create_task(_progress(callers, watch, begin, plan.seconds))
+        await callers.run(sequence, plan.at_once, begin + plan.seconds)
+        progress.cancel()
+        still_live = await _still_live(server)
+        different = await callers.draw_references(known)
+    finally:
+        await callers.close()
+    judged = promises(callers.sent, callers.outcomes, different, still_live, watch)
+    return Soaked(callers.outcomes, judged, watch)
+
+
+def _after(seconds: float) -> float:
+    return time.monotonic() + seconds
+
+
+async def _progress(callers: Callers, watch: Watch | None, begin: float, seconds: float) -> None:
+    """Sample memory, and keep one line on stderr up to date; where that is no terminal, a line now and then."""
+    printed = 0.0
+    while True:
+        if watch:
+            await asyncio.to_thread(watch.sample)
+        spent = time.monotonic() - begin
+        if sys.stderr.isatty() or spent - printed >= _LINE_S:
+            printed = spent
+            end = "\r" if sys.stderr.isatty() else "\n"
+            print(_line(callers.outcomes, watch, spent, seconds), end=end, file=sys.stderr, flush=True)
+        await asyncio.sleep(SAMPLE_S)
+
+
+def _line(outcomes: Sequence[Outcome], watch: Watch | None, spent: float, seconds: float) -> str:
+    kinds = Counter(o.case.kind for o in outcomes)
+    counts = ", ".join(f"{kinds[kind]} {kind}" for kind in ("good", "abandoned", "bad"))
+    memory = ""
+    if watch and watch.samples:
+        memory = f"; {watch.samples[-1].rss / MIB:.0f} MiB resident, {watch.samples[-1].shared / MIB:.0f} in /dev/shm"
+    wrong = sum(bool(o.wrong) for o in outcomes)
+    return f"{spent:5.0f} of {seconds:.0f} s: {counts}; {wrong} wrong{memory}"
+
+
+async def _still_live(server: TritonServer | None) -> list[str]:
+    """Requests that stay in the in-flight table; who hung up without a word is drawn to the end first."""
+    if server is None:
+        return []
+    deadline = _after(LOST_S)
+    while (live := server.table.live()) and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)
+    return [f"{live} requests"] if live else []
