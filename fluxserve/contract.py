@@ -95,7 +95,7 @@ _JOB = (
     _tensor("sigmas", "FP32", [ANY], "noise levels, one more than there are steps to run"),
     _tensor("guidance", "FP32", [1], "distilled guidance"),
     _tensor("noise_seeds", "INT64", [ANY], "one for each image"),
-    _tensor("ticket", "INT64", [1], "the request's place in the in-flight table"),
+    _tensor("ticket", "INT64", [1], "the key to the request's place in the in-flight table"),
     _tensor("resolved_format", "BYTES", [1], "output_format or its default"),
     _tensor("resolved_quality", "INT32", [1], "quality or its default"),
 )

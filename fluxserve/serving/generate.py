@@ -18,13 +18,12 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from fluxserve import contract, source
-from fluxserve.errors import Cancelled, InvalidRequest
+from fluxserve.errors import Cancelled, FluxserveError, InvalidRequest
 from fluxserve.job import Job, split
 from fluxserve.pipeline import Drawing, Pipeline
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
 from fluxserve.serving.files import Files, Finish
-from fluxserve.serving.inflight import NO_TICKET
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import DrawingMetrics
 from fluxserve.settings import Settings
@@ -127,25 +126,22 @@ class GenerateModel(ServedModel):
         waited: list[float] = []
         for asked in part:
             try:
-                waited.append(self._start(asked))
+                waited.append(self._table.start(asked.ticket, asked.steps))
                 started.append(asked)
-            except Cancelled as error:
+            except FluxserveError as error:  # cancelled, or not admitted by `prepare`
                 _send(asked.request, self._refusal(error))
         if not started:
             return
         try:
             drawings = self._pipeline.draw([a.job for a in started], lambda index: self._stepped(started[index]))
-            done = [
-                self._done(asked) if drawing is None else 0 for asked, drawing in zip(started, drawings, strict=True)
-            ]
+            done = [self._table.progress(asked.ticket).step for asked in started]
         except Exception as error:  # noqa: BLE001 (the border: Triton would answer a raise with a bare traceback)
             for asked in started:
                 _send(asked.request, self._refusal(error))
             return
         finally:
             for asked in started:
-                if asked.ticket != NO_TICKET:
-                    self._table.release(asked.ticket)
+                self._table.release(asked.ticket)
         for asked, seconds, drawing, steps in zip(started, waited, drawings, done, strict=True):
             if drawing is None:
                 _send(asked.request, self._refusal(Cancelled(asked.request.request_id(), steps, asked.steps)))
@@ -153,20 +149,10 @@ class GenerateModel(ServedModel):
                 self._hand_over(asked, drawing, {"queue": 1000 * seconds, **drawing.timings})
         self._metrics.saturated(self._pipeline.saturated())
 
-    def _start(self, asked: _Asked) -> float:
-        """Seconds that a request waited. Raises Cancelled if nobody wants it any more."""
-        return 0.0 if asked.ticket == NO_TICKET else self._table.start(asked.ticket, asked.steps)
-
     def _stepped(self, asked: _Asked) -> bool:
         """Note a step; False once the request was cancelled, through `control` or (called directly) through gRPC."""
-        if asked.ticket == NO_TICKET:
-            return not asked.request.is_cancelled()
         self._metrics.stepped()
         return self._table.advance(asked.ticket) and not asked.request.is_cancelled()
-
-    def _done(self, asked: _Asked) -> int:
-        """Steps, before its slot is given back."""
-        return 0 if asked.ticket == NO_TICKET else self._table.progress(asked.ticket).step
 
     def _hand_over(self, asked: _Asked, drawing: Drawing, timings: dict[str, float]) -> None:
         """Do with the files what the GPU has to, and leave the rest to a thread."""
@@ -193,9 +179,8 @@ class GenerateModel(ServedModel):
         except Exception as error:  # noqa: BLE001 (the border: nobody would hear of it on a thread)
             answer = self._refusal(error)
         _send(asked.request, answer)
-        if asked.ticket != NO_TICKET:  # Triton's warm-up is no picture
-            images = len(asked.job.noise_seeds)
-            self._metrics.drawn(images, images * math.prod(size), timings)
+        images = len(asked.job.noise_seeds)
+        self._metrics.drawn(images, images * math.prod(size), timings)
 
     def _refusal(self, error: Exception) -> Any:
         if isinstance(error, Cancelled):

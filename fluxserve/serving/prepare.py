@@ -1,5 +1,6 @@
 """The `prepare` model: a caller's tensors → validated request → in-flight ticket → job tensors. CPU, n instances."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,12 +8,13 @@ from fluxserve import contract, errors, request, source
 from fluxserve.job import Job, join, plan
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
-from fluxserve.serving.inflight import checked_id
+from fluxserve.serving.inflight import HANDOVER_S, checked_id
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import RefusalMetrics
 from fluxserve.settings import Settings
 from fluxserve.text import Tokenizers
 
+_POLL_S = 0.02
 _REASONS = (
     (errors.InvalidRequest, "invalid_request"),
     (errors.QueueFull, "queue_full"),
@@ -45,13 +47,26 @@ class PrepareModel(ServedModel):
         request_id = checked_id(triton_request.request_id())
         fields = tensors.read_scalars(triton_request, contract.PREPARE)
         parsed = request.parse(fields, self._spec)
-        ticket = self._table.claim(request_id)
+        ticket = self._claim(request_id)
         try:
             job = plan(parsed, self._spec, self._tokenizers)
-            return tensors.response(contract.PREPARE, _job_tensors(job, ticket) | _format_tensors(parsed))
+            response = tensors.response(contract.PREPARE, _job_tensors(job, ticket) | _format_tensors(parsed))
+            self._table.enqueue(ticket, job.steps * len(job.noise_seeds))
+            return response
         except BaseException:
             self._table.release(ticket)
             raise
+
+    def _claim(self, request_id: str) -> int:
+        """Claim a slot. A full queue beside an idle GPU is given HANDOVER_S, within which its claims lapse or start."""
+        deadline = time.monotonic() + HANDOVER_S + _POLL_S
+        while True:
+            try:
+                return self._table.claim(request_id)
+            except errors.QueueFull:
+                if self._table.drawing or time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_S)
 
 
 def _job_tensors(job: Job, ticket: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fluxserve import contract, errors
 from fluxserve.contract import MAX_WAITING
 from fluxserve.imaging import write_image
 from fluxserve.serving.inflight import MAX_ID_BYTES, InflightTable
+from tests.support.admission import admitted
 from tests.support.fake_triton import InferenceRequest, Logger, counted, error_of, installed, outputs
 
 NUMPY = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
@@ -149,7 +150,7 @@ def test_a_failure_after_the_claim_gives_the_slot_back(
 
 
 def test_control(control: Any, table: InflightTable) -> None:
-    table.start(ticket := table.claim("r"), 9)
+    table.start(ticket := admitted(table, "r"), 9)
     table.advance(ticket)
     asked = [("r", b"status"), ("r", b"cancel"), ("nobody", b"cancel"), ("r", b"status")]
     answers = [outputs(r) for r in control.execute([_control(n.encode(), action) for n, action in asked])]

@@ -1,0 +1,77 @@
+"""Who gets in: inner models called directly, against the live server."""
+
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from fluxserve import contract
+from fluxserve.server import TritonServer
+from tests.triton.conftest import PATIENCE, PlainClient, plain, running, wait_for
+
+pytestmark = pytest.mark.xdist_group("triton")
+
+SMALL = {"prompt": "a fox", "height": 64, "width": 64, "num_inference_steps": 4}
+
+
+def job(client: PlainClient, **fields: object) -> dict[str, np.ndarray]:
+    """What `prepare` answers to a direct call: tensors for `generate`, with a ticket that was never used."""
+    return client.call("prepare", {**SMALL, **fields})
+
+
+@pytest.mark.parametrize("ticket", [0, 1, -1, 300, 2**62 + 5])
+def test_generate_refuses_a_ticket_that_nobody_was_given(client: PlainClient, ticket: int) -> None:
+    forged = job(client) | {"ticket": np.array([[ticket]])}
+    status, message = client.refused(lambda: client.call("generate", forged))
+    assert status == "INVALID_ARGUMENT"
+    assert f"ticket: got {ticket}, which no waiting request has" in message
+    assert "clients call `flux`" in message
+
+
+def test_a_ticket_is_for_one_use(client: PlainClient) -> None:
+    given = job(client)
+    assert len(client.call("generate", given)["images"]) == 1, "what the ensemble does, by hand"
+    status, message = client.refused(lambda: client.call("generate", given))
+    assert (status, "which no waiting request has" in message) == ("INVALID_ARGUMENT", True)
+
+
+def test_guessed_tickets_cancel_nobody(server: TritonServer) -> None:
+    """Small numbers, then random ones, ahead of everybody by priority, while others wait and run."""
+    client = plain(server, "grpc")
+    forged = job(client)
+    guesses = [*range(300), *(secrets.randbits(63) for _ in range(50))]
+    with running(client, "ahead") as ahead, ThreadPoolExecutor(8) as good, ThreadPoolExecutor(8) as bad:
+        waiting = [good.submit(client.call, "flux", SMALL, f"good-{k}") for k in range(8)]
+        wait_for(lambda: client.control("good-7", "status")[0] == "queued")
+
+        def attack(ticket: int) -> str:
+            tensors = forged | {"ticket": np.array([[ticket]])}
+            return client.refused(lambda: client.call("generate", tensors, priority=1))[0]
+
+        attacks = [bad.submit(attack, ticket) for ticket in guesses]
+        client.control("ahead", "cancel")
+        ahead.result(PATIENCE)
+        assert [len(w.result(PATIENCE)["images"]) for w in waiting] == [1] * 8
+        assert {a.result(PATIENCE) for a in attacks} == {"INVALID_ARGUMENT"}
+
+
+def test_direct_calls_of_prepare_keep_nobody_out(server: TritonServer) -> None:
+    """As many as may wait, beside an idle GPU, and again while good requests are drawn: not one of those is refused."""
+    client = plain(server, "grpc")
+    for _ in range(2):
+        for _ in range(contract.MAX_WAITING):
+            job(client)
+        with ThreadPoolExecutor(4) as pool:
+            drawn = list(
+                pool.map(lambda k: client.call("flux", SMALL | {"seed": k, "num_inference_steps": 1}), range(12))
+            )
+        assert [len(d["images"]) for d in drawn] == [1] * 12
+
+
+def test_what_never_reaches_generate_is_forgotten(server: TritonServer) -> None:
+    client = plain(server, "grpc")
+    client.call("prepare", SMALL, "lost")
+    assert client.control("lost", "status")[0] == "queued"
+    wait_for(lambda: client.control("lost", "status")[0] == "unknown")
+    wait_for(lambda: server.table.live() == 0)
