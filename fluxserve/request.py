@@ -21,7 +21,7 @@ _NO_GUIDANCE = (0.0, 1.0)  # callers and model cards write either
 
 @dataclass(frozen=True)
 class Request:
-    """One request with nothing left to default. Sizes in pixels; `images` are decoded.
+    """One request with nothing left to default. Sizes in pixels; of `images` the headers were read.
 
     With a `strength` the one image is what the picture is redrawn from; without, images are references.
     """
@@ -67,7 +67,6 @@ def parse(fields: Mapping[str, Any], spec: ModelSpec) -> Request:
         "output_format": _format(fields),
         "quality": _integer(fields, "quality", DEFAULT_QUALITY, 1, 100),
     }
-    # Decoding an image costs up to a second: it comes when nothing else can be wrong but the size that it may decide.
     images = _images(fields["image"], spec) if "image" in fields else ()
     height, width = _size(fields, spec, images)
     return Request(height=height, width=width, images=images, **cheap)
@@ -117,10 +116,15 @@ def _images(given: Sequence[bytes], spec: ModelSpec) -> tuple[InputImage, ...]:
             if spec.takes_references:
                 _check_reference(image, spec.limits)
         except InvalidRequest as error:
-            which = f" as number {index + 1} of {len(given)}" if len(given) > 1 else ""
-            raise InvalidRequest("image", error.got + which, error.allowed) from error
+            raise numbered(error, index, len(given)) from error
         images.append(image)
     return tuple(images)
+
+
+def numbered(error: InvalidRequest, index: int, count: int) -> InvalidRequest:
+    """The error, with the image's number if there are several."""
+    which = f" as number {index + 1} of {count}" if count > 1 else ""
+    return InvalidRequest(error.field, error.got + which, error.allowed)
 
 
 def _check_reference(image: InputImage, limits: Limits) -> None:
@@ -136,7 +140,7 @@ def _size(fields: Mapping[str, Any], spec: ModelSpec, images: Sequence[InputImag
     limits, multiple = spec.limits, spec.size_multiple
     natural = (spec.defaults.side, spec.defaults.side)
     if images and spec.takes_references:
-        natural = _fit(*images[0].reference_size(limits.max_reference_pixels, multiple), spec)
+        natural = _fit(*images[0].reference(limits.max_reference_pixels, multiple).size, spec)
     elif images:
         natural = _fit(images[0].height, images[0].width, spec)
     size = []

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton_python_backend_utils as pb_utils
 
 from fluxserve import contract, source
 from fluxserve.errors import Cancelled, FluxserveError, InvalidRequest
@@ -41,6 +40,10 @@ class _Asked:
     ticket: int
     output_format: str
     quality: int
+
+    @property
+    def sender(self) -> Any:
+        return self.request.get_response_sender()
 
     @property
     def steps(self) -> int:
@@ -80,7 +83,7 @@ class GenerateModel(ServedModel):
                 asked = self._read(request)
                 groups[asked.job.likeness].append(asked)
             except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
-                _send(request, self._refusal(error))
+                tensors.send(request.get_response_sender(), self._refusal(error))
         for group in groups.values():
             for part in self._parts(group):
                 self._draw(part)
@@ -129,7 +132,7 @@ class GenerateModel(ServedModel):
                 waited.append(self._table.start(asked.ticket, asked.steps))
                 started.append(asked)
             except FluxserveError as error:  # cancelled, or not admitted by `prepare`
-                _send(asked.request, self._refusal(error))
+                tensors.send(asked.sender, self._refusal(error))
         if not started:
             return
         try:
@@ -137,14 +140,14 @@ class GenerateModel(ServedModel):
             done = [self._table.progress(asked.ticket).step for asked in started]
         except Exception as error:  # noqa: BLE001 (the border: Triton would answer a raise with a bare traceback)
             for asked in started:
-                _send(asked.request, self._refusal(error))
+                tensors.send(asked.sender, self._refusal(error))
             return
         finally:
             for asked in started:
                 self._table.release(asked.ticket)
         for asked, seconds, drawing, steps in zip(started, waited, drawings, done, strict=True):
             if drawing is None:
-                _send(asked.request, self._refusal(Cancelled(asked.request.request_id(), steps, asked.steps)))
+                tensors.send(asked.sender, self._refusal(Cancelled(asked.request.request_id(), steps, asked.steps)))
             else:
                 self._hand_over(asked, drawing, {"queue": 1000 * seconds, **drawing.timings})
         self._metrics.saturated(self._pipeline.saturated())
@@ -160,7 +163,7 @@ class GenerateModel(ServedModel):
         try:
             finish = self._files.begin(drawing, asked.output_format, asked.quality)
         except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
-            _send(asked.request, self._refusal(error))
+            tensors.send(asked.sender, self._refusal(error))
             return
         timings["image"] = 1000 * (time.perf_counter() - begin)
         size = tuple(drawing.pixels.shape[1:3])
@@ -178,7 +181,7 @@ class GenerateModel(ServedModel):
             answer = _answer(asked, files, size, timings)
         except Exception as error:  # noqa: BLE001 (the border: nobody would hear of it on a thread)
             answer = self._refusal(error)
-        _send(asked.request, answer)
+        tensors.send(asked.sender, answer)
         images = len(asked.job.noise_seeds)
         self._metrics.drawn(images, images * math.prod(size), timings)
 
@@ -215,8 +218,3 @@ def _answer(asked: _Asked, files: list[bytes], size: tuple[int, ...], timings: M
             "image_size": [size],
         },
     )
-
-
-def _send(request: Any, response: Any) -> None:
-    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-    request.get_response_sender().send(response, flags=final)

@@ -48,3 +48,8 @@ def response(contract: ModelContract, values: Mapping[str, Any]) -> Any:
         array: npt.NDArray[Any] = np.ascontiguousarray(np.asarray(values[tensor.name], dtype=_NUMPY[tensor.dtype]))
         tensors.append(pb_utils.Tensor(tensor.name, array))
     return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def send(sender: Any, response: Any) -> None:
+    """Answer a request through its response sender; once, and finally."""
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

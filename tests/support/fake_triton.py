@@ -168,6 +168,18 @@ def answers(model: Any, requests: list[InferenceRequest]) -> list[InferenceRespo
     return responses  # type: ignore[return-value]
 
 
+def prepared(model: Any, requests: list[InferenceRequest]) -> list[InferenceResponse]:
+    """What `prepare` answered: at once, or through the senders once its one decoder has seen the images."""
+    returned = model.execute(requests)
+    model._decoder._thread.submit(lambda: None).result()
+    sent = [request.get_response_sender().response for request in requests]
+    if returned is None:
+        assert None not in sent, "a request was left without an answer"
+        return sent  # type: ignore[return-value]
+    assert sent == [None] * len(requests), "answered twice"
+    return list(returned)
+
+
 def counted(name: str, **labels: str) -> float:
     """A counter's value, or the sum of what a histogram saw."""
     (metric,) = (m for m in MetricFamily.known[name].metrics if m.labels == labels)

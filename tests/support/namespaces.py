@@ -1,4 +1,4 @@
-"""A small file system of one's own: a tmpfs in a mount namespace, which needs no privileges where the kernel allows it."""
+"""A small file system of its own for a process: a tmpfs in a mount namespace, where the kernel lets any user."""
 
 import shutil
 import subprocess

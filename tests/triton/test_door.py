@@ -1,13 +1,20 @@
 """Who gets in: inner models called directly, against the live server."""
 
 import secrets
+import struct
+import time
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import pytest
 
 from fluxserve import contract
+from fluxserve.imaging import decode, read_image
 from fluxserve.server import TritonServer
+from fluxserve.spec import Limits
 from tests.triton.conftest import PATIENCE, PlainClient, plain, running, wait_for
 
 pytestmark = pytest.mark.xdist_group("triton")
@@ -75,3 +82,61 @@ def test_what_never_reaches_generate_is_forgotten(server: TritonServer) -> None:
     assert client.control("lost", "status")[0] == "queued"
     wait_for(lambda: client.control("lost", "status")[0] == "unknown")
     wait_for(lambda: server.table.live() == 0)
+
+
+# --- pictures that take long to decode -------------------------------------------------------------------------------
+
+
+@cache
+def heavy() -> bytes:
+    """As many pixels as the model takes, 16 bits deep, with alpha: half a megabyte that unpacks to 34."""
+    side = 2048
+    row = b"\4" + np.arange(4 * side, dtype=">u2").tobytes()
+    head = struct.pack(">IIBBBBB", side, side, 16, 6, 0, 0, 0)
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(row * side, 1)), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    begin = time.monotonic()
+    work()
+    return time.monotonic() - begin
+
+
+def test_requests_without_a_picture_pass_those_that_are_decoded(server: TritonServer) -> None:
+    """Eight heavy files at once, through both instances of `prepare`, and a request that has none."""
+    client = plain(server, "grpc")
+    plainly, redrawn = SMALL | {"num_inference_steps": 1}, SMALL | {"image": heavy(), "strength": 0.01}
+    client.call("flux", plainly)
+    with ThreadPoolExecutor(8) as pool:
+        begin = time.monotonic()
+        pictures = [pool.submit(client.call, "flux", redrawn, f"heavy-{k}") for k in range(8)]
+        wait_for(lambda: all(client.control(f"heavy-{k}", "status")[0] != "unknown" for k in range(8)), 1.0)
+        passing = [seconds(lambda: client.call("flux", plainly)) for _ in range(3)]
+        still_there = sum(not p.done() for p in pictures)
+        assert all(len(p.result(PATIENCE)["images"]) == 1 for p in pictures)
+        whole = time.monotonic() - begin
+    assert still_there > 0, "the pictures took less time than what was to pass them"
+    assert sorted(passing)[1] < whole / 4, (passing, whole)
+
+
+def test_a_refusal_costs_the_same_whatever_the_picture(server: TritonServer) -> None:
+    client = plain(server, "grpc")
+    image = read_image(heavy(), Limits(min_side=64, max_side=512, max_pixels=512 * 512))
+    decoding = min(seconds(lambda: decode(heavy(), image.resized(64, 64))) for _ in range(3))
+    with running(client, "hog") as hog:
+        waiting = [server.table.claim(f"filler-{k}") for k in range(contract.MAX_WAITING)]
+        try:
+            without = min(seconds(lambda: is_refused(client, SMALL)) for _ in range(5))
+            beside = min(seconds(lambda: is_refused(client, SMALL | {"image": heavy()})) for _ in range(5))
+        finally:
+            for ticket in waiting:
+                server.table.release(ticket)
+        client.control("hog", "cancel")
+        hog.result(PATIENCE)
+    assert beside < without + decoding / 3, decoding
+
+
+def is_refused(client: PlainClient, fields: dict[str, object]) -> None:
+    assert client.refused(lambda: client.call("flux", fields))[0] == "UNAVAILABLE"
