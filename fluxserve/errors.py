@@ -5,6 +5,7 @@ FluxserveError
 ├── Refused                the request is fine, this server can't take it
 │   ├── QueueFull                                                           → UNAVAILABLE
 │   ├── ImagesFull                                                          → UNAVAILABLE
+│   ├── NoRoom             in shared memory, for the answer                 → UNAVAILABLE
 │   ├── Draining                                                            → UNAVAILABLE
 │   └── RequestIdInUse                                                      → ALREADY_EXISTS
 ├── Cancelled              the caller asked for it                          → CANCELLED
@@ -64,6 +65,12 @@ class ImagesFull(Refused):
     def __init__(self, waiting: int, size: int) -> None:
         waits = f"{waiting} requests with images, of {size} bytes, are waiting to be decoded"
         super().__init__(f"images: {waits}; no more may. Try again later")
+
+
+class NoRoom(Refused):
+    def __init__(self, size: int, room: int) -> None:
+        ask = "Ask for fewer or smaller images, or give the server a larger /dev/shm (docker run --shm-size)"
+        super().__init__(f"answer: it has {size} bytes, and shared memory has room for {room}. {ask}")
 
 
 class Draining(Refused):

@@ -47,7 +47,7 @@ class Decoder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="image")
         self._lock, self._requests, self._bytes = threading.Lock(), 0, 0
 
-    def submit(self, size: int, work: Callable[[], None]) -> None:
+    def submit(self, size: int, work: Callable[[], None]) -> "Future[None]":
         """Run `work`, which may call `decode`, on the decoder's thread. `size` is that of its files, in bytes.
 
         Raises:
@@ -63,7 +63,9 @@ class Decoder:
             with self._lock:
                 self._requests, self._bytes = self._requests - 1, self._bytes - size
 
-        self._thread.submit(work).add_done_callback(leave)
+        submitted = self._thread.submit(work)
+        submitted.add_done_callback(leave)
+        return submitted
 
     def decode(self, data: bytes, fit: Fit) -> Pixels:
         """imaging.decode, in the process.

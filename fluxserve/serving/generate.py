@@ -10,7 +10,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from fluxserve.errors import Cancelled, FluxserveError, InvalidRequest
 from fluxserve.job import Job, split
 from fluxserve.pipeline import Drawing, Pipeline
 from fluxserve.serving import errors as triton_errors
-from fluxserve.serving import tensors
+from fluxserve.serving import shared_memory, tensors
 from fluxserve.serving.files import Files, Finish
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import DrawingMetrics
@@ -167,7 +167,7 @@ class GenerateModel(ServedModel):
             return
         timings["image"] = 1000 * (time.perf_counter() - begin)
         size = tuple(drawing.pixels.shape[1:3])
-        self._writers.submit(self._finish, asked, finish, size, timings).add_done_callback(_report)
+        self._writers.submit(self._finish, asked, finish, size, timings).add_done_callback(triton_errors.report)
 
     def _finish(self, asked: _Asked, finish: Finish, size: tuple[int, ...], timings: dict[str, float]) -> None:
         """Answer with the files, on a thread; then count.
@@ -177,11 +177,16 @@ class GenerateModel(ServedModel):
         begin = time.perf_counter()
         try:
             files = finish()
-            timings["image"] += 1000 * (time.perf_counter() - begin)
-            answer = _answer(asked, files, size, timings)
         except Exception as error:  # noqa: BLE001 (the border: nobody would hear of it on a thread)
-            answer = self._refusal(error)
-        tensors.send(asked.sender, answer)
+            tensors.send(asked.sender, self._refusal(error))
+            return
+        timings["image"] += 1000 * (time.perf_counter() - begin)
+        with shared_memory.answering:
+            try:
+                answer = _answer(asked, files, size, timings)
+            except Exception as error:  # noqa: BLE001 (likewise)
+                answer = self._refusal(error)
+            tensors.send(asked.sender, answer)
         images = len(asked.job.noise_seeds)
         self._metrics.drawn(images, images * math.prod(size), timings)
 
@@ -199,12 +204,6 @@ def _format(arrays: Mapping[str, Any]) -> tuple[str, int]:
     if not 1 <= quality <= 100:
         raise InvalidRequest("resolved_quality", str(quality), "1 to 100")
     return name, quality
-
-
-def _report(finished: "Future[None]") -> None:
-    """Nobody asks a thread how it went: an answer that could not even be sent is in the log."""
-    if error := finished.exception():
-        triton_errors.log(error)
 
 
 def _answer(asked: _Asked, files: list[bytes], size: tuple[int, ...], timings: Mapping[str, float]) -> Any:

@@ -23,6 +23,7 @@ _REASONS = (
     (errors.InvalidRequest, "invalid_request"),
     (errors.QueueFull, "queue_full"),
     (errors.ImagesFull, "images_full"),
+    (errors.NoRoom, "no_room"),
     (errors.Draining, "draining"),
     (errors.RequestIdInUse, "request_id_in_use"),
     (errors.Cancelled, "cancelled"),
@@ -65,10 +66,11 @@ class PrepareModel(ServedModel):
             return self._admit(parsed, ticket)
         sender, size = triton_request.get_response_sender(), sum(len(image.data) for image in parsed.images)
         try:
-            self._decoder.submit(size, lambda: tensors.send(sender, self._admit(parsed, ticket)))
+            submitted = self._decoder.submit(size, lambda: tensors.send(sender, self._admit(parsed, ticket)))
         except errors.ImagesFull as error:
             self._table.release(ticket)
             return self._refusal(error)
+        submitted.add_done_callback(triton_errors.report)
         return None
 
     def _admit(self, parsed: request.Request, ticket: int) -> Any:

@@ -1,5 +1,6 @@
 """A small file system of its own for a process: a tmpfs in a mount namespace, where the kernel lets any user."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -20,6 +21,12 @@ def command(mount: Path, size: int, program: Sequence[str]) -> list[str]:
 
 def run(mount: Path, size: int, program: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command(mount, size, program), capture_output=True, text=True, timeout=60, check=False)
+
+
+def free(folder: Path) -> int:
+    """Bytes that a file system has left."""
+    system = os.statvfs(folder)
+    return system.f_bavail * system.f_frsize
 
 
 def _unshared(*arguments: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,6 +206,18 @@ def test_more_images_than_may_wait(
     assert all(outputs(r.get_response_sender().response) for r in requests[: decoder.MAX_REQUESTS])  # type: ignore[arg-type]
 
 
+def test_an_answer_that_can_not_be_sent_is_logged(prepare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = ask(prompt=b"x", image=PNG)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a broken pipe")
+
+    monkeypatch.setattr(request.get_response_sender(), "send", fail)
+    assert prepare.execute([request]) is None
+    prepared(prepare, [ask(prompt=b"x")])
+    assert "a broken pipe" in Logger.lines[0]
+
+
 def test_cancelled_while_its_image_is_decoded(
     prepare: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +231,26 @@ def test_cancelled_while_its_image_is_decoded(
     (response,) = prepared(prepare, [ask("a", prompt=b"x", image=PNG, num_inference_steps=5)])
     assert error_of(response) == ("CANCELLED", "[CANCELLED] request 'a' was cancelled at step 0 of 3")
     assert table.live() == 0
+
+
+def test_a_job_without_room_gives_its_slot_back(prepare: Any, table: InflightTable, serving: dict[str, Any]) -> None:
+    def full(folder: str) -> os.statvfs_result:
+        return os.statvfs_result((4096, 4096, 1536, 10, 10, 0, 0, 0, 0, 255))
+
+    request = ask(
+        "a", prompt=b"x", image=write_image(np.zeros((512, 1024, 3), np.uint8), "png", 90), width=512, height=512
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving["shared_memory"].os, "statvfs", full)
+        (response,) = prepared(prepare, [request])
+        assert not prepared(prepare, [ask("b", prompt=b"x")])[0].has_error(), "a small one fits into what is there"
+        patch.setattr(sys.modules["c_python_backend_utils"].shared_memory, "free_memory", lambda: 100_000)
+        (small,) = prepared(prepare, [ask("c", prompt=b"x", image=PNG, width=256, height=256)])
+    assert not response.has_error(), "0.8 of 1 MiB"
+    status, message = error_of(small)
+    assert status == "UNAVAILABLE" and message.startswith("answer: it has 19")
+    assert [table.status(name).state for name in "abc"] == ["queued", "queued", "unknown"]
+    assert counted("fluxserve_rejected_requests_total", reason="no_room") == 1
 
 
 # --- control ---------------------------------------------------------------------------------------------------------
