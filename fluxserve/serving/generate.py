@@ -4,6 +4,7 @@ Files are written by the GPU or on threads, and answers sent on threads, while t
 model of their own once: three megabytes of pixels then went through two more processes, longer than to write them.
 """
 
+import base64
 import json
 import math
 import os
@@ -40,6 +41,7 @@ class _Asked:
     ticket: int
     output_format: str
     quality: int
+    encoding: str
 
     @property
     def sender(self) -> Any:
@@ -177,6 +179,8 @@ class GenerateModel(ServedModel):
         begin = time.perf_counter()
         try:
             files = finish()
+            if asked.encoding == "base64":
+                files = [base64.b64encode(file) for file in files]
         except Exception as error:  # noqa: BLE001 (the border: nobody would hear of it on a thread)
             tensors.send(asked.sender, self._refusal(error))
             return
@@ -196,14 +200,17 @@ class GenerateModel(ServedModel):
         return triton_errors.response(error)
 
 
-def _format(arrays: Mapping[str, Any]) -> tuple[str, int]:
-    """Output format and quality, looked at before anything is drawn. Raises InvalidRequest."""
-    name, quality = arrays["resolved_format"][0, 0].decode(errors="replace"), int(arrays["resolved_quality"][0, 0])
-    if name not in contract.OUTPUT_FORMATS:
-        raise InvalidRequest("resolved_format", repr(name[:40]), ", ".join(contract.OUTPUT_FORMATS))
+def _format(arrays: Mapping[str, Any]) -> tuple[str, int, str]:
+    """Output format, quality and encoding, looked at before anything is drawn. Raises InvalidRequest."""
+    quality = int(arrays["resolved_quality"][0, 0])
     if not 1 <= quality <= 100:
         raise InvalidRequest("resolved_quality", str(quality), "1 to 100")
-    return name, quality
+    words = []
+    for name, choices in (("resolved_format", contract.OUTPUT_FORMATS), ("resolved_encoding", contract.ENCODINGS)):
+        words.append(arrays[name][0, 0].decode(errors="replace"))
+        if words[-1] not in choices:
+            raise InvalidRequest(name, repr(words[-1][:40]), ", ".join(choices))
+    return words[0], quality, words[1]
 
 
 def _answer(asked: _Asked, files: list[bytes], size: tuple[int, ...], timings: Mapping[str, float]) -> Any:

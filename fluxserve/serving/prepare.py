@@ -118,4 +118,8 @@ def _job_tensors(job: Job, ticket: int) -> dict[str, Any]:
 
 
 def _format_tensors(parsed: request.Request) -> dict[str, Any]:
-    return {"resolved_format": [[parsed.output_format.encode()]], "resolved_quality": [[parsed.quality]]}
+    return {
+        "resolved_format": [[parsed.output_format.encode()]],
+        "resolved_quality": [[parsed.quality]],
+        "resolved_encoding": [[parsed.encoding.encode()]],
+    }

@@ -18,14 +18,26 @@ GROWTH = 2**20
 OVERHEAD = 2**16
 """Of an answer: its messages, lengths of its elements, the allocator's own."""
 
+SCARCE = 2**28
+"""With less than this left, another process may take the room between the look and the answer."""
+
 answering = threading.Lock()
 """To be held from the look to the end of the sending by threads that answer with images, lest two take one room."""
 
 
 def check(size: int) -> None:
     """Raise NoRoom if an answer of `size` bytes fits neither into the region nor into what the region may grow by."""
-    system = os.statvfs(FOLDER)
-    may_grow_by = system.f_bavail * system.f_frsize // GROWTH * GROWTH
+    may_grow_by = _free() // GROWTH * GROWTH
     room = max(may_grow_by, c_python_backend_utils.shared_memory.free_memory()) - OVERHEAD
     if size > room:
         raise NoRoom(size, max(0, room))
+
+
+def is_scarce() -> bool:
+    """Whether an answer that has room now may have none in a moment."""
+    return _free() < SCARCE
+
+
+def _free() -> int:
+    system = os.statvfs(FOLDER)
+    return system.f_bavail * system.f_frsize

@@ -63,10 +63,14 @@ def response(contract: ModelContract, values: Mapping[str, Any]) -> Any:
 def send(sender: Any, response: Any) -> None:
     """Answer a request through its response sender; once, and finally.
 
-    In two messages: a response that could not be written into shared memory can't be followed by another, not even by
-    an error, but an end without one still gives the client Triton's error in place of no answer at all.
+    Where shared memory is scarce, tensors go in two messages. A response that could not be written can't be followed by
+    another, not even by an error; but an end without one gives the client Triton's error in place of no answer at all.
     """
+    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    if response.has_error() or not shared_memory.is_scarce():
+        sender.send(response, flags=final)
+        return
     try:
         sender.send(response)
     finally:
-        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        sender.send(flags=final)

@@ -110,15 +110,12 @@ def test_requests_without_a_picture_pass_those_that_are_decoded(server: TritonSe
     plainly, redrawn = SMALL | {"num_inference_steps": 1}, SMALL | {"image": heavy(), "strength": 0.01}
     client.call("flux", plainly)
     with ThreadPoolExecutor(8) as pool:
-        begin = time.monotonic()
         pictures = [pool.submit(client.call, "flux", redrawn, f"heavy-{k}") for k in range(8)]
-        wait_for(lambda: all(client.control(f"heavy-{k}", "status")[0] != "unknown" for k in range(8)), 1.0)
-        passing = [seconds(lambda: client.call("flux", plainly)) for _ in range(3)]
-        still_there = sum(not p.done() for p in pictures)
-        assert all(len(p.result(PATIENCE)["images"]) == 1 for p in pictures)
-        whole = time.monotonic() - begin
-    assert still_there > 0, "the pictures took less time than what was to pass them"
-    assert sorted(passing)[1] < whole / 4, (passing, whole)
+        wait_for(lambda: all(client.control(f"heavy-{k}", "status")[0] != "unknown" for k in range(8)))
+        client.call("flux", plainly)
+        passed = sum(not picture.done() for picture in pictures)
+        assert all(len(picture.result(PATIENCE)["images"]) == 1 for picture in pictures)
+    assert passed >= 4, "it came last, and two decoders were at work"
 
 
 def test_a_refusal_costs_the_same_whatever_the_picture(server: TritonServer) -> None:

@@ -67,6 +67,8 @@ BAD = {
     "a GIF": ({"image": b"GIF89a" + bytes(20)}, "image", "no known image format", "PNG, JPEG, WEBP"),
     "bomb": ({"image": bomb()}, "image", "far too many pixels", "at most 4194304 pixels"),
     "smaller bomb": ({"image": big_bomb()}, "image", "9000 x 9000", "at most 4194304 pixels"),
+    "unknown encoding": ({"encoding": "hex"}, "encoding", "'hex'", "binary, base64"),
+    "no base64": ({"image": png(), "encoding": "base64"}, "image", "not base64", "base64, as encoding says"),
     "wrong dtype": ({"height": np.array([64.0], np.float32)}, "height", "FP32", "INT32"),
     "wrong rank": ({"height": np.array([[64]], np.int32)}, "height", "[1,1]", "[1]"),
     "two values": ({"seed": np.array([1, 2], np.int64)}, "seed", "[2]", "[1]"),

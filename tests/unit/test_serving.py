@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fluxserve.imaging import write_image
 from fluxserve.serving import decoder
 from fluxserve.serving.inflight import MAX_ID_BYTES, InflightTable
 from tests.support.admission import admitted
-from tests.support.fake_triton import InferenceRequest, Logger, counted, error_of, installed, outputs, prepared
+from tests.support.fake_triton import FINAL, InferenceRequest, Logger, counted, error_of, installed, outputs, prepared
 
 NUMPY = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
 PNG = write_image(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8), "png", 90)
@@ -216,6 +217,26 @@ def test_an_answer_that_can_not_be_sent_is_logged(prepare: Any, monkeypatch: pyt
     assert prepare.execute([request]) is None
     prepared(prepare, [ask(prompt=b"x")])
     assert "a broken pipe" in Logger.lines[0]
+
+
+def test_where_memory_is_scarce_the_end_comes_by_itself(
+    prepare: Any, serving: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that could not be written is followed by the end, which Triton makes an error of; errors come whole."""
+    tensors, sent = serving["tensors"], list[tuple[bool, int]]()
+
+    class Sender:
+        def send(self, response: Any = None, flags: int = 0) -> None:
+            sent.append((response is not None, flags))
+            if response is not None and not response.has_error():
+                raise RuntimeError("no room")
+
+    (good,), (bad,) = prepared(prepare, [ask(prompt=b"x")]), prepared(prepare, [ask()])
+    for scarce, response in ((True, good), (False, good), (True, bad)):
+        monkeypatch.setattr(serving["shared_memory"], "is_scarce", lambda scarce=scarce: scarce)
+        with suppress(RuntimeError):
+            tensors.send(Sender(), response)
+    assert sent == [(True, 0), (False, FINAL), (True, FINAL), (True, FINAL)]
 
 
 def test_cancelled_while_its_image_is_decoded(

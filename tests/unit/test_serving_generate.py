@@ -80,6 +80,7 @@ def job(
         "ticket": np.array([[ticket]]),
         "resolved_format": np.array([[output_format]], dtype=object),
         "resolved_quality": np.array([[90]], dtype=np.int32),
+        "resolved_encoding": np.array([[b"binary"]], dtype=object),
     }
     return InferenceRequest({**values, **changed}, request_id, cancelled_after)
 
@@ -177,6 +178,10 @@ def test_a_gpu_that_fails_at_a_file_fails_that_request_alone(
     [
         ({"output_format": b"bmp"}, "resolved_format: got 'bmp'; allowed: png, jpeg, webp, raw"),
         ({"output_format": b"\xff"}, "resolved_format: got "),
+        (
+            {"resolved_encoding": np.array([[b"hex"]], dtype=object)},
+            "resolved_encoding: got 'hex'; allowed: binary, base64",
+        ),
         ({"resolved_quality": np.array([[0]], np.int32)}, "resolved_quality: got 0; allowed: 1 to 100"),
     ],
 )
