@@ -2,16 +2,18 @@
 
 import secrets
 import struct
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fluxserve import contract
+from fluxserve import contract, process
 from fluxserve.imaging import decode, read_image
 from fluxserve.server import TritonServer
 from fluxserve.spec import Limits
@@ -82,6 +84,31 @@ def test_what_never_reaches_generate_is_forgotten(server: TritonServer) -> None:
     assert client.control("lost", "status")[0] == "queued"
     wait_for(lambda: client.control("lost", "status")[0] == "unknown")
     wait_for(lambda: server.table.live() == 0)
+
+
+# --- what stays ------------------------------------------------------------------------------------------------------
+
+
+def used(server: TritonServer) -> int:
+    """Bytes of this process's servers in shared memory."""
+    return sum(f.stat().st_blocks * 512 for f in Path("/dev/shm").glob(f"{process.own_prefix()}*"))
+
+
+def test_refused_requests_take_what_one_of_them_takes(server: TritonServer) -> None:
+    """An instance of `prepare` keeps room for the largest request that it had, and never for a second one."""
+    client, size, before = plain(server, "grpc"), 40 * 2**20, used(server)
+    for _ in range(12):
+        status, message = client.refused(lambda: client.call("flux", SMALL | {"image": bytes(size)}))
+        assert (status, f"image: got {size} bytes" in message) == ("INVALID_ARGUMENT", True)
+    assert used(server) - before <= 2 * (size + 3 * 2**20)
+
+
+def test_files_are_the_servers_users_alone(server: TritonServer) -> None:
+    """Triton's own regions are not: their mode is fixed in its Python backend."""
+    assert server.table.path.stat().st_mode & 0o777 == 0o600
+    folders = list(Path(tempfile.gettempdir()).glob(f"{process.own_prefix()}*"))
+    assert folders
+    assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
 
 
 # --- pictures that take long to decode -------------------------------------------------------------------------------
