@@ -28,6 +28,9 @@ DEFAULT_PRIORITY = 2
 
 OUTPUT_FORMATS = ("png", "jpeg", "webp", "raw")
 
+ENCODINGS = ("binary", "base64")
+"""Of image files, in and out. Triton writes BYTES into JSON as they are, so that only text survives it."""
+
 ANY = -1
 """A dimension that differs from request to request, as Triton writes it."""
 
@@ -72,6 +75,7 @@ REQUEST_INPUTS = (
     _tensor("strength", "FP32", [1], "of an image to redraw: 0 < strength <= 1, how much is redrawn", optional=True),
     _tensor("output_format", "BYTES", [1], "png, jpeg, webp or raw (height x width x 3 bytes)", optional=True),
     _tensor("quality", "INT32", [1], "1 to 100, of jpeg and webp", optional=True),
+    _tensor("encoding", "BYTES", [1], "of image and images: binary, or base64 for JSON", optional=True),
 )
 
 _ANSWER = (
@@ -95,9 +99,10 @@ _JOB = (
     _tensor("sigmas", "FP32", [ANY], "noise levels, one more than there are steps to run"),
     _tensor("guidance", "FP32", [1], "distilled guidance"),
     _tensor("noise_seeds", "INT64", [ANY], "one for each image"),
-    _tensor("ticket", "INT64", [1], "the request's place in the in-flight table"),
+    _tensor("ticket", "INT64", [1], "the key to the request's place in the in-flight table"),
     _tensor("resolved_format", "BYTES", [1], "output_format or its default"),
     _tensor("resolved_quality", "INT32", [1], "quality or its default"),
+    _tensor("resolved_encoding", "BYTES", [1], "encoding or its default"),
 )
 
 

@@ -4,6 +4,8 @@ FluxserveError
 ├── InvalidRequest         the caller's input; names the field              → INVALID_ARG
 ├── Refused                the request is fine, this server can't take it
 │   ├── QueueFull                                                           → UNAVAILABLE
+│   ├── ImagesFull                                                          → UNAVAILABLE
+│   ├── NoRoom             in shared memory, for the answer                 → UNAVAILABLE
 │   ├── Draining                                                            → UNAVAILABLE
 │   └── RequestIdInUse                                                      → ALREADY_EXISTS
 ├── Cancelled              the caller asked for it                          → CANCELLED
@@ -22,6 +24,7 @@ FluxserveError
 │   ├── OutOfMemory        the device has no room for weights or activations
 │   └── ShapeError         a tensor outside an engine's signature
 ├── SettingsError          an environment variable or a Triton parameter
+├── DecoderLost            the process that decodes images ended at one of them
 └── ServerError            tritonserver could not be started, reached or stopped
 
 `serving/errors.py` maps the tree onto Triton's status codes, once, at the border.
@@ -56,6 +59,18 @@ class Refused(FluxserveError):
 class QueueFull(Refused):
     def __init__(self, waiting: int, allowed: int) -> None:
         super().__init__(f"queue: {waiting} requests are waiting; at most {allowed} may. Try again later")
+
+
+class ImagesFull(Refused):
+    def __init__(self, waiting: int, size: int) -> None:
+        waits = f"{waiting} requests with images, of {size} bytes, are waiting to be decoded"
+        super().__init__(f"images: {waits}; no more may. Try again later")
+
+
+class NoRoom(Refused):
+    def __init__(self, size: int, room: int) -> None:
+        ask = "Ask for fewer or smaller images, or give the server a larger /dev/shm (docker run --shm-size)"
+        super().__init__(f"answer: it has {size} bytes, and shared memory has room for {room}. {ask}")
 
 
 class Draining(Refused):
@@ -144,6 +159,11 @@ class ShapeError(EngineError):
 class SettingsError(FluxserveError):
     def __init__(self, name: str, got: object, allowed: str) -> None:
         super().__init__(f"{name}: got {got!r}; allowed: {allowed}")
+
+
+class DecoderLost(FluxserveError):
+    def __init__(self, size: int, status: int) -> None:
+        super().__init__(f"image: the process that decodes ended with status {status} at a file of {size} bytes")
 
 
 class ServerError(FluxserveError):

@@ -1,17 +1,19 @@
 """A Request as the arrays that cross to the GPU worker: what `prepare` makes and `generate` draws."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from fluxserve import flow
+from fluxserve import flow, imaging
 from fluxserve.errors import InvalidRequest
-from fluxserve.imaging import Pixels
-from fluxserve.request import Request
+from fluxserve.imaging import Fit, Pixels
+from fluxserve.request import Request, numbered
 from fluxserve.spec import ModelSpec
 from fluxserve.text import Tokenizers
+
+Decode = Callable[[bytes, Fit], Pixels]
 
 TEXT_TO_IMAGE_CHANNELS = 0
 RGB_CHANNELS = 3
@@ -137,15 +139,23 @@ def split(pixels: Pixels, sizes: Sizes) -> tuple[Pixels, ...]:
     return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
-def plan(request: Request, spec: ModelSpec, tokenizers: Tokenizers) -> Job:
-    """Tokenise the prompt, lay out the schedule, scale the input image or the references."""
-    words, most = tokenizers(request.prompt), spec.limits.max_reference_pixels
+def plan(request: Request, spec: ModelSpec, tokenizers: Tokenizers, decode: Decode = imaging.decode) -> Job:
+    """Tokenise the prompt, lay out the schedule, decode the input image or the references.
+
+    Args:
+        decode: imaging.decode, or what runs it elsewhere.
+
+    Raises:
+        InvalidRequest: an image is damaged.
+    """
+    words = tokenizers(request.prompt)
     tokens = [words[encoder.name] for encoder in spec.text.encoders]
     image_tokens = spec.image_tokens(request.height, request.width)
     sigmas = flow.sigmas(request.num_inference_steps, image_tokens, spec.schedule)
     pixels = np.empty((request.height, request.width, TEXT_TO_IMAGE_CHANNELS), dtype=np.uint8)
+    images = _decoded(request, spec, decode)
     if request.strength is not None:
-        pixels = request.images[0].resized(request.height, request.width)
+        (pixels,) = images
         start = flow.image_to_image_start(request.num_inference_steps, request.strength)
         sigmas = sigmas[min(start, request.num_inference_steps - 1) :]
     return Job(
@@ -156,7 +166,19 @@ def plan(request: Request, spec: ModelSpec, tokenizers: Tokenizers) -> Job:
         guidance=request.guidance_scale,
         noise_seeds=request.seeds,
         token_mask=tokens[0].mask if spec.text.encoders[0].layers else _no_ids(),
-        references=tuple(
-            image.reference(most, spec.size_multiple) for image in request.images if spec.takes_references
-        ),
+        references=images if spec.takes_references else (),
     )
+
+
+def _decoded(request: Request, spec: ModelSpec, decode: Decode) -> tuple[Pixels, ...]:
+    """The images as the model takes them: redrawn in the request's size, or as references in one of their own."""
+    decoded = []
+    for index, image in enumerate(request.images):
+        fit = image.resized(request.height, request.width)
+        if spec.takes_references:
+            fit = image.reference(spec.limits.max_reference_pixels, spec.size_multiple)
+        try:
+            decoded.append(decode(image.data, fit))
+        except InvalidRequest as error:
+            raise numbered(error, index, len(request.images)) from error
+    return tuple(decoded)

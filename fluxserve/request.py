@@ -1,12 +1,13 @@
 """User input → a validated, frozen Request. No tensors here; every refusal names field, value and range."""
 
+import binascii
 import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fluxserve.contract import OUTPUT_FORMATS
+from fluxserve.contract import ENCODINGS, OUTPUT_FORMATS
 from fluxserve.errors import InvalidRequest
 from fluxserve.imaging import InputImage, read_image
 from fluxserve.spec import Limits, ModelSpec
@@ -21,7 +22,7 @@ _NO_GUIDANCE = (0.0, 1.0)  # callers and model cards write either
 
 @dataclass(frozen=True)
 class Request:
-    """One request with nothing left to default. Sizes in pixels; `images` are decoded.
+    """One request with nothing left to default. Sizes in pixels; of `images` the headers were read.
 
     With a `strength` the one image is what the picture is redrawn from; without, images are references.
     """
@@ -37,6 +38,7 @@ class Request:
     strength: float | None
     output_format: str
     quality: int
+    encoding: str
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -64,11 +66,11 @@ def parse(fields: Mapping[str, Any], spec: ModelSpec) -> Request:
         "seed": _seed(fields, num_images),
         "num_images": num_images,
         "strength": _strength(fields, spec),
-        "output_format": _format(fields),
+        "output_format": _choice(fields, "output_format", OUTPUT_FORMATS),
         "quality": _integer(fields, "quality", DEFAULT_QUALITY, 1, 100),
+        "encoding": _choice(fields, "encoding", ENCODINGS),
     }
-    # Decoding an image costs up to a second: it comes when nothing else can be wrong but the size that it may decide.
-    images = _images(fields["image"], spec) if "image" in fields else ()
+    images = _images(fields["image"], spec, cheap["encoding"]) if "image" in fields else ()
     height, width = _size(fields, spec, images)
     return Request(height=height, width=width, images=images, **cheap)
 
@@ -104,7 +106,7 @@ def _steps(fields: Mapping[str, Any], spec: ModelSpec) -> int:
     return _integer(fields, name, spec.defaults.num_inference_steps, 1, spec.limits.max_inference_steps)
 
 
-def _images(given: Sequence[bytes], spec: ModelSpec) -> tuple[InputImage, ...]:
+def _images(given: Sequence[bytes], spec: ModelSpec, encoding: str) -> tuple[InputImage, ...]:
     """The input images; those of a model that takes references must be fit to be one."""
     most = max(spec.limits.max_references, 1)
     if not 1 <= len(given) <= most:
@@ -113,14 +115,33 @@ def _images(given: Sequence[bytes], spec: ModelSpec) -> tuple[InputImage, ...]:
     images = []
     for index, data in enumerate(given):
         try:
-            image = read_image(data, spec.limits)
+            image = read_image(_file(data, encoding, spec.limits), spec.limits)
             if spec.takes_references:
                 _check_reference(image, spec.limits)
         except InvalidRequest as error:
-            which = f" as number {index + 1} of {len(given)}" if len(given) > 1 else ""
-            raise InvalidRequest("image", error.got + which, error.allowed) from error
+            raise numbered(error, index, len(given)) from error
         images.append(image)
     return tuple(images)
+
+
+def _file(data: bytes, encoding: str, limits: Limits) -> bytes:
+    """The bytes of an image file, which may have come as base64 text."""
+    if encoding != "base64":
+        return data
+    if len(data) > 4 * math.ceil(limits.max_image_bytes / 3):
+        raise InvalidRequest(
+            "image", f"{len(data)} bytes of base64", f"a file of at most {limits.max_image_bytes} bytes"
+        )
+    try:
+        return binascii.a2b_base64(data, strict_mode=True)
+    except binascii.Error as error:
+        raise InvalidRequest("image", f"{len(data)} bytes that are not base64", "base64, as encoding says") from error
+
+
+def numbered(error: InvalidRequest, index: int, count: int) -> InvalidRequest:
+    """The error, with the image's number if there are several."""
+    which = f" as number {index + 1} of {count}" if count > 1 else ""
+    return InvalidRequest(error.field, error.got + which, error.allowed)
 
 
 def _check_reference(image: InputImage, limits: Limits) -> None:
@@ -136,7 +157,7 @@ def _size(fields: Mapping[str, Any], spec: ModelSpec, images: Sequence[InputImag
     limits, multiple = spec.limits, spec.size_multiple
     natural = (spec.defaults.side, spec.defaults.side)
     if images and spec.takes_references:
-        natural = _fit(*images[0].reference_size(limits.max_reference_pixels, multiple), spec)
+        natural = _fit(*images[0].reference(limits.max_reference_pixels, multiple).size, spec)
     elif images:
         natural = _fit(images[0].height, images[0].width, spec)
     if images:
@@ -213,9 +234,10 @@ def _strength(fields: Mapping[str, Any], spec: ModelSpec) -> float | None:
     return value
 
 
-def _format(fields: Mapping[str, Any]) -> str:
-    raw: bytes = fields.get("output_format", b"png")
-    name = raw.decode("utf-8", errors="replace").lower()
-    if name not in OUTPUT_FORMATS:
-        raise InvalidRequest("output_format", repr(name[:40]), ", ".join(OUTPUT_FORMATS))
-    return name
+def _choice(fields: Mapping[str, Any], name: str, choices: Sequence[str]) -> str:
+    """One of several words, the first by default."""
+    raw: bytes = fields.get(name, choices[0].encode())
+    word = raw.decode("utf-8", errors="replace").lower()
+    if word not in choices:
+        raise InvalidRequest(name, repr(word[:40]), ", ".join(choices))
+    return word

@@ -5,6 +5,7 @@ for the rest, so the message of those begins with the code's name in brackets, o
 """
 
 import traceback
+from concurrent.futures import Future
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -31,6 +32,12 @@ def code(error: Exception) -> str:
 def log(error: BaseException) -> None:
     """With its traceback, in Triton's log."""
     pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+
+
+def report(finished: "Future[None]") -> None:
+    """Log an error of a thread that no caller waits for: its answer could not even be sent."""
+    if error := finished.exception():
+        log(error)
 
 
 def response(error: Exception) -> Any:

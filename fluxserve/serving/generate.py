@@ -4,27 +4,26 @@ Files are written by the GPU or on threads, and answers sent on threads, while t
 model of their own once: three megabytes of pixels then went through two more processes, longer than to write them.
 """
 
+import base64
 import json
 import math
 import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton_python_backend_utils as pb_utils
 
 from fluxserve import contract, source
-from fluxserve.errors import Cancelled, InvalidRequest
+from fluxserve.errors import Cancelled, FluxserveError, InvalidRequest
 from fluxserve.job import Job, split
 from fluxserve.pipeline import Drawing, Pipeline
 from fluxserve.serving import errors as triton_errors
-from fluxserve.serving import tensors
+from fluxserve.serving import shared_memory, tensors
 from fluxserve.serving.files import Files, Finish
-from fluxserve.serving.inflight import NO_TICKET
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import DrawingMetrics
 from fluxserve.settings import Settings
@@ -42,6 +41,11 @@ class _Asked:
     ticket: int
     output_format: str
     quality: int
+    encoding: str
+
+    @property
+    def sender(self) -> Any:
+        return self.request.get_response_sender()
 
     @property
     def steps(self) -> int:
@@ -81,7 +85,7 @@ class GenerateModel(ServedModel):
                 asked = self._read(request)
                 groups[asked.job.likeness].append(asked)
             except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
-                _send(request, self._refusal(error))
+                tensors.send(request.get_response_sender(), self._refusal(error))
         for group in groups.values():
             for part in self._parts(group):
                 self._draw(part)
@@ -127,46 +131,33 @@ class GenerateModel(ServedModel):
         waited: list[float] = []
         for asked in part:
             try:
-                waited.append(self._start(asked))
+                waited.append(self._table.start(asked.ticket, asked.steps))
                 started.append(asked)
-            except Cancelled as error:
-                _send(asked.request, self._refusal(error))
+            except FluxserveError as error:  # cancelled, or not admitted by `prepare`
+                tensors.send(asked.sender, self._refusal(error))
         if not started:
             return
         try:
             drawings = self._pipeline.draw([a.job for a in started], lambda index: self._stepped(started[index]))
-            done = [
-                self._done(asked) if drawing is None else 0 for asked, drawing in zip(started, drawings, strict=True)
-            ]
+            done = [self._table.progress(asked.ticket).step for asked in started]
         except Exception as error:  # noqa: BLE001 (the border: Triton would answer a raise with a bare traceback)
             for asked in started:
-                _send(asked.request, self._refusal(error))
+                tensors.send(asked.sender, self._refusal(error))
             return
         finally:
             for asked in started:
-                if asked.ticket != NO_TICKET:
-                    self._table.release(asked.ticket)
+                self._table.release(asked.ticket)
         for asked, seconds, drawing, steps in zip(started, waited, drawings, done, strict=True):
             if drawing is None:
-                _send(asked.request, self._refusal(Cancelled(asked.request.request_id(), steps, asked.steps)))
+                tensors.send(asked.sender, self._refusal(Cancelled(asked.request.request_id(), steps, asked.steps)))
             else:
                 self._hand_over(asked, drawing, {"queue": 1000 * seconds, **drawing.timings})
         self._metrics.saturated(self._pipeline.saturated())
 
-    def _start(self, asked: _Asked) -> float:
-        """Seconds that a request waited. Raises Cancelled if nobody wants it any more."""
-        return 0.0 if asked.ticket == NO_TICKET else self._table.start(asked.ticket, asked.steps)
-
     def _stepped(self, asked: _Asked) -> bool:
         """Note a step; False once the request was cancelled, through `control` or (called directly) through gRPC."""
-        if asked.ticket == NO_TICKET:
-            return not asked.request.is_cancelled()
         self._metrics.stepped()
         return self._table.advance(asked.ticket) and not asked.request.is_cancelled()
-
-    def _done(self, asked: _Asked) -> int:
-        """Steps, before its slot is given back."""
-        return 0 if asked.ticket == NO_TICKET else self._table.progress(asked.ticket).step
 
     def _hand_over(self, asked: _Asked, drawing: Drawing, timings: dict[str, float]) -> None:
         """Do with the files what the GPU has to, and leave the rest to a thread."""
@@ -174,11 +165,11 @@ class GenerateModel(ServedModel):
         try:
             finish = self._files.begin(drawing, asked.output_format, asked.quality)
         except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
-            _send(asked.request, self._refusal(error))
+            tensors.send(asked.sender, self._refusal(error))
             return
         timings["image"] = 1000 * (time.perf_counter() - begin)
         size = tuple(drawing.pixels.shape[1:3])
-        self._writers.submit(self._finish, asked, finish, size, timings).add_done_callback(_report)
+        self._writers.submit(self._finish, asked, finish, size, timings).add_done_callback(triton_errors.report)
 
     def _finish(self, asked: _Asked, finish: Finish, size: tuple[int, ...], timings: dict[str, float]) -> None:
         """Answer with the files, on a thread; then count.
@@ -188,14 +179,20 @@ class GenerateModel(ServedModel):
         begin = time.perf_counter()
         try:
             files = finish()
-            timings["image"] += 1000 * (time.perf_counter() - begin)
-            answer = _answer(asked, files, size, timings)
+            if asked.encoding == "base64":
+                files = [base64.b64encode(file) for file in files]
         except Exception as error:  # noqa: BLE001 (the border: nobody would hear of it on a thread)
-            answer = self._refusal(error)
-        _send(asked.request, answer)
-        if asked.ticket != NO_TICKET:  # Triton's warm-up is no picture
-            images = len(asked.job.noise_seeds)
-            self._metrics.drawn(images, images * math.prod(size), timings)
+            tensors.send(asked.sender, self._refusal(error))
+            return
+        timings["image"] += 1000 * (time.perf_counter() - begin)
+        with shared_memory.answering:
+            try:
+                answer = _answer(asked, files, size, timings)
+            except Exception as error:  # noqa: BLE001 (likewise)
+                answer = self._refusal(error)
+            tensors.send(asked.sender, answer)
+        images = len(asked.job.noise_seeds)
+        self._metrics.drawn(images, images * math.prod(size), timings)
 
     def _refusal(self, error: Exception) -> Any:
         if isinstance(error, Cancelled):
@@ -203,20 +200,17 @@ class GenerateModel(ServedModel):
         return triton_errors.response(error)
 
 
-def _format(arrays: Mapping[str, Any]) -> tuple[str, int]:
-    """Output format and quality, looked at before anything is drawn. Raises InvalidRequest."""
-    name, quality = arrays["resolved_format"][0, 0].decode(errors="replace"), int(arrays["resolved_quality"][0, 0])
-    if name not in contract.OUTPUT_FORMATS:
-        raise InvalidRequest("resolved_format", repr(name[:40]), ", ".join(contract.OUTPUT_FORMATS))
+def _format(arrays: Mapping[str, Any]) -> tuple[str, int, str]:
+    """Output format, quality and encoding, looked at before anything is drawn. Raises InvalidRequest."""
+    quality = int(arrays["resolved_quality"][0, 0])
     if not 1 <= quality <= 100:
         raise InvalidRequest("resolved_quality", str(quality), "1 to 100")
-    return name, quality
-
-
-def _report(finished: "Future[None]") -> None:
-    """Nobody asks a thread how it went: an answer that could not even be sent is in the log."""
-    if error := finished.exception():
-        triton_errors.log(error)
+    words = []
+    for name, choices in (("resolved_format", contract.OUTPUT_FORMATS), ("resolved_encoding", contract.ENCODINGS)):
+        words.append(arrays[name][0, 0].decode(errors="replace"))
+        if words[-1] not in choices:
+            raise InvalidRequest(name, repr(words[-1][:40]), ", ".join(choices))
+    return words[0], quality, words[1]
 
 
 def _answer(asked: _Asked, files: list[bytes], size: tuple[int, ...], timings: Mapping[str, float]) -> Any:
@@ -230,8 +224,3 @@ def _answer(asked: _Asked, files: list[bytes], size: tuple[int, ...], timings: M
             "image_size": [size],
         },
     )
-
-
-def _send(request: Any, response: Any) -> None:
-    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-    request.get_response_sender().send(response, flags=final)

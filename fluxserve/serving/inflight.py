@@ -1,15 +1,24 @@
-"""The in-flight table: which requests are waiting or running, how far they are, which of them nobody wants any more.
+"""The in-flight table: which requests are waiting or running, how far they are, which of them are cancelled.
 
-A small file in shared memory, mapped by every model of one server. `prepare` claims a slot when a request is admitted,
-`generate` runs it and gives it back, `control` answers for it and marks it cancelled.
+A small file in shared memory, mapped by every model of one server. `prepare` claims a slot when it admits a request and
+queues it when it hands the job on. `generate` starts it and gives it back. `control` reports on it and cancels it.
 
-Life of a slot:   FREE → QUEUED (claim) → RUNNING (start) → FREE (release)
+Life of a slot:   FREE → CLAIMED (claim) → QUEUED (enqueue) → RUNNING (start) → FREE (release)
 
-A claim may never reach `generate`: Triton can drop a request between two steps of an ensemble, and nobody tells us.
-So a QUEUED slot is a lease: it lapses once it is cancelled, or has waited longer than the queue's timeout, or a few
-seconds after the last GPU went idle, when nothing can be left in the queue. A lapsed slot is taken again when needed.
-A RUNNING slot belongs to a process: it lapses when that process is gone. A ticket names a slot and its generation,
-which every claim raises; so whoever comes late with an old ticket finds that it is not theirs.
+A ticket is the key to a slot: its lowest bits are the slot's number, the others are random. Inner models can be called
+by any client, so `start` takes only a ticket that was drawn here and has not been used; others can't be guessed.
+
+A CLAIMED or RUNNING slot belongs to a process and lapses with it. A QUEUED slot may never reach `generate`: Triton can
+drop a request between two steps of an ensemble without notice, and a client can call `prepare` alone. So it lapses
+
+- when it was cancelled,
+- after the timeout of Triton's queue,
+- HANDOVER_S after the last GPU went idle, because nothing can be left in the queue,
+- when MAX_WAITING requests wait and one that was queued HANDOVER_S later has been started. (A request of low priority
+  may be overtaken so and still wait: then more than MAX_WAITING do, up to Triton's own bound.)
+
+A lapsed slot counts no longer, and may be claimed again when no unused one is left. Until then it keeps its ticket:
+a request that arrives late after all is drawn, or answered as cancelled.
 
 Claims, starts, cancels and releases hold an exclusive lock on the file; the two things that happen at every step,
 noting the step and looking at the cancel flag, are single aligned words and take none.
@@ -18,6 +27,7 @@ noting the step and looking at the cancel flag, are single aligned words and tak
 import fcntl
 import mmap
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,34 +35,44 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from fluxserve import process
 from fluxserve.contract import MAX_WAITING, QUEUE_TIMEOUT_S
 from fluxserve.errors import Cancelled, Draining, InvalidRequest, QueueFull, RequestIdInUse, ServerError
 
-FREE, QUEUED, RUNNING = 0, 1, 2
+FREE, CLAIMED, QUEUED, RUNNING = 0, 1, 2, 3
 CAPACITY = 256
+"""Slots. A power of two: a ticket's lowest bits are its slot's number."""
+
+_RANDOM_BITS = 63 - (CAPACITY - 1).bit_length()
+"""Of a ticket, which must fit into an INT64."""
+
 MAX_ID_BYTES = 128
 LEASE_S = QUEUE_TIMEOUT_S + 10.0
-IDLE_LEASE_S = 15.0
-"""With no GPU at work the queue is empty: what waits longer than the way from `prepare` to `generate` takes is gone."""
-
-NO_TICKET = 0
-"""A request that came past `prepare`, such as Triton's warm-up: it has no slot and can't be cancelled by id."""
+HANDOVER_S = 1.0
+"""Longer than the way from `prepare` to `generate` takes when no other request is in front."""
 
 MAX_PROCESSES = 256
 """Model instances of one server."""
 
-_VERSION = 1
+_VERSION = 2
 _PROCESS = np.dtype([("pid", "<u8"), ("started", "<u8"), ("model", "S32")], align=True)
 _HEADER = np.dtype(
-    [("version", "<u4"), ("draining", "<u4"), ("idle_since_ns", "<u8"), ("processes", _PROCESS, MAX_PROCESSES)],
+    [
+        ("version", "<u4"),
+        ("draining", "<u4"),
+        ("idle_since_ns", "<u8"),
+        ("newest_started_ns", "<u8"),  # the latest `queued_ns` of all that were started
+        ("processes", _PROCESS, MAX_PROCESSES),
+    ],
     align=True,
 )
 _SLOT = np.dtype(
     [
-        ("generation", "<u8"),
+        ("ticket", "<u8"),  # 0: none; kept by a slot that lapsed
         ("claimed_ns", "<u8"),
+        ("queued_ns", "<u8"),
         ("owner_pid", "<u8"),
         ("owner_started", "<u8"),
         ("state", "<u4"),
@@ -92,7 +112,7 @@ class InflightTable:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         with self._locked():
             if os.fstat(self._fd).st_size == 0:
-                os.ftruncate(self._fd, size)
+                self._reserve(size)
             if os.fstat(self._fd).st_size != size:
                 raise ServerError(f"{path}: {os.fstat(self._fd).st_size} bytes; this version's table has {size}")
             self._map = mmap.mmap(self._fd, size)
@@ -102,6 +122,16 @@ class InflightTable:
             if self._header["version"][0] not in (0, _VERSION):  # 0: made just now
                 raise ServerError(f"{path}: a table of version {self._header['version'][0]}; expected {_VERSION}")
             self._header["version"] = _VERSION
+
+    def _reserve(self, size: int) -> None:
+        """Make the file's pages now: where there is no room, touching one later would end the process by SIGBUS."""
+        try:
+            os.posix_fallocate(self._fd, 0, size)
+        except OSError as error:
+            self.path.unlink()
+            raise ServerError(
+                f"{self.path}: no room for the in-flight table's {size} bytes: {error.strerror}"
+            ) from error
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -131,7 +161,7 @@ class InflightTable:
     # --- prepare ---------------------------------------------------------------------------------------------------
 
     def claim(self, request_id: str) -> int:
-        """Admit a request; returns its ticket. An empty id is not looked up by anybody and may be in use many times.
+        """Admit a request; returns its ticket. An empty id can't be looked up and may be in use many times.
 
         Raises:
             Draining: the server is going down.
@@ -144,36 +174,52 @@ class InflightTable:
             self._sweep()
             if (taken := self._find(request_id)) is not None:
                 raise RequestIdInUse(request_id, self._status(taken).state)
-            waiting = int((self._slots["state"] == QUEUED).sum())
+            if self._waiting() >= MAX_WAITING:
+                self._lapse_overtaken()
             free = np.flatnonzero(self._slots["state"] == FREE)
-            if waiting >= MAX_WAITING or not len(free):
+            if (waiting := self._waiting()) >= MAX_WAITING or not len(free):
                 raise QueueFull(waiting, MAX_WAITING)
-            slot = self._slots[free[0]]
-            slot["generation"] += 1
-            slot["state"], slot["cancel"], slot["step"], slot["steps"] = QUEUED, 0, 0, 0
+            self._slots["cancel"][(self._slots["state"] == FREE) & self._named(request_id)] = 1  # a lapsed one's id
+            index = self._longest_unused(free)
+            slot = self._slots[index]
+            slot["ticket"] = (1 + secrets.randbelow(2**_RANDOM_BITS - 1)) * CAPACITY + index
+            slot["state"], slot["cancel"], slot["step"], slot["steps"] = CLAIMED, 0, 0, 0
+            slot["owner_pid"], slot["owner_started"] = os.getpid(), self._started
             slot["claimed_ns"], slot["id"] = self._clock_ns(), request_id.encode()
-            return int(slot["generation"]) * CAPACITY + int(free[0])
+            return int(slot["ticket"])
+
+    def enqueue(self, ticket: int, steps: int) -> None:
+        """Note that a claimed request's job is handed on to `generate`. Raises Cancelled if it was cancelled."""
+        with self._locked():
+            slot = self._slots[ticket % CAPACITY]
+            if slot["cancel"]:
+                raise Cancelled(_id(slot), 0, steps)
+            slot["state"], slot["queued_ns"] = QUEUED, self._clock_ns()
 
     # --- generate --------------------------------------------------------------------------------------------------
 
     def start(self, ticket: int, steps: int) -> float:
-        """Take a claimed request up; returns how many seconds it waited.
+        """Take a queued request up; returns how many seconds it waited.
 
         Raises:
-            Cancelled: it was cancelled, or its lease lapsed, while it waited.
+            InvalidRequest: no request that waits has this ticket.
+            Cancelled: it was cancelled while it waited.
         """
         with self._locked():
             slot = self._slots[ticket % CAPACITY]
-            if not self._holds(ticket) or slot["cancel"]:
-                request_id = bytes(slot["id"]).decode() if ticket // CAPACITY == slot["generation"] else ""
-                self._free(ticket)
-                raise Cancelled(request_id, 0, steps)
+            if int(slot["ticket"]) != ticket or not ticket or slot["state"] not in (QUEUED, FREE):
+                allowed = "that of a request which `prepare` has admitted, once; clients call `flux`"
+                raise InvalidRequest("ticket", f"{ticket}, which no waiting request has", allowed)
+            if slot["cancel"]:
+                self._free(slot)
+                raise Cancelled(_id(slot), 0, steps)
             slot["state"], slot["steps"] = RUNNING, steps
             slot["owner_pid"], slot["owner_started"] = os.getpid(), self._started
-            return (self._clock_ns() - int(slot["claimed_ns"])) / 1e9
+            self._header["newest_started_ns"] = max(self._header["newest_started_ns"][0], slot["queued_ns"])
+            return (self._clock_ns() - int(slot["queued_ns"])) / 1e9
 
     def advance(self, ticket: int) -> bool:
-        """Note one more step; False if the request was cancelled. Takes no lock."""
+        """Note one more step of a request that this process started; False if it was cancelled. Takes no lock."""
         slot = self._slots[ticket % CAPACITY]
         slot["step"] += 1
         return not slot["cancel"]
@@ -183,22 +229,24 @@ class InflightTable:
         return self._status(ticket % CAPACITY)
 
     def release(self, ticket: int) -> None:
-        """Give a slot back. One that is not ours any more is left alone."""
+        """Give a slot back that this process claimed or started. Any other is left alone."""
         with self._locked():
-            self._free(ticket)
+            slot = self._slots[ticket % CAPACITY]
+            if int(slot["ticket"]) == ticket and slot["state"] != FREE and slot["owner_pid"] == os.getpid():
+                self._free(slot)
 
     # --- control, supervisor ---------------------------------------------------------------------------------------
 
     def status(self, request_id: str) -> Status:
         with self._locked():
             self._sweep(cancelled_waits=False)
-            return self._status(self._find(request_id))
+            return self._status(self._find(request_id, lapsed=True))
 
     def cancel(self, request_id: str) -> Status:
         """Mark a request as unwanted; returns its status afterwards. Twice is the same as once."""
         with self._locked():
             self._sweep(cancelled_waits=False)
-            index = self._find(request_id)
+            index = self._find(request_id, lapsed=True)
             if index is not None:
                 self._slots[index]["cancel"] = 1
             return self._status(index)
@@ -212,12 +260,18 @@ class InflightTable:
         """How many requests are waiting or running."""
         with self._locked():
             self._sweep()
-            return int((self._slots["state"] != FREE).sum())
+            return int((self._slots["state"] != FREE).sum() + (self._lapsed() & (self._slots["cancel"] == 0)).sum())
 
     def release_waits(self) -> None:
         """Free every slot that waits: `generate` was unloaded, and Triton has answered whatever was in its queue."""
         with self._locked():
-            self._slots["state"][self._slots["state"] == QUEUED] = FREE
+            waits = np.isin(self._slots["state"], (FREE, QUEUED))
+            self._slots["state"][waits], self._slots["ticket"][waits] = FREE, 0
+
+    @property
+    def drawing(self) -> bool:
+        """Whether a GPU is at work. Takes no lock."""
+        return bool((self._slots["state"] == RUNNING).any())
 
     @property
     def draining(self) -> bool:
@@ -242,39 +296,67 @@ class InflightTable:
     # --- with the lock held ----------------------------------------------------------------------------------------
 
     def _sweep(self, cancelled_waits: bool = True) -> None:
-        """Free what lapsed: waits that were too long or, unless somebody asks after them, cancelled; dead processes."""
+        """Lapse waits that were too long or, unless their state is asked for, cancelled; free dead processes' slots."""
         slots, now = self._slots, self._clock_ns()
-        if not slots["state"].any():
-            return
-        lapsed = now - slots["claimed_ns"] > LEASE_S * 1e9
-        if not (slots["state"] == RUNNING).any():
-            lapsed |= now - np.maximum(slots["claimed_ns"], self._header["idle_since_ns"]) > IDLE_LEASE_S * 1e9
-        if cancelled_waits:
-            lapsed |= slots["cancel"] != 0
-        slots["state"][(slots["state"] == QUEUED) & lapsed] = FREE
-        for index in np.flatnonzero(slots["state"] == RUNNING):
+        for index in np.flatnonzero(np.isin(slots["state"], (CLAIMED, RUNNING))):
             if process.started(int(slots[index]["owner_pid"])) != slots[index]["owner_started"]:
-                slots[index]["state"] = FREE
+                self._free(slots[index])
+        timed_out = np.isin(slots["state"], (FREE, QUEUED)) & (now - slots["queued_ns"] > LEASE_S * 1e9)
+        slots["state"][timed_out], slots["ticket"][timed_out] = FREE, 0
+        queued = slots["state"] == QUEUED
+        if (queued & self._left_behind()).any():  # then its neighbours of the same second most likely are, too
+            slots["state"][queued] = FREE
+        if cancelled_waits:
+            slots["state"][queued & (slots["cancel"] != 0)] = FREE
 
-    def _find(self, request_id: str) -> int | None:
+    def _left_behind(self) -> npt.NDArray[np.bool_]:
+        """Slots whose request, if it was queued, is in no queue: for HANDOVER_S it was there and no GPU at work."""
+        since = np.maximum(self._slots["queued_ns"], self._header["idle_since_ns"])
+        left: npt.NDArray[np.bool_] = self._clock_ns() - since > HANDOVER_S * 1e9
+        return left & (not self.drawing)
+
+    def _lapse_overtaken(self) -> None:
+        """Lapse waits that were passed over: among requests of one priority Triton's queue is first in, first out."""
+        slots, newest = self._slots, self._header["newest_started_ns"]
+        slots["state"][(slots["state"] == QUEUED) & (slots["queued_ns"] + HANDOVER_S * 1e9 < newest)] = FREE
+
+    def _waiting(self) -> int:
+        return int(np.isin(self._slots["state"], (CLAIMED, QUEUED)).sum())
+
+    def _lapsed(self) -> npt.NDArray[np.bool_]:
+        """Slots that lapsed and whose request may be waiting all the same."""
+        maybe: npt.NDArray[np.bool_] = (self._slots["state"] == FREE) & (self._slots["ticket"] != 0)
+        return maybe & ~self._left_behind()
+
+    def _longest_unused(self, free: npt.NDArray[np.intp]) -> int:
+        """Of free slots one without a ticket, if there is one; of several the one that was claimed the longest ago."""
+        slots = self._slots[free]
+        return int(free[np.lexsort((slots["claimed_ns"], slots["ticket"] != 0))[0]])
+
+    def _named(self, request_id: str) -> npt.NDArray[np.bool_]:
+        named: npt.NDArray[np.bool_] = (self._slots["id"] == request_id.encode()) & (request_id != "")
+        return named
+
+    def _find(self, request_id: str, lapsed: bool = False) -> int | None:
         """The slot of an id, if it has one. (`claim` sweeps first, so the id of a cancelled wait is free at once.)"""
-        if not request_id:
-            return None
-        found = np.flatnonzero((self._slots["state"] != FREE) & (self._slots["id"] == request_id.encode()))
+        named = self._named(request_id)
+        found = np.flatnonzero(named & (self._slots["state"] != FREE))
+        if lapsed and not len(found):
+            found = np.flatnonzero(named & self._lapsed())
         return int(found[0]) if len(found) else None
 
     def _status(self, index: int | None) -> Status:
         if index is None:
             return Status("unknown")
         slot = self._slots[index]
-        state = "cancelling" if slot["cancel"] else ("queued" if slot["state"] == QUEUED else "running")
+        state = "cancelling" if slot["cancel"] else ("running" if slot["state"] == RUNNING else "queued")
         return Status(state, int(slot["step"]), int(slot["steps"]))
 
-    def _holds(self, ticket: int) -> bool:
-        slot = self._slots[ticket % CAPACITY]
-        return bool(ticket // CAPACITY == slot["generation"] and slot["state"] != FREE)
-
-    def _free(self, ticket: int) -> None:
-        if self._holds(ticket):
-            self._slots[ticket % CAPACITY]["state"] = FREE
+    def _free(self, slot: np.void) -> None:
+        if slot["state"] == RUNNING:
             self._header["idle_since_ns"] = self._clock_ns()
+        slot["state"], slot["ticket"] = FREE, 0
+
+
+def _id(slot: np.void) -> str:
+    return bytes(slot["id"]).decode()

@@ -15,7 +15,16 @@ def _counter(name: str, description: str) -> Any:
 class RefusalMetrics:
     """`prepare`: requests that never reached the GPU, by reason."""
 
-    REASONS = ("invalid_request", "queue_full", "draining", "request_id_in_use", "internal")
+    REASONS = (
+        "invalid_request",
+        "queue_full",
+        "images_full",
+        "no_room",
+        "draining",
+        "request_id_in_use",
+        "cancelled",
+        "internal",
+    )
 
     def __init__(self) -> None:
         self._family = _counter("fluxserve_rejected_requests_total", "Requests refused before they reached the GPU")

@@ -1,5 +1,9 @@
-"""The `prepare` model: a caller's tensors → validated request → in-flight ticket → job tensors. CPU, n instances."""
+"""The `prepare` model: a caller's tensors → validated request → in-flight ticket → job tensors. CPU, n instances.
 
+Of an image the header is read first; pixels are decoded once the request is admitted, in a process beside this one.
+"""
+
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,17 +11,22 @@ from fluxserve import contract, errors, request, source
 from fluxserve.job import Job, join, plan
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
-from fluxserve.serving.inflight import checked_id
+from fluxserve.serving.decoder import Decoder
+from fluxserve.serving.inflight import HANDOVER_S, checked_id
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import RefusalMetrics
 from fluxserve.settings import Settings
 from fluxserve.text import Tokenizers
 
+_POLL_S = 0.02
 _REASONS = (
     (errors.InvalidRequest, "invalid_request"),
     (errors.QueueFull, "queue_full"),
+    (errors.ImagesFull, "images_full"),
+    (errors.NoRoom, "no_room"),
     (errors.Draining, "draining"),
     (errors.RequestIdInUse, "request_id_in_use"),
+    (errors.Cancelled, "cancelled"),
 )
 
 
@@ -30,28 +39,65 @@ class PrepareModel(ServedModel):
         found = source.find(config)
         self._spec, self._tokenizers = found.spec, Tokenizers(found.checkpoint)
         self._metrics = RefusalMetrics()
+        self._decoder = Decoder()
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        return [self._answer(r) for r in requests]
+    def unload(self) -> None:
+        self._decoder.close()
 
-    def _answer(self, triton_request: Any) -> Any:
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        """Answer each request, but for those with images: these are answered once the images are decoded."""
+        answers = [self._answer(r) for r in requests]
+        if None not in answers:
+            return answers
+        for triton_request, answer in zip(requests, answers, strict=True):
+            if answer is not None:
+                tensors.send(triton_request.get_response_sender(), answer)
+        return None
+
+    def _answer(self, triton_request: Any) -> Any | None:
+        """The answer, or None if it is sent later."""
         try:
-            return self._prepare(triton_request)
+            request_id = checked_id(triton_request.request_id())
+            parsed = request.parse(tensors.read_scalars(triton_request, contract.PREPARE), self._spec)
+            ticket = self._claim(request_id)
         except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
-            self._metrics.refused(next((r for cls, r in _REASONS if isinstance(error, cls)), "internal"))
-            return triton_errors.response(error)
-
-    def _prepare(self, triton_request: Any) -> Any:
-        request_id = checked_id(triton_request.request_id())
-        fields = tensors.read_scalars(triton_request, contract.PREPARE)
-        parsed = request.parse(fields, self._spec)
-        ticket = self._table.claim(request_id)
+            return self._refusal(error)
+        if not parsed.images:
+            return self._admit(parsed, ticket)
+        sender, size = triton_request.get_response_sender(), sum(len(image.data) for image in parsed.images)
         try:
-            job = plan(parsed, self._spec, self._tokenizers)
-            return tensors.response(contract.PREPARE, _job_tensors(job, ticket) | _format_tensors(parsed))
-        except BaseException:
+            submitted = self._decoder.submit(size, lambda: tensors.send(sender, self._admit(parsed, ticket)))
+        except errors.ImagesFull as error:
             self._table.release(ticket)
-            raise
+            return self._refusal(error)
+        submitted.add_done_callback(triton_errors.report)
+        return None
+
+    def _admit(self, parsed: request.Request, ticket: int) -> Any:
+        """Answer a request that has a slot: with a job for `generate`, or the slot is given back."""
+        try:
+            job = plan(parsed, self._spec, self._tokenizers, self._decoder.decode)
+            response = tensors.response(contract.PREPARE, _job_tensors(job, ticket) | _format_tensors(parsed))
+            self._table.enqueue(ticket, job.steps * len(job.noise_seeds))
+        except Exception as error:  # noqa: BLE001 (the border: nobody would hear of it on a thread)
+            self._table.release(ticket)
+            return self._refusal(error)
+        return response
+
+    def _refusal(self, error: Exception) -> Any:
+        self._metrics.refused(next((r for cls, r in _REASONS if isinstance(error, cls)), "internal"))
+        return triton_errors.response(error)
+
+    def _claim(self, request_id: str) -> int:
+        """Claim a slot. A full queue beside an idle GPU is given HANDOVER_S, within which its claims lapse or start."""
+        deadline = time.monotonic() + HANDOVER_S + _POLL_S
+        while True:
+            try:
+                return self._table.claim(request_id)
+            except errors.QueueFull:
+                if self._table.drawing or time.monotonic() > deadline:
+                    raise
+            time.sleep(_POLL_S)
 
 
 def _job_tensors(job: Job, ticket: int) -> dict[str, Any]:
@@ -72,4 +118,8 @@ def _job_tensors(job: Job, ticket: int) -> dict[str, Any]:
 
 
 def _format_tensors(parsed: request.Request) -> dict[str, Any]:
-    return {"resolved_format": [[parsed.output_format.encode()]], "resolved_quality": [[parsed.quality]]}
+    return {
+        "resolved_format": [[parsed.output_format.encode()]],
+        "resolved_quality": [[parsed.quality]],
+        "resolved_encoding": [[parsed.encoding.encode()]],
+    }

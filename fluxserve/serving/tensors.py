@@ -8,6 +8,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from fluxserve.contract import ANY, ModelContract
+from fluxserve.serving import shared_memory
 
 _NUMPY: dict[str, type] = {
     "BYTES": np.object_,
@@ -42,9 +43,34 @@ def _scalar(array: npt.NDArray[Any]) -> Any:
 
 
 def response(contract: ModelContract, values: Mapping[str, Any]) -> Any:
-    """An InferenceResponse of all outputs; values are arrays or what np.asarray takes (lists of bytes for BYTES)."""
-    tensors = []
+    """An InferenceResponse of all outputs, to be sent at once.
+
+    Args:
+        values: arrays or what np.asarray takes (lists of bytes for BYTES).
+
+    Raises:
+        NoRoom: shared memory can't take it.
+    """
+    tensors, size = [], 0
     for tensor in contract.outputs:
         array: npt.NDArray[Any] = np.ascontiguousarray(np.asarray(values[tensor.name], dtype=_NUMPY[tensor.dtype]))
+        size += sum(len(element) for element in array.flat) if tensor.dtype == "BYTES" else array.nbytes
         tensors.append(pb_utils.Tensor(tensor.name, array))
+    shared_memory.check(size)
     return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def send(sender: Any, response: Any) -> None:
+    """Answer a request through its response sender; once, and finally.
+
+    Where shared memory is scarce, tensors go in two messages. A response that could not be written can't be followed by
+    another, not even by an error; but an end without one gives the client Triton's error in place of no answer at all.
+    """
+    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    if response.has_error() or not shared_memory.is_scarce():
+        sender.send(response, flags=final)
+        return
+    try:
+        sender.send(response)
+    finally:
+        sender.send(flags=final)

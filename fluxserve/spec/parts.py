@@ -169,6 +169,12 @@ class Limits:
     min_reference_side: int = 64
     max_reference_aspect: int = 8
 
+    @property
+    def max_decoded_pixels(self) -> int:
+        """Of an input image that is decoded whole: four times as long and as wide as the model can use."""
+        useful = self.max_reference_pixels if self.max_references else self.max_pixels
+        return min(16 * useful, self.max_image_pixels)
+
 
 @dataclass(frozen=True)
 class ModelSpec:

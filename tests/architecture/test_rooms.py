@@ -24,6 +24,7 @@ MAX_MODEL_LINES = 40
 # What a module may name, and where it lives. Paths are prefixes, relative to the root.
 IMPORTS = {
     "triton_python_backend_utils": ("fluxserve/serving/", "model_repository/"),
+    "c_python_backend_utils": ("fluxserve/serving/shared_memory.py",),
     "tensorrt": ("fluxserve/engines/tensorrt_library.py",),
     "tensorrt_rtx": ("fluxserve/engines/tensorrt_library.py",),
     "onnxruntime": ("fluxserve/engines/onnxruntime.py",),

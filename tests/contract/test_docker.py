@@ -1,6 +1,7 @@
 """docker/ against the library: no engine runs it here, so whatever can be held against something is."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -241,21 +242,41 @@ def instances(model: str) -> int:
     return int(group.count)
 
 
+def largest_body(model: spec.ModelSpec) -> int:
+    """Bytes of the largest request that a model takes: its image files in base64, and a MiB for all else."""
+    files = max(model.limits.max_references, 1) * model.limits.max_image_bytes
+    return math.ceil(files / 3) * 4 + 2**20
+
+
 def shared_memory_needed(gpus: int = 1) -> int:
-    """Bytes in /dev/shm when every process holds its largest request and the answer to it, at the widest limits."""
+    """Bytes in /dev/shm when every process has held its largest request and the answer to it, at the widest limits.
+
+    A region never shrinks, and a request goes through it before it is refused: so the largest request is the largest
+    body that reaches Triton, for `control` too. Triton 2.51 bounds none; a proxy does, and keeps clients to `flux` and
+    `control`.
+    """
+    body = max(largest_body(model) for model in spec.FAMILY)
     limits = max((model.limits for model in spec.FAMILY), key=lambda limits: limits.max_pixels)
-    image = 3 * limits.max_pixels  # RGB
-    prepare = limits.max_image_bytes + image
-    generate = contract.MAX_BATCH_SIZE * (image + limits.max_images * image)  # a PNG of noise is as large as its pixels
-    return instances("prepare") * prepare + gpus * generate
+    image = 3 * limits.max_pixels  # RGB; as much as all references have
+    assert image >= 3 * max(m.limits.max_references * m.limits.max_reference_pixels for m in spec.FAMILY)
+    answer = limits.max_images * image * 4 // 3  # a PNG of noise is as large as its pixels, and base64 adds a third
+    generate = contract.MAX_BATCH_SIZE * (image + answer)
+    return instances("prepare") * (body + image) + instances("control") * body + gpus * generate
 
 
 def test_shared_memory() -> None:
-    one, eight = shared_memory_needed(1), shared_memory_needed(8)
-    assert (f"{one / 1e9:.2f}", f"{eight / 1e9:.2f}") == ("0.55", "3.72"), (
-        "gigabytes, as compose.yaml and README.md say"
-    )
-    assert size(service()["shm_size"]) >= 1.5 * eight
+    one, eight = (f"{shared_memory_needed(gpus) / 1e9:.2f}" for gpus in (1, 8))
+    for file in ("compose.yaml", "README.md"):
+        words = " ".join((DOCKER / file).read_text(encoding="utf-8").replace("#", "").split())
+        assert f"{one} GB" in words and f"{eight} GB" in words, (file, one, eight)
+    assert size(service()["shm_size"]) >= 1.5 * shared_memory_needed(8)
+
+
+def test_the_proxys_limits_are_the_models() -> None:
+    """A body of a megabyte less could hold no request of the largest size, and one of more holds no other."""
+    text = (DOCKER / "README.md").read_text(encoding="utf-8")
+    for model, name in ((spec.FLUX1_DEV, "FLUX.1"), (spec.FLUX2_KLEIN_4B, "FLUX.2")):
+        assert f"{math.ceil(largest_body(model) / 1e6)} MB for {name}" in text
 
 
 FLUX1_BYTES = 2 * 12 * 10**9

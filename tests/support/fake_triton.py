@@ -16,7 +16,7 @@ import pytest
 
 import fluxserve.serving
 
-MODULES = ("tensors", "errors", "metrics", "lifecycle", "prepare", "generate", "control")
+MODULES = ("shared_memory", "tensors", "errors", "metrics", "lifecycle", "prepare", "generate", "control")
 
 
 class Tensor:
@@ -37,15 +37,20 @@ FINAL = 1
 
 
 class ResponseSender:
-    """Each request is answered once, and finally."""
+    """Each request is answered once, and then ended."""
 
     def __init__(self) -> None:
         self.response: InferenceResponse | None = None
+        self.ended = False
 
-    def send(self, response: "InferenceResponse", flags: int) -> None:
-        assert flags == FINAL, "one response a request"
-        assert self.response is None, "answered twice"
-        self.response = response
+    def send(self, response: "InferenceResponse | None" = None, flags: int = 0) -> None:
+        assert not self.ended, "answered after the end"
+        if response is None:
+            assert flags == FINAL, "neither a response nor the end"
+        else:
+            assert self.response is None, "answered twice"
+            self.response = response
+        self.ended = flags == FINAL
 
 
 class InferenceRequest:
@@ -127,6 +132,12 @@ class MetricFamily:
         return self.metrics[-1]
 
 
+class SharedMemory:
+    @staticmethod
+    def free_memory() -> int:
+        return 2**20
+
+
 class Logger:
     lines: ClassVar[list[str]] = []
 
@@ -149,11 +160,13 @@ def installed() -> Iterator[dict[str, ModuleType]]:
     fake.get_input_tensor_by_name = get_input_tensor_by_name  # type: ignore[attr-defined]
     MetricFamily.known.clear()
     Logger.lines.clear()
-    sys.modules[fake.__name__] = fake
+    stub = ModuleType("c_python_backend_utils")
+    stub.shared_memory = SharedMemory  # type: ignore[attr-defined]
+    sys.modules.update({fake.__name__: fake, stub.__name__: stub})
     try:
         yield {name: importlib.import_module(f"fluxserve.serving.{name}") for name in MODULES}
     finally:
-        del sys.modules[fake.__name__]
+        del sys.modules[fake.__name__], sys.modules[stub.__name__]
         for name in MODULES:
             sys.modules.pop(f"fluxserve.serving.{name}", None)
             vars(fluxserve.serving).pop(name, None)
@@ -165,7 +178,21 @@ def answers(model: Any, requests: list[InferenceRequest]) -> list[InferenceRespo
     model._writers.submit(lambda: None).result()
     responses = [request.get_response_sender().response for request in requests]
     assert None not in responses, "a request was left without an answer"
+    assert all(request.get_response_sender().ended for request in requests), "a client would wait for the end"
     return responses  # type: ignore[return-value]
+
+
+def prepared(model: Any, requests: list[InferenceRequest]) -> list[InferenceResponse]:
+    """What `prepare` answered: at once, or through the senders once its one decoder has seen the images."""
+    returned = model.execute(requests)
+    model._decoder._thread.submit(lambda: None).result()
+    sent = [request.get_response_sender().response for request in requests]
+    if returned is None:
+        assert None not in sent, "a request was left without an answer"
+        assert all(request.get_response_sender().ended for request in requests), "a client would wait for the end"
+        return sent  # type: ignore[return-value]
+    assert sent == [None] * len(requests), "answered twice"
+    return list(returned)
 
 
 def counted(name: str, **labels: str) -> float:

@@ -4,11 +4,12 @@ import io
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import tritonclient.http as triton_http
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from fluxserve import settings, source
+from fluxserve import contract, settings, source
 from fluxserve.installation import bundled
 from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
@@ -28,22 +29,15 @@ from fluxserve.text import Tokenizers
 ROOT = Path(__file__).parents[2]
 REPOSITORY = ROOT / "model_repository"
 
-DTYPES = {
-    "prompt": "BYTES",
-    "height": "INT32",
-    "width": "INT32",
-    "num_inference_steps": "INT32",
-    "guidance_scale": "FP32",
-    "seed": "INT64",
-    "num_images": "INT32",
-    "image": "BYTES",
-    "strength": "FP32",
-    "output_format": "BYTES",
-    "quality": "INT32",
-    "request_id": "BYTES",
-    "action": "BYTES",
+DTYPES = {t.name: t.dtype for model in contract.MODELS.values() for t in (*model.inputs, *model.outputs)}
+NUMPY = {
+    "BYTES": np.object_,
+    "UINT8": np.uint8,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "FP32": np.float32,
+    "FP64": np.float64,
 }
-NUMPY = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "FP64": np.float64}
 
 # A picture that takes several seconds on two cores: long enough to be found running, and cancelled.
 LONG = {"height": 512, "width": 512, "num_inference_steps": 100}
@@ -67,6 +61,19 @@ def server() -> Iterator[TritonServer]:
         yield started
 
 
+LIBRARIES = {"grpc": triton_grpc, "http": triton_http}
+
+
+def tensors(protocol: str, arrays: Mapping[str, np.ndarray]) -> list[Any]:
+    """tritonclient's inputs of a protocol; of the arrays' own dtypes, which need not be the contract's."""
+    inputs = []
+    for name, array in arrays.items():
+        dtype = DTYPES[name] if array.dtype == NUMPY[DTYPES[name]] else _dtype_of(array)
+        inputs.append(LIBRARIES[protocol].InferInput(name, list(array.shape), dtype))
+        inputs[-1].set_data_from_numpy(array)
+    return inputs
+
+
 @dataclass(frozen=True)
 class PlainClient:
     """tritonclient as it is, of one protocol: what any user has."""
@@ -78,14 +85,10 @@ class PlainClient:
         self, model: str, fields: dict[str, object], request_id: str = "", **options: object
     ) -> dict[str, np.ndarray]:
         """Send the fields, one element each; answer all outputs. Values that are arrays go as they are."""
-        library = triton_grpc if self.protocol == "grpc" else triton_http
-        inputs = []
-        for name, value in fields.items():
-            array = value if isinstance(value, np.ndarray) else self._array(name, value)
-            dtype = DTYPES[name] if array.dtype == NUMPY[DTYPES[name]] else _dtype_of(array)
-            tensor = library.InferInput(name, list(array.shape), dtype)
-            tensor.set_data_from_numpy(array)
-            inputs.append(tensor)
+        library = LIBRARIES[self.protocol]
+        inputs = tensors(
+            self.protocol, {n: v if isinstance(v, np.ndarray) else self._array(n, v) for n, v in fields.items()}
+        )
         with library.InferenceServerClient(self.url) as client:
             result = client.infer(model, inputs, request_id=request_id, **options)
             answer = result.get_response(as_json=True) if self.protocol == "grpc" else result.get_response()

@@ -9,7 +9,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from fluxserve_client import AsyncClient
 from fluxserve_client import errors as client_errors
@@ -18,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 from fluxserve import contract
 from fluxserve.server import TritonServer
 from fluxserve.serving import inflight
-from tests.triton.conftest import LONG, PATIENCE, PlainClient, code_of, plain, running, status_of, wait_for
+from tests.triton.conftest import LONG, PATIENCE, PlainClient, code_of, plain, running, status_of, tensors, wait_for
 
 pytestmark = pytest.mark.xdist_group("triton")
 
@@ -109,35 +108,19 @@ def test_a_full_queue_is_unavailable(server: TritonServer) -> None:
 
 
 def test_grpc_cancel_of_generate_itself(server: TritonServer) -> None:
-    """Called without the ensemble, `generate` sees gRPC's own cancellation."""
+    """Called without the ensemble, with what `prepare` gave, `generate` sees gRPC's own cancellation."""
     import tritonclient.grpc as triton
 
-    values = {
-        "token_ids": np.zeros((1, 77), np.int64),
-        "token_ids_2": np.zeros((1, 32), np.int64),
-        "token_mask": np.empty((1, 0), np.int64),
-        "references": np.empty((1, 0), np.uint8),
-        "reference_sizes": np.empty((1, 0, 2), np.int32),
-        "pixels": np.zeros((1, 512, 512, 0), np.uint8),
-        "sigmas": np.linspace(1, 0, 101, dtype=np.float32)[None],
-        "guidance": np.ones((1, 1), np.float32),
-        "noise_seeds": np.zeros((1, 1), np.int64),
-        "ticket": np.zeros((1, 1), np.int64),
-    }
-    inputs = []
-    for name, value in values.items():
-        tensor = triton.InferInput(name, list(value.shape), contract.GENERATE.dtype_of(name))
-        tensor.set_data_from_numpy(value)
-        inputs.append(tensor)
+    client = plain(server, "grpc")
+    job = client.call("prepare", {"prompt": "a fox", **LONG}, "inner")
     ended = threading.Event()
     with triton.InferenceServerClient(server.grpc_url) as c:
-        call = c.async_infer("generate", inputs, lambda result, error: ended.set())
-        time.sleep(1.0)
+        call = c.async_infer("generate", tensors("grpc", job), lambda result, error: ended.set())
+        wait_for(lambda: client.control("inner", "status")[1] > 1)
+        assert not ended.is_set()
         call.cancel()
         assert ended.wait(PATIENCE)
-    begin = time.monotonic()
-    plain(server, "grpc").draw(height=64, width=64, num_inference_steps=1)
-    assert time.monotonic() - begin < 5.0, "it was still being drawn"
+    wait_for(lambda: client.control("inner", "status")[0] == "unknown", 5.0)
 
 
 @pytest.mark.slow
@@ -171,7 +154,7 @@ def test_a_thousand_abandoned_requests_leak_nothing(server: TritonServer) -> Non
         return bool(drawn)
 
     wait_for(draws, PATIENCE)
-    wait_for(lambda: server.table.live() == 0, inflight.IDLE_LEASE_S + PATIENCE)
+    wait_for(lambda: server.table.live() == 0, inflight.HANDOVER_S + PATIENCE)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

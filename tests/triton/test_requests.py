@@ -120,7 +120,8 @@ def test_requests_of_one_shape_share_a_batch(server: TritonServer) -> None:
 
 
 def test_urgent_requests_go_first(server: TritonServer) -> None:
-    """Priorities are a request parameter of `flux` and reach the queue of `generate`."""
+    """Priorities are a request parameter of `flux` and reach the queue of `generate`. They are strict: whatever is more
+    urgent goes first, though it came later; among equals, whatever came first."""
     client = plain(server, "grpc")
     finished: list[str] = []
 
@@ -129,9 +130,10 @@ def test_urgent_requests_go_first(server: TritonServer) -> None:
         client.call("flux", fields, request_id=name, priority=priority)
         finished.append(name)
 
-    with running(client, "ahead") as ahead, ThreadPoolExecutor(2) as pool:
+    order = (("low", 80, 3), ("middle", 96, 2), ("high", 112, 1), ("higher", 128, 1), ("late", 144, 2))
+    with running(client, "ahead") as ahead, ThreadPoolExecutor(len(order)) as pool:
         waiting = []
-        for name, width, priority in (("low", 80, 3), ("high", 96, 1)):
+        for name, width, priority in order:
             waiting.append(pool.submit(draw, name, width, priority))
             wait_for(lambda name=name: client.control(name, "status")[0] == "queued")
             time.sleep(0.1)  # from `prepare`, where it is counted, to the queue
@@ -139,7 +141,7 @@ def test_urgent_requests_go_first(server: TritonServer) -> None:
         ahead.result(PATIENCE)
         for each in waiting:
             each.result(PATIENCE)
-    assert finished == ["high", "low"]
+    assert finished == ["high", "higher", "middle", "late", "low"]
 
 
 def test_png_of_a_megapixel_is_quick_and_exact() -> None:

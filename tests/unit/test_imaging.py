@@ -16,10 +16,10 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageCms
 
 from fluxserve.errors import InvalidRequest
-from fluxserve.imaging import InputImage, read_image, write_image
+from fluxserve.imaging import Fit, InputImage, decode, read_image, write_image
 from fluxserve.png.texts import without_texts
 from fluxserve.request import _check_reference
-from fluxserve.spec import FLUX1_DEV, FLUX2_KLEIN_4B
+from fluxserve.spec import FLUX1_DEV, FLUX2_KLEIN_4B, Limits
 
 LIMITS = FLUX1_DEV.limits
 RNG = np.random.default_rng(0)
@@ -33,17 +33,22 @@ def encoded(picture: Image.Image | np.ndarray, kind: str, **options: Any) -> byt
     return out.getvalue()
 
 
+def whole(data: bytes, limits: Limits) -> np.ndarray:
+    image = read_image(data, limits)
+    return decode(data, image.resized(image.height, image.width))
+
+
 def pixels(data: bytes) -> np.ndarray:
-    picture = read_image(data, LIMITS).picture
-    assert picture.mode == "RGB"
-    return np.asarray(picture)
+    image, decoded = read_image(data, LIMITS), whole(data, LIMITS)
+    assert decoded.shape == (image.height, image.width, 3) and decoded.dtype == np.uint8
+    return decoded
 
 
 def refusal(data: bytes, limits: Any = LIMITS) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
-        read_image(data, limits)
+        whole(data, limits)
     assert caught.value.field == "image"
-    assert caught.value.allowed.endswith(("bytes", "pixels"))
+    assert caught.value.allowed.endswith(("bytes", "pixels", "a whole file"))
     return caught.value
 
 
@@ -98,6 +103,41 @@ def test_jpeg_is_read_as_pillow_reads_it() -> None:
     assert np.array_equal(pixels(data), np.asarray(Image.open(io.BytesIO(data))))
 
 
+@pytest.mark.parametrize("size", [(100, 80), (500, 640), (1001, 1280)], ids=str)
+def test_a_large_jpeg_is_decoded_at_a_fraction(size: tuple[int, int]) -> None:
+    """Close to what Lanczos makes of it whole, and the same where it is less than twice as large."""
+    waves = np.sin(np.arange(2000)[:, None] / 9) * np.cos(np.arange(2560) / 7)
+    picture = Image.fromarray(np.stack([np.uint8(127 + 120 * waves * k) for k in (1, 0.5, -1)], axis=-1))
+    data = encoded(picture, "JPEG", quality=95)
+    ours = decode(data, Fit(size, size))
+    theirs = Image.open(io.BytesIO(data)).resize(size[::-1], Image.Resampling.LANCZOS)
+    assert np.abs(ours.astype(int) - np.asarray(theirs)).max() <= (6 if size < (1001, 1280) else 0)
+
+
+def test_a_jpeg_of_64_megapixels_costs_what_the_model_can_use() -> None:
+    data = encoded(Image.new("RGB", (8000, 8000), (9, 80, 200)), "JPEG")
+    begin = time.process_time()
+    fit = read_image(data, FLUX2_KLEIN_4B.limits).reference(1024 * 1024, 16)
+    fraction = decode(data, fit)
+    spent = time.process_time() - begin
+    begin = time.process_time()
+    theirs = Image.open(io.BytesIO(data)).resize(fit.scaled[::-1], Image.Resampling.LANCZOS)
+    assert spent < (time.process_time() - begin) / 2
+    assert np.array_equal(fraction, np.asarray(theirs))
+
+
+def test_a_header_is_read_without_the_pixels() -> None:
+    """Of the largest file that is taken, in a hundredth of the time that its pixels take."""
+    data = encoded(Image.new("RGB", (8000, 8000)), "PNG")
+    begin = time.process_time()
+    image = read_image(data, LIMITS)
+    spent = time.process_time() - begin
+    begin = time.process_time()
+    decode(data, image.resized(64, 64))
+    assert (image.height, image.width) == (8000, 8000)
+    assert spent < (time.process_time() - begin) / 100
+
+
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -125,7 +165,7 @@ def test_malformed_exif_is_no_internal_error(kind: str) -> None:
     tags = struct.pack(">HHI4s", 0x0112, 3, 1, b"\0\6\0\0") + struct.pack(">HHI4s", 0x014A, 2, 6, b"\0\0\0\x26")
     exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + tags + b"\0\0\0\0" + b"hello\0"
     with suppress(InvalidRequest):
-        read_image(encoded(NOISE, kind, exif=exif), LIMITS)
+        pixels(encoded(NOISE, kind, exif=exif))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -215,7 +255,7 @@ def test_damaged_files_never_raise_anything_else() -> None:
             for value in (0, 0xFF):
                 data = bytes(whole[:at]) + bytes([value]) + bytes(whole[at + 1 :])
                 with suppress(InvalidRequest):
-                    read_image(data, LIMITS)
+                    pixels(data)
 
 
 @pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (2**31 - 1, 2**31 - 1), (8001, 8000), (1, 64_000_001)])
@@ -229,6 +269,10 @@ def test_limits_are_the_models() -> None:
     data = encoded(NOISE, "PNG")
     size = NOISE.shape[0] * NOISE.shape[1]
     assert read_image(data, replace(LIMITS, max_image_pixels=size, max_image_bytes=len(data)))
+    assert "at most 64000000 pixels" in refusal(png(8001, 8000, 8, 2, b"")).allowed
+    klein, tiny = FLUX2_KLEIN_4B.limits, replace(LIMITS, max_pixels=512 * 512)
+    for limits, most in ((klein, 16 * 1024 * 1024), (tiny, 16 * 512 * 512)):
+        assert f"at most {most} pixels" in refusal(png(most // 64 + 1, 64, 8, 2, b""), limits).allowed
     assert f"of {size - 1} pixels" not in refusal(data, replace(LIMITS, max_image_pixels=size - 1)).got
     assert refusal(data, replace(LIMITS, max_image_pixels=size - 1)).got == "an image of 40 x 48 pixels"
     error = refusal(data, replace(LIMITS, max_image_bytes=len(data) - 1))
@@ -361,15 +405,16 @@ def test_damaged_profiles_are_as_none() -> None:
 )
 def test_a_reference_is_that_of_diffusers(size: tuple[int, int]) -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-    image, most = InputImage(picture), FLUX2_KLEIN_4B.limits.max_reference_pixels
+    data, most = encoded(picture, "PNG", compress_level=0), FLUX2_KLEIN_4B.limits.max_reference_pixels
     processor = Flux2ImageProcessor(vae_scale_factor=16)
     processor.check_image_input(picture)
     if picture.width * picture.height > 1024 * 1024:
         picture = processor._resize_to_target_area(picture, 1024 * 1024)
     height, width = picture.height // 16 * 16, picture.width // 16 * 16
     theirs = processor.preprocess(picture, height=height, width=width, resize_mode="crop")[0].permute(1, 2, 0)
-    ours = image.reference(most, 16)
-    assert ours.shape[:2] == image.reference_size(most, 16) == (height, width)
+    fit = read_image(data, FLUX2_KLEIN_4B.limits).reference(most, 16)
+    ours = decode(data, fit)
+    assert ours.shape[:2] == fit.size == (height, width)
     assert torch.equal(2 * (torch.tensor(ours) / 255.0) - 1, theirs)
 
 
@@ -379,4 +424,4 @@ def test_diffusers_refuses_what_a_request_may_not_hold(size: tuple[int, int]) ->
     with pytest.raises(ValueError, match=r"."):
         Flux2ImageProcessor(vae_scale_factor=16).check_image_input(Image.new("RGB", size))
     with pytest.raises(InvalidRequest):
-        _check_reference(InputImage(Image.new("RGB", size)), FLUX2_KLEIN_4B.limits)
+        _check_reference(InputImage(b"", size[1], size[0]), FLUX2_KLEIN_4B.limits)

@@ -1,22 +1,25 @@
 """The in-flight table in one process: life of a slot, tickets, leases, ids, refusals."""
 
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from fluxserve import process
 from fluxserve.contract import MAX_WAITING
-from fluxserve.errors import Cancelled, Draining, QueueFull, RequestIdInUse, ServerError
-from fluxserve.serving import inflight
+from fluxserve.errors import Cancelled, Draining, InvalidRequest, QueueFull, RequestIdInUse, ServerError
 from fluxserve.serving.inflight import (
     CAPACITY,
-    IDLE_LEASE_S,
+    HANDOVER_S,
     LEASE_S,
     MAX_ID_BYTES,
     InflightTable,
     Status,
 )
+from tests.support import namespaces
+from tests.support.admission import admitted
 
 UNKNOWN = Status("unknown", 0, 0)
 
@@ -47,10 +50,12 @@ def table(tmp_path: Path, clock: Clock) -> InflightTable:
 def test_a_whole_life(table: InflightTable, clock: Clock) -> None:
     assert table.status("a") == UNKNOWN
     ticket = table.claim("a")
-    assert ticket != inflight.NO_TICKET
     assert (table.status("a"), table.live()) == (Status("queued"), 1)
-    clock.wait(1.5)
-    assert table.start(ticket, 3) == pytest.approx(1.5)
+    clock.wait(30)
+    table.enqueue(ticket, 3)
+    assert (table.status("a"), table.live()) == (Status("queued"), 1), "decoding an image has no lease"
+    clock.wait(0.5)
+    assert table.start(ticket, 3) == pytest.approx(0.5)
     assert table.status("a") == Status("running", 0, 3)
     assert [table.advance(ticket) for _ in range(2)] == [True, True]
     assert table.status("a") == table.progress(ticket) == Status("running", 2, 3)
@@ -60,13 +65,13 @@ def test_a_whole_life(table: InflightTable, clock: Clock) -> None:
 
 def test_two_views_are_one_table(table: InflightTable) -> None:
     other = InflightTable(table.path)
-    other.start(table.claim("a"), 7)
+    other.start(admitted(table, "a"), 7)
     assert table.status("a") == Status("running", 0, 7)
     assert other.cancel("a") == table.status("a") == Status("cancelling", 0, 7)
 
 
 def test_requests_do_not_disturb_each_other(table: InflightTable) -> None:
-    tickets = {name: table.claim(name) for name in "abcdef"}
+    tickets = {name: admitted(table, name) for name in "abcdef"}
     assert len(set(tickets.values())) == 6
     table.start(tickets["c"], 9)
     table.advance(tickets["c"])
@@ -79,43 +84,75 @@ def test_requests_do_not_disturb_each_other(table: InflightTable) -> None:
 
 
 def test_a_stale_ticket_does_no_harm(table: InflightTable) -> None:
-    old = table.claim("old")
+    old = admitted(table, "old")
     table.release(old)
-    new = table.claim("new")
-    assert new % CAPACITY == old % CAPACITY and new != old, "the same slot, another generation"
+    slots = [admitted(table, str(k)) for k in range(MAX_WAITING)]
     table.release(old)
-    with pytest.raises(Cancelled):
+    with pytest.raises(InvalidRequest, match="which no waiting request has"):
         table.start(old, 4)
-    assert table.status("new") == Status("queued")
-    table.release(new)
-    table.release(new)
-    assert table.live() == 0
+    assert table.live() == MAX_WAITING
+    assert len({ticket % CAPACITY for ticket in slots}) == MAX_WAITING
 
 
-def test_tickets_never_repeat(table: InflightTable) -> None:
+def test_tickets_can_not_be_guessed(table: InflightTable) -> None:
+    """Neither repeated nor counted up: of 1000 tickets every bit above the slot's number is set in about half."""
     tickets = set()
     for _ in range(1000):
-        ticket = table.claim("again")
+        ticket = admitted(table, "again")
         tickets.add(ticket)
         table.release(ticket)
     assert len(tickets) == 1000
+    assert all(0 < ticket < 2**63 for ticket in tickets)
+    for bit in range(8, 63):
+        assert 350 < sum(ticket >> bit & 1 for ticket in tickets) < 650, bit
 
 
-def test_no_ticket_is_nobodys(table: InflightTable) -> None:
-    """Even while slot 0 is in use, and before it ever was."""
+@pytest.mark.parametrize("guess", [0, 1, -1, 255, 256, 2**62, -(2**63)])
+def test_a_ticket_that_nobody_has(table: InflightTable, guess: int) -> None:
+    """Before a slot was ever used, while it waits, and while it runs."""
     for _ in range(2):
-        table.release(inflight.NO_TICKET)
-        with pytest.raises(Cancelled):
-            table.start(inflight.NO_TICKET, 1)
-        ticket = table.claim("first")
-        assert ticket % CAPACITY == 0
-        table.release(inflight.NO_TICKET)
-        assert table.status("first").state == "queued"
+        with pytest.raises(InvalidRequest, match=f"ticket: got {guess}, which no waiting request has; allowed: "):
+            table.start(guess, 1)
+        ticket = admitted(table, "first")
+        table.release(guess)
+        with pytest.raises(InvalidRequest):
+            table.start(guess, 1)
+        assert table.status("first") == Status("queued")
+        table.start(ticket, 1)
+        table.release(guess)
+        with pytest.raises(InvalidRequest):
+            table.start(guess, 1)
+        assert table.status("first") == Status("running", 0, 1)
         table.release(ticket)
 
 
-def test_cancel_while_waiting(table: InflightTable) -> None:
+def test_a_ticket_is_for_one_use(table: InflightTable) -> None:
+    ticket = admitted(table, "a")
+    table.start(ticket, 5)
+    with pytest.raises(InvalidRequest):
+        table.start(ticket, 1)
+    assert table.status("a") == Status("running", 0, 5), "the first use goes on"
+    table.release(ticket)
+    with pytest.raises(InvalidRequest):
+        table.start(ticket, 1)
+
+
+def test_a_claim_that_is_not_queued_yet_can_not_be_started(table: InflightTable) -> None:
+    with pytest.raises(InvalidRequest):
+        table.start(table.claim("a"), 1)
+
+
+def test_cancel_before_the_job_is_handed_on(table: InflightTable) -> None:
     ticket = table.claim("a")
+    assert table.cancel("a") == Status("cancelling")
+    with pytest.raises(Cancelled, match="'a' was cancelled at step 0 of 7"):
+        table.enqueue(ticket, 7)
+    table.release(ticket)
+    assert (table.live(), table.status("a")) == (0, UNKNOWN)
+
+
+def test_cancel_while_waiting(table: InflightTable) -> None:
+    ticket = admitted(table, "a")
     assert table.cancel("a") == table.cancel("a") == Status("cancelling")
     with pytest.raises(Cancelled, match=r"'a' was cancelled at step 0 of 5"):
         table.start(ticket, 5)
@@ -123,14 +160,14 @@ def test_cancel_while_waiting(table: InflightTable) -> None:
 
 
 def test_cancel_while_running(table: InflightTable) -> None:
-    ticket = table.claim("a")
+    ticket = admitted(table, "a")
     table.start(ticket, 5)
     assert table.advance(ticket)
     assert table.cancel("a") == Status("cancelling", 1, 5)
     assert not table.advance(ticket)
     assert table.live() == 1, "its worker has yet to give it back"
     table.release(ticket)
-    again = table.claim("a")
+    again = admitted(table, "a")
     table.start(again, 5)
     assert table.advance(again), "the flag went with the slot"
 
@@ -140,16 +177,16 @@ def test_cancel_of_nobody(table: InflightTable) -> None:
 
 
 def test_the_id_of_a_cancelled_wait_is_free_at_once(table: InflightTable) -> None:
-    first = table.claim("a")
+    first = admitted(table, "a")
     table.cancel("a")
-    second = table.claim("a")
+    second = admitted(table, "a")
     with pytest.raises(Cancelled):
         table.start(first, 5)
     assert table.start(second, 5) == 0
 
 
 def test_a_swept_request_is_still_named(table: InflightTable) -> None:
-    ticket = table.claim("a")
+    ticket = admitted(table, "a")
     table.cancel("a")
     assert table.live() == 0
     with pytest.raises(Cancelled, match="'a'"):
@@ -157,20 +194,20 @@ def test_a_swept_request_is_still_named(table: InflightTable) -> None:
 
 
 def test_an_id_in_use(table: InflightTable) -> None:
-    ticket = table.claim("a")
+    ticket = admitted(table, "a")
     with pytest.raises(RequestIdInUse, match="'a' is in use by a queued request"):
-        table.claim("a")
+        admitted(table, "a")
     table.start(ticket, 1)
     with pytest.raises(RequestIdInUse, match="running"):
-        table.claim("a")
+        admitted(table, "a")
     table.cancel("a")
     with pytest.raises(RequestIdInUse, match="cancelling"):
-        table.claim("a")
+        admitted(table, "a")
     assert table.live() == 1
 
 
 def test_no_id_may_be_used_many_times(table: InflightTable) -> None:
-    tickets = [table.claim("") for _ in range(3)]
+    tickets = [admitted(table, "") for _ in range(3)]
     assert len(set(tickets)) == 3
     assert table.status("") == table.cancel("") == UNKNOWN
     assert all(table.start(t, 1) == 0 for t in tickets)
@@ -178,81 +215,159 @@ def test_no_id_may_be_used_many_times(table: InflightTable) -> None:
 
 @pytest.mark.parametrize("name", ["x" * MAX_ID_BYTES, "é" * (MAX_ID_BYTES // 2), "a b\n", "-", "🦊"])
 def test_ids_are_text(table: InflightTable, name: str) -> None:
-    table.claim(name)
-    table.claim(name[:-1] + "?")
+    admitted(table, name)
+    admitted(table, name[:-1] + "?")
     assert table.cancel(name).state == "cancelling"
     assert table.status(name[:-1] + "?").state == "queued"
 
 
 def test_a_full_queue(table: InflightTable) -> None:
-    tickets = [table.claim(str(k)) for k in range(MAX_WAITING)]
+    tickets = [admitted(table, str(k)) for k in range(MAX_WAITING)]
     with pytest.raises(QueueFull, match=f"{MAX_WAITING} requests are waiting; at most {MAX_WAITING}"):
-        table.claim("more")
+        admitted(table, "more")
     table.start(tickets[0], 1)
-    table.claim("more")
+    admitted(table, "more")
     with pytest.raises(QueueFull):
-        table.claim("yet more")
+        admitted(table, "yet more")
     table.cancel("more")
-    table.claim("yet more")
+    admitted(table, "yet more")
     assert table.live() == MAX_WAITING + 1
 
 
 def test_a_full_table(table: InflightTable) -> None:
     for k in range(CAPACITY):
-        table.start(table.claim(str(k)), 1)
+        table.start(admitted(table, str(k)), 1)
     with pytest.raises(QueueFull):
-        table.claim("more")
+        admitted(table, "more")
     assert table.live() == CAPACITY
 
 
 def test_draining(table: InflightTable) -> None:
-    ticket = table.claim("a")
+    ticket = admitted(table, "a")
     table.drain()
     with pytest.raises(Draining):
-        InflightTable(table.path).claim("b")
+        admitted(InflightTable(table.path), "b")
     assert table.start(ticket, 1) == 0, "what was admitted is finished"
     assert table.live() == 1
 
 
 def test_a_lease_lapses(table: InflightTable, clock: Clock) -> None:
-    lost, kept = table.claim("lost"), table.claim("kept")
+    lost, kept = admitted(table, "lost"), admitted(table, "kept")
     table.start(kept, 1)
     clock.wait(LEASE_S)
     assert table.live() == 2
     clock.wait(0.001)
     assert table.live() == 1, "a running request has no lease"
-    assert table.claim("lost") != lost
-    with pytest.raises(Cancelled):
+    assert table.status("lost") == UNKNOWN
+    assert admitted(table, "lost") != lost
+    with pytest.raises(InvalidRequest):
         table.start(lost, 1)
 
 
 def test_a_wait_lapses_soon_when_no_gpu_is_at_work(table: InflightTable, clock: Clock) -> None:
-    """Triton drops a request between two steps without a word; beside an idle GPU nothing can be in its queue."""
-    running = table.claim("running")
+    """Triton drops a request between two steps without notice; beside an idle GPU nothing can be in its queue."""
+    running = admitted(table, "running")
     table.start(running, 5)
-    dropped = table.claim("dropped")
-    clock.wait(IDLE_LEASE_S + 60)
+    admitted(table, "dropped")
+    clock.wait(LEASE_S)
     assert table.status("dropped").state == "queued", "the GPU is busy: it may still be waiting"
+    clock.wait(-60)
     table.release(running)
-    clock.wait(IDLE_LEASE_S)
+    clock.wait(HANDOVER_S)
     assert table.status("dropped").state == "queued", "it has as long as it takes to get there"
     clock.wait(0.001)
+    assert (table.live(), table.status("dropped")) == (0, UNKNOWN)
+
+
+def test_a_lapsed_request_that_comes_late_is_drawn(table: InflightTable, clock: Clock) -> None:
+    """A whole server may stand still for longer than a lease: nothing is lost by it."""
+    late = admitted(table, "late")
+    clock.wait(HANDOVER_S + 20)
     assert table.live() == 0
-    with pytest.raises(Cancelled):
-        table.start(dropped, 5)
+    others = [admitted(table, str(k)) for k in range(MAX_WAITING)]
+    assert table.start(late, 5) == pytest.approx(HANDOVER_S + 20)
+    assert table.status("late") == Status("running", 0, 5)
+    assert late not in others
+
+
+def test_a_lapsed_requests_id_goes_to_the_next_that_asks_for_it(table: InflightTable, clock: Clock) -> None:
+    late = admitted(table, "a")
+    clock.wait(HANDOVER_S + 1)
+    again = admitted(table, "a")
+    with pytest.raises(Cancelled, match="'a'"):
+        table.start(late, 5)
+    assert table.start(again, 5) == 0
+
+
+def fill(table: InflightTable) -> list[int]:
+    return [admitted(table, f"{k}") for k in range(MAX_WAITING - table.live())]
+
+
+def test_claims_that_nobody_follows_up_make_room(table: InflightTable, clock: Clock) -> None:
+    """Calls of `prepare` alone keep good requests out for HANDOVER_S, longer only beside a GPU that is busy longer."""
+    early = [admitted(table, f"early-{k}") for k in range(9)]
+    clock.wait(HANDOVER_S / 2)
+    late = fill(table)
+    with pytest.raises(QueueFull):
+        table.claim("good")
+    assert len(early) + len(late) == MAX_WAITING
+    clock.wait(HANDOVER_S / 2 + 0.001)
+    for k in range(10 * MAX_WAITING):
+        ticket = admitted(table, f"good-{k}")
+        assert table.start(ticket, 1) == 0
+        table.release(ticket)
+
+
+def test_overtaken_claims_make_room_beside_a_busy_gpu(table: InflightTable, clock: Clock) -> None:
+    """Triton's queue is first in, first out: an older claim that is passed over is gone, or has a lower priority."""
+    first = admitted(table, "first")
+    table.start(first, 1)
+    ghosts = [admitted(table, f"ghost-{k}") for k in range(MAX_WAITING - 1)]
+    clock.wait(HANDOVER_S + 0.001)
+    younger = admitted(table, "younger")
+    with pytest.raises(QueueFull):
+        table.claim("good")
+    table.start(younger, 1)
+    table.release(first)
+    admitted(table, "good")
+    assert table.status("ghost-3").state == "queued", "it may be waiting with a lower priority"
+    assert table.cancel("ghost-3").state == "cancelling"
+    with pytest.raises(Cancelled, match="'ghost-3'"):
+        table.start(ghosts[3], 1)
+    assert table.start(ghosts[4], 1) == pytest.approx(HANDOVER_S, abs=0.01)
+    table.release(ghosts[4])
+    table.release(younger)
+    clock.wait(HANDOVER_S + 0.001)
+    assert (table.status("ghost-5"), table.live()) == (UNKNOWN, 0)
+
+
+def test_a_wait_that_may_still_be_served_counts_while_draining(table: InflightTable, clock: Clock) -> None:
+    running, low = admitted(table, "running"), admitted(table, "low")
+    table.start(running, 1)
+    clock.wait(HANDOVER_S + 1)
+    fill(table)
+    younger = admitted(table, "younger")
+    table.start(younger, 1)
+    fill(table)
+    table.claim("more")
+    table.drain()
+    waits = table.live()
+    assert table.status("low").state == "queued"
+    table.start(low, 1)
+    assert table.live() == waits
 
 
 def test_lapsed_leases_make_room(table: InflightTable, clock: Clock) -> None:
     for k in range(MAX_WAITING):
-        table.claim(str(k))
+        admitted(table, str(k))
     clock.wait(LEASE_S + 1)
     for k in range(MAX_WAITING):
-        table.claim(str(k))
+        admitted(table, str(k))
     assert table.live() == MAX_WAITING
 
 
 def test_a_pid_that_is_used_again(table: InflightTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    table.start(table.claim("a"), 1)
+    table.start(admitted(table, "a"), 1)
     assert table.live() == 1
     started = process.started(os.getpid())
     monkeypatch.setattr(process, "started", lambda pid: started + 1)
@@ -278,6 +393,34 @@ def test_the_worker_registers(table: InflightTable) -> None:
 
 def test_the_file_is_private(table: InflightTable) -> None:
     assert table.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_pages_are_reserved(table: InflightTable) -> None:
+    """A page that is first touched when there is no room left would end the process by SIGBUS."""
+    assert table.path.stat().st_blocks * 512 >= table.path.stat().st_size > 0
+
+
+FULL = """
+import sys
+from pathlib import Path
+from fluxserve.errors import ServerError
+from fluxserve.serving.inflight import InflightTable
+folder = Path(sys.argv[1])
+(folder / "other").write_bytes(bytes(56 * 1024))
+try:
+    InflightTable(folder / "table")
+except ServerError as error:
+    print(error)
+print([file.name for file in folder.iterdir()])
+"""
+
+
+def test_no_room_for_the_table(tmp_path: Path) -> None:
+    done = namespaces.run(tmp_path, 64 * 1024, [sys.executable, "-c", FULL, str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    error, left = done.stdout.splitlines()
+    assert re.fullmatch(r".*/table: no room for the in-flight table's \d+ bytes: No space left on device", error)
+    assert left == "['other']"
 
 
 def test_a_link_is_not_followed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fluxserve.serving.inflight import CAPACITY, InflightTable, Status
+from tests.support.admission import admitted
 
 ROOT = Path(__file__).parents[2]
 PROCESSES, SECONDS = 4, 2.0
@@ -21,10 +22,12 @@ from pathlib import Path
 from fluxserve.serving.inflight import InflightTable
 table = InflightTable(Path(sys.argv[1]))
 ticket = table.claim("doomed")
+table.enqueue(ticket, 9)
 table.start(ticket, 9)
 table.register("generate")
 table.advance(ticket)
-table.claim("waiting")
+table.enqueue(table.claim("waiting"), 9)
+table.claim("decoding")
 print("started", flush=True)
 time.sleep(60)
 """
@@ -44,10 +47,17 @@ while time.monotonic() < end:
     mine = []
     for name in names:
         try:
-            mine.append((name, table.claim(name)))
+            ticket = table.claim(name)
         except RequestIdInUse:
             refused += 1
-    claimed += [ticket for _, ticket in mine]
+            continue
+        claimed.append(ticket)
+        try:
+            table.enqueue(ticket, 3)
+            mine.append((name, ticket))
+        except Cancelled:
+            cancelled += 1
+            table.release(ticket)
     if rng.random() < 0.5:
         table.cancel(f"{rng.randrange(processes)}-{rng.randrange(50)}")
     for name, ticket in mine:
@@ -94,16 +104,16 @@ def dead(table: InflightTable) -> int:
     with start(WORKER, table.path) as process:
         assert process.stdout is not None and process.stdout.readline() == "started\n"
         assert table.status("doomed") == Status("running", 1, 9)
-        assert table.live() == 2
+        assert table.live() == 3
         assert table.processes("generate") == [process.pid]
         process.send_signal(signal.SIGKILL)
     return process.pid
 
 
 def test_a_dead_workers_slot_is_free(table: InflightTable, dead: int) -> None:
-    assert table.live() == 1, "what waits is not lost: another worker may take it"
+    assert table.live() == 1, "what waits is not lost: another worker may take it; what was being decoded is"
     assert table.status("waiting").state == "queued"
-    table.start(table.claim("doomed"), 2)
+    table.start(admitted(table, "doomed"), 2)
     assert table.status("doomed") == Status("running", 0, 2)
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fluxserve.errors import InvalidRequest
-from fluxserve.imaging import write_image
+from fluxserve.imaging import decode, write_image
 from fluxserve.request import DRAWN_SEEDS, MAX_SEED, Request, _fit, parse
 from fluxserve.spec import (
     FAMILY,
@@ -210,7 +210,7 @@ def test_strengths_that_are_refused(strength: float) -> None:
     assert (error.field, error.got, error.allowed) == ("strength", str(strength), "0 < strength <= 1")
 
 
-@pytest.mark.parametrize("image", [b"", b"GIF89a", PNG[:50]])
+@pytest.mark.parametrize("image", [b"", b"GIF89a", PNG[:20]])
 def test_an_image_that_is_no_image(image: bytes) -> None:
     assert refusal(image=[image]).field == "image"
 
@@ -242,16 +242,18 @@ def test_a_longer_side_becomes_the_longest_allowed() -> None:
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (3, 5)])
 def test_a_strange_aspect_ratio_end_to_end(size: tuple[int, int]) -> None:
     r = ask(image=[write_image(np.zeros((*size, 3), np.uint8), "png", 90)])
-    assert r.images[0].resized(r.height, r.width).shape == (r.height, r.width, 3)
+    fit = r.images[0].resized(r.height, r.width)
+    assert decode(r.images[0].data, fit).shape == (r.height, r.width, 3)
 
 
 def test_resizing_is_lanczos() -> None:
     """As diffusers' VaeImageProcessor does it."""
     pixels = np.random.default_rng(0).integers(0, 256, (100, 70, 3), dtype=np.uint8)
     r = ask(image=[write_image(pixels, "png", 90)])
-    assert np.array_equal(r.images[0].resized(100, 70), pixels), "nothing to do"
+    (image,) = r.images
+    assert np.array_equal(decode(image.data, image.resized(100, 70)), pixels), "nothing to do"
     want = Image.fromarray(pixels).resize((64, 96), Image.Resampling.LANCZOS)
-    assert np.array_equal(r.images[0].resized(96, 64), np.asarray(want))
+    assert np.array_equal(decode(image.data, image.resized(96, 64)), np.asarray(want))
 
 
 # --- reference images ------------------------------------------------------------------------------------------------

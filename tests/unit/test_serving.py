@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,10 @@ from PIL import Image
 from fluxserve import contract, errors
 from fluxserve.contract import MAX_WAITING
 from fluxserve.imaging import write_image
+from fluxserve.serving import decoder
 from fluxserve.serving.inflight import MAX_ID_BYTES, InflightTable
-from tests.support.fake_triton import InferenceRequest, Logger, counted, error_of, installed, outputs
+from tests.support.admission import admitted
+from tests.support.fake_triton import FINAL, InferenceRequest, Logger, counted, error_of, installed, outputs, prepared
 
 NUMPY = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
 PNG = write_image(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8), "png", 90)
@@ -38,8 +44,10 @@ def started(model: Any, table: InflightTable) -> Any:
 
 
 @pytest.fixture
-def prepare(serving: dict[str, Any], table: InflightTable) -> Any:
-    return started(serving["prepare"].PrepareModel(), table)
+def prepare(serving: dict[str, Any], table: InflightTable) -> Iterator[Any]:
+    model = started(serving["prepare"].PrepareModel(), table)
+    yield model
+    model.finalize()
 
 
 @pytest.fixture
@@ -57,7 +65,7 @@ def ask(request_id: str = "", **fields: Any) -> InferenceRequest:
 
 def test_what_prepare_gives_is_its_contract(prepare: Any, table: InflightTable) -> None:
     request = ask("r", prompt=b"a fox", num_images=3, seed=7, width=64, output_format=b"JPEG", quality=3)
-    (response,) = prepare.execute([request])
+    (response,) = prepared(prepare, [request])
     out = outputs(response)
     assert list(out) == [t.name for t in contract.PREPARE.outputs]
     for tensor in contract.PREPARE.outputs:
@@ -74,7 +82,7 @@ def test_what_prepare_gives_is_its_contract(prepare: Any, table: InflightTable) 
 
 
 def test_prepare_with_an_image(prepare: Any) -> None:
-    (response,) = prepare.execute([ask(prompt=b"a fox", image=PNG, strength=0.25, num_inference_steps=8)])
+    (response,) = prepared(prepare, [ask(prompt=b"a fox", image=PNG, strength=0.25, num_inference_steps=8)])
     out = outputs(response)
     assert out["pixels"].shape == (1, 64, 96, 3)
     assert np.array_equal(out["pixels"][0], np.asarray(Image.open(io.BytesIO(PNG))))
@@ -83,20 +91,20 @@ def test_prepare_with_an_image(prepare: Any) -> None:
 
 @pytest.mark.parametrize("strength", [1e-30, 1e-7, 1e-3])
 def test_a_tiny_strength_runs_one_step(prepare: Any, strength: float) -> None:
-    (response,) = prepare.execute([ask(prompt=b"a fox", image=PNG, strength=strength)])
+    (response,) = prepared(prepare, [ask(prompt=b"a fox", image=PNG, strength=strength)])
     assert outputs(response)["sigmas"].shape == (1, 2)
 
 
 @pytest.mark.parametrize("steps", [5, 10, 20])
 def test_a_strength_as_fp32_is_the_number_that_was_typed(prepare: Any, steps: int) -> None:
     given = {"prompt": b"a fox", "image": PNG, "num_inference_steps": steps}
-    default, typed = (outputs(r) for r in prepare.execute([ask(**given), ask(strength=0.6, **given)]))
+    default, typed = (outputs(r) for r in prepared(prepare, [ask(**given), ask(strength=0.6, **given)]))
     assert typed["sigmas"].shape == default["sigmas"].shape
 
 
 def test_one_bad_request_among_good_ones(prepare: Any, table: InflightTable) -> None:
-    good, bad, also_good = prepare.execute(
-        [ask("a", prompt=b"a fox"), ask("b", prompt=b"a fox", height=17), ask("c", prompt=b"a fox")]
+    good, bad, also_good = prepared(
+        prepare, [ask("a", prompt=b"a fox"), ask("b", prompt=b"a fox", height=17), ask("c", prompt=b"a fox")]
     )
     assert not good.has_error() and not also_good.has_error()
     assert error_of(bad) == ("INVALID_ARG", "height: got 17; allowed: a multiple of 16 from 64 to 512")
@@ -104,7 +112,7 @@ def test_one_bad_request_among_good_ones(prepare: Any, table: InflightTable) -> 
 
 
 def refused(prepare: Any, request: InferenceRequest) -> tuple[str, str]:
-    (response,) = prepare.execute([request])
+    (response,) = prepared(prepare, [request])
     return error_of(response)
 
 
@@ -145,11 +153,132 @@ def test_a_failure_after_the_claim_gives_the_slot_back(
     assert "Traceback" in Logger.lines[0] and "in fail" in Logger.lines[0]
 
 
+def test_requests_with_and_without_images_together(prepare: Any, table: InflightTable) -> None:
+    """Each gets its own answer; what is damaged is named, and its slot comes back."""
+    fields = {"prompt": b"a fox", "strength": 0.5}
+    without, whole, damaged, bad = prepared(
+        prepare,
+        [ask("a", prompt=b"a fox"), ask("b", image=PNG, **fields), ask("c", image=PNG[:-3000], **fields), ask("d")],
+    )
+    assert outputs(without)["pixels"].shape == (1, 128, 128, 0)
+    assert outputs(whole)["pixels"].shape == (1, 64, 96, 3)
+    status, message = error_of(damaged)
+    assert status == "INVALID_ARG" and message.startswith("image: got a damaged or truncated PNG file")
+    assert error_of(bad)[0] == "INVALID_ARG"
+    assert [table.status(name).state for name in "abcd"] == ["queued", "queued", "unknown", "unknown"]
+
+
+def test_a_full_queue_refuses_before_an_image_is_decoded(prepare: Any, table: InflightTable) -> None:
+    """A damaged one, so that decoding it would show; and it is the other way round for a bad header."""
+    table.start(admitted(table, "running"), 9)
+    for k in range(MAX_WAITING):
+        table.claim(str(k))
+    assert refused(prepare, ask(prompt=b"x", image=PNG[:-3000]))[0] == "UNAVAILABLE"
+    assert refused(prepare, ask(prompt=b"x", image=b"GIF89a"))[0] == "INVALID_ARG"
+    assert table.live() == MAX_WAITING + 1
+
+
+def test_more_images_than_may_wait(
+    prepare: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch, serving: dict[str, Any]
+) -> None:
+    """The rest is refused at once, with its slot given back, while the decoder is at the first."""
+    at_work, go = threading.Event(), threading.Event()
+    decode = decoder.Decoder.decode
+
+    def wait(*arguments: Any) -> Any:
+        at_work.set()
+        assert go.wait(20)
+        return decode(*arguments)
+
+    monkeypatch.setattr(decoder.Decoder, "decode", wait)
+    requests = [ask(str(k), prompt=b"x", image=PNG) for k in range(decoder.MAX_REQUESTS + 2)]
+    assert prepare.execute(requests) is None
+    assert at_work.wait(20)
+    sent = [request.get_response_sender().response for request in requests]
+    assert sent[: decoder.MAX_REQUESTS] == [None] * decoder.MAX_REQUESTS
+    for response in sent[decoder.MAX_REQUESTS :]:
+        assert response is not None
+        status, message = error_of(response)
+        assert status == "UNAVAILABLE" and f"images: {decoder.MAX_REQUESTS} requests with images, of " in message
+    assert table.live() == decoder.MAX_REQUESTS
+    assert counted("fluxserve_rejected_requests_total", reason="images_full") == 2
+    go.set()
+    prepared(prepare, [ask("last", prompt=b"x")])
+    assert all(outputs(r.get_response_sender().response) for r in requests[: decoder.MAX_REQUESTS])  # type: ignore[arg-type]
+
+
+def test_an_answer_that_can_not_be_sent_is_logged(prepare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = ask(prompt=b"x", image=PNG)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a broken pipe")
+
+    monkeypatch.setattr(request.get_response_sender(), "send", fail)
+    assert prepare.execute([request]) is None
+    prepared(prepare, [ask(prompt=b"x")])
+    assert "a broken pipe" in Logger.lines[0]
+
+
+def test_where_memory_is_scarce_the_end_comes_by_itself(
+    prepare: Any, serving: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that could not be written is followed by the end, which Triton makes an error of; errors come whole."""
+    tensors, sent = serving["tensors"], list[tuple[bool, int]]()
+
+    class Sender:
+        def send(self, response: Any = None, flags: int = 0) -> None:
+            sent.append((response is not None, flags))
+            if response is not None and not response.has_error():
+                raise RuntimeError("no room")
+
+    (good,), (bad,) = prepared(prepare, [ask(prompt=b"x")]), prepared(prepare, [ask()])
+    for scarce, response in ((True, good), (False, good), (True, bad)):
+        monkeypatch.setattr(serving["shared_memory"], "is_scarce", lambda scarce=scarce: scarce)
+        with suppress(RuntimeError):
+            tensors.send(Sender(), response)
+    assert sent == [(True, 0), (False, FINAL), (True, FINAL), (True, FINAL)]
+
+
+def test_cancelled_while_its_image_is_decoded(
+    prepare: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = decoder.Decoder.decode
+
+    def cancel(*arguments: Any) -> Any:
+        table.cancel("a")
+        return decode(*arguments)
+
+    monkeypatch.setattr(decoder.Decoder, "decode", cancel)
+    (response,) = prepared(prepare, [ask("a", prompt=b"x", image=PNG, num_inference_steps=5)])
+    assert error_of(response) == ("CANCELLED", "[CANCELLED] request 'a' was cancelled at step 0 of 3")
+    assert table.live() == 0
+
+
+def test_a_job_without_room_gives_its_slot_back(prepare: Any, table: InflightTable, serving: dict[str, Any]) -> None:
+    def full(folder: str) -> os.statvfs_result:
+        return os.statvfs_result((4096, 4096, 1536, 10, 10, 0, 0, 0, 0, 255))
+
+    request = ask(
+        "a", prompt=b"x", image=write_image(np.zeros((512, 1024, 3), np.uint8), "png", 90), width=512, height=512
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving["shared_memory"].os, "statvfs", full)
+        (response,) = prepared(prepare, [request])
+        assert not prepared(prepare, [ask("b", prompt=b"x")])[0].has_error(), "a small one fits into what is there"
+        patch.setattr(sys.modules["c_python_backend_utils"].shared_memory, "free_memory", lambda: 100_000)
+        (small,) = prepared(prepare, [ask("c", prompt=b"x", image=PNG, width=256, height=256)])
+    assert not response.has_error(), "0.8 of 1 MiB"
+    status, message = error_of(small)
+    assert status == "UNAVAILABLE" and message.startswith("answer: it has 19")
+    assert [table.status(name).state for name in "abc"] == ["queued", "queued", "unknown"]
+    assert counted("fluxserve_rejected_requests_total", reason="no_room") == 1
+
+
 # --- control ---------------------------------------------------------------------------------------------------------
 
 
 def test_control(control: Any, table: InflightTable) -> None:
-    table.start(ticket := table.claim("r"), 9)
+    table.start(ticket := admitted(table, "r"), 9)
     table.advance(ticket)
     asked = [("r", b"status"), ("r", b"cancel"), ("nobody", b"cancel"), ("r", b"status")]
     answers = [outputs(r) for r in control.execute([_control(n.encode(), action) for n, action in asked])]

@@ -16,7 +16,8 @@ from PIL import Image
 from fluxserve import contract
 from fluxserve.png import strips
 from fluxserve.serving import files
-from fluxserve.serving.inflight import NO_TICKET, InflightTable
+from fluxserve.serving.inflight import InflightTable
+from tests.support.admission import admitted
 from tests.support.fake_triton import InferenceRequest, Logger, answers, counted, error_of, installed, outputs
 
 STEPS = 3
@@ -57,7 +58,7 @@ def nothing_is_left(table: InflightTable) -> Iterator[None]:
 
 
 def job(
-    ticket: int = NO_TICKET,
+    ticket: int = 0,
     seeds: tuple[int, ...] = (1,),
     size: tuple[int, int] = (64, 64),
     steps: int = STEPS,
@@ -79,6 +80,7 @@ def job(
         "ticket": np.array([[ticket]]),
         "resolved_format": np.array([[output_format]], dtype=object),
         "resolved_quality": np.array([[90]], dtype=np.int32),
+        "resolved_encoding": np.array([[b"binary"]], dtype=object),
     }
     return InferenceRequest({**values, **changed}, request_id, cancelled_after)
 
@@ -97,7 +99,7 @@ def spent(metric: str, **labels: str) -> float:
 
 def test_what_generate_gives_is_its_contract(generate: Any, table: InflightTable) -> None:
     before = {m: spent(f"{m}_total") for m in ("images", "pixels", "steps")}
-    (response,) = answers(generate, [job(table.claim("r"), seeds=(1, 2), size=(64, 96), request_id="r")])
+    (response,) = answers(generate, [job(admitted(table, "r"), seeds=(1, 2), size=(64, 96), request_id="r")])
     out = outputs(response)
     assert list(out) == [t.name for t in contract.GENERATE.outputs]
     assert images(response).shape == (1, 2, 64, 96, 3)
@@ -111,9 +113,11 @@ def test_what_generate_gives_is_its_contract(generate: Any, table: InflightTable
 
 
 @pytest.mark.parametrize("output_format", [b"png", b"jpeg", b"webp"])
-def test_files(generate: Any, output_format: bytes) -> None:
+def test_files(generate: Any, table: InflightTable, output_format: bytes) -> None:
     seeds = (1, 2)
-    raw, encoded = (answers(generate, [job(seeds=seeds, output_format=f)])[0] for f in (b"raw", output_format))
+    raw, encoded = (
+        answers(generate, [job(admitted(table), seeds=seeds, output_format=f)])[0] for f in (b"raw", output_format)
+    )
     files = outputs(encoded)["images"][0]
     assert len(files) == len(seeds)
     for file, pixels in zip(files, images(raw)[0], strict=True):
@@ -133,7 +137,7 @@ def test_a_file_that_fails_is_its_own_requests_error(
         return bytes(write(image, output_format, quality))
 
     monkeypatch.setattr(files, "write_image", fail_for_webp)
-    bad, good = answers(generate, [job(table.claim("a"), output_format=b"webp"), job(table.claim("b"))])
+    bad, good = answers(generate, [job(admitted(table, "a"), output_format=b"webp"), job(admitted(table, "b"))])
     assert error_of(bad) == ("INTERNAL", "internal error: RuntimeError: no such codec")
     assert not good.has_error()
 
@@ -149,8 +153,8 @@ def test_pngs_are_written_where_the_picture_is(
         return strips.encode(pixels.numpy())
 
     monkeypatch.setattr(generate._files, "_encode", encode)
-    wanted = job(table.claim("a"), seeds=(1, 2), output_format=b"png")
-    png, raw = answers(generate, [wanted, job(table.claim("b"), output_format=b"raw")])
+    wanted = job(admitted(table, "a"), seeds=(1, 2), output_format=b"png")
+    png, raw = answers(generate, [wanted, job(admitted(table, "b"), output_format=b"raw")])
     assert [tuple(pixels.shape) for pixels in drawn] == [(64, 64, 3)] * 2
     first = np.asarray(Image.open(io.BytesIO(outputs(png)["images"][0, 0])))
     assert outputs(raw)["images"][0, 0] == first.tobytes(), "the same picture"
@@ -163,8 +167,8 @@ def test_a_gpu_that_fails_at_a_file_fails_that_request_alone(
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(generate._files, "_encode", fail)
-    wanted = job(table.claim("a"), output_format=b"png")
-    bad, good = answers(generate, [wanted, job(table.claim("b"), output_format=b"raw")])
+    wanted = job(admitted(table, "a"), output_format=b"png")
+    bad, good = answers(generate, [wanted, job(admitted(table, "b"), output_format=b"raw")])
     assert error_of(bad) == ("INTERNAL", "internal error: RuntimeError: no such kernel")
     assert not good.has_error()
 
@@ -174,6 +178,10 @@ def test_a_gpu_that_fails_at_a_file_fails_that_request_alone(
     [
         ({"output_format": b"bmp"}, "resolved_format: got 'bmp'; allowed: png, jpeg, webp, raw"),
         ({"output_format": b"\xff"}, "resolved_format: got "),
+        (
+            {"resolved_encoding": np.array([[b"hex"]], dtype=object)},
+            "resolved_encoding: got 'hex'; allowed: binary, base64",
+        ),
         ({"resolved_quality": np.array([[0]], np.int32)}, "resolved_quality: got 0; allowed: 1 to 100"),
     ],
 )
@@ -190,7 +198,7 @@ def test_a_file_that_can_not_be_is_refused_before_it_is_drawn(
 def test_an_answer_that_can_not_be_sent_is_logged(
     generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request, other = job(table.claim("a")), job(table.claim("b"))
+    request, other = job(admitted(table, "a")), job(admitted(table, "b"))
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a broken pipe")
@@ -201,34 +209,40 @@ def test_an_answer_that_can_not_be_sent_is_logged(
     assert "a broken pipe" in Logger.lines[0]
 
 
-def test_a_warm_up_is_not_counted_as_an_image(generate: Any) -> None:
-    before = spent("images_total")
-    assert images(answers(generate, [job()])[0]).shape == (1, 1, 64, 64, 3)
-    assert spent("images_total") == before
+@pytest.mark.parametrize("ticket", [0, 1, -1, 2**62])
+def test_a_job_past_the_door_is_refused(generate: Any, table: InflightTable, ticket: int) -> None:
+    """Beside one that was admitted, which is drawn."""
+    steps = spent("steps_total")
+    forged, good = answers(generate, [job(ticket), job(admitted(table, "good"))])
+    allowed = "that of a request which `prepare` has admitted, once; clients call `flux`"
+    got = f"ticket: got {ticket}, which no waiting request has"
+    assert error_of(forged) == ("INVALID_ARG", f"{got}; allowed: {allowed}")
+    assert images(good).shape == (1, 1, 64, 64, 3)
+    assert spent("steps_total") - steps == STEPS
 
 
 def test_unlike_jobs_in_one_batch(generate: Any, table: InflightTable) -> None:
     """Triton's shapes leave the schedule open; each job gets what it gets alone, in the order of the requests."""
     other = np.linspace(1, 0, STEPS + 1, dtype=np.float32)[None] ** 2
     batch = [{"seeds": (1,)}, {"seeds": (2,), "sigmas": other}, {"seeds": (3,)}, {"seeds": (1,), "sigmas": other}]
-    alone = [images(answers(generate, [job(**b)])[0]) for b in batch]  # type: ignore[arg-type]
-    together = answers(generate, [job(table.claim(str(k)), **b) for k, b in enumerate(batch)])  # type: ignore[arg-type]
+    alone = [images(answers(generate, [job(admitted(table), **b)])[0]) for b in batch]  # type: ignore[arg-type]
+    together = answers(generate, [job(admitted(table, str(k)), **b) for k, b in enumerate(batch)])  # type: ignore[arg-type]
     assert all(np.array_equal(a, images(t)) for a, t in zip(alone, together, strict=True))
     assert len({a.tobytes() for a in alone}) == 4
 
 
-def test_a_stale_ticket_among_good_ones(generate: Any, table: InflightTable) -> None:
-    stale = table.claim("stale")
-    table.release(stale)
+def test_a_cancelled_ticket_among_good_ones(generate: Any, table: InflightTable) -> None:
+    stale = admitted(table, "stale")
+    table.cancel("stale")
     before = spent("cancellations_total")
-    good, bad, also = answers(generate, [job(table.claim("a")), job(stale), job(table.claim("b"), seeds=(2,))])
+    good, bad, also = answers(generate, [job(admitted(table, "a")), job(stale), job(admitted(table, "b"), seeds=(2,))])
     assert error_of(bad)[0] == "CANCELLED"
     assert not good.has_error() and not also.has_error()
     assert spent("cancellations_total") == before + 1
 
 
 def test_a_request_cancelled_while_it_waited_is_not_drawn(generate: Any, table: InflightTable) -> None:
-    ticket, steps = table.claim("gone"), spent("steps_total")
+    ticket, steps = admitted(table, "gone"), spent("steps_total")
     table.cancel("gone")
     (response,) = answers(generate, [job(ticket, request_id="gone")])
     assert error_of(response) == ("CANCELLED", f"[CANCELLED] request 'gone' was cancelled at step 0 of {STEPS}")
@@ -252,36 +266,28 @@ def test_a_running_request_stops_at_once(generate: Any, table: InflightTable, mo
     before = spent("cancellations_total"), spent("images_total")
     out, stay = answers(
         generate,
-        [job(table.claim("out"), (1, 2), request_id="out"), job(table.claim("stay"), (5, 6), request_id="stay")],
+        [
+            job(admitted(table, "out"), (1, 2), request_id="out"),
+            job(admitted(table, "stay"), (5, 6), request_id="stay"),
+        ],
     )
     assert error_of(out) == ("CANCELLED", f"[CANCELLED] request 'out' was cancelled at step 2 of {2 * STEPS}")
-    assert np.array_equal(images(stay), images(answers(generate, [job(seeds=(5, 6))])[0]))
     assert (spent("cancellations_total"), spent("images_total")) == (before[0] + 1, before[1] + 2)
+    assert np.array_equal(images(stay), images(answers(generate, [job(admitted(table), seeds=(5, 6))])[0]))
 
 
 def test_a_caller_that_hangs_up(generate: Any, table: InflightTable) -> None:
     steps = spent("steps_total")
-    (response,) = answers(generate, [job(table.claim("r"), steps=50, request_id="r", cancelled_after=4)])
+    (response,) = answers(generate, [job(admitted(table, "r"), steps=50, request_id="r", cancelled_after=4)])
     assert error_of(response)[0] == "CANCELLED"
     assert spent("steps_total") - steps == 5
-
-
-def test_a_caller_without_a_ticket_that_hangs_up(generate: Any, table: InflightTable) -> None:
-    neighbour = table.claim("neighbour")
-    table.start(neighbour, 77)
-    try:
-        (response,) = answers(generate, [job(request_id="r", cancelled_after=0)])
-        assert error_of(response)[0] == "CANCELLED"
-        assert "of 77" not in error_of(response)[1], "that is somebody else's request"
-    finally:
-        table.release(neighbour)
 
 
 def test_the_numbers_come_after_the_answer(
     generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of them waits for Triton's process."""
-    request, answered = job(table.claim("a")), list[bool]()
+    request, answered = job(admitted(table, "a")), list[bool]()
     sent = request.get_response_sender()
     monkeypatch.setattr(generate._metrics, "drawn", lambda *_: answered.append(sent.response is not None))
     answers(generate, [request])
@@ -296,7 +302,7 @@ def test_saturated_values_are_counted_once(
     monkeypatch.setattr(generate._pipeline, "saturated", lambda: next(totals))
     seen = []
     for name in "abcd":
-        answers(generate, [job(table.claim(name))])
+        answers(generate, [job(admitted(table, name))])
         seen.append(spent("saturated_values_total") - before)
     assert seen == [0, 5, 5, 9]
 
@@ -306,7 +312,7 @@ def test_an_exception_releases_the_slots(generate: Any, table: InflightTable, mo
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(generate._pipeline, "draw", fail)
-    responses = answers(generate, [job(table.claim("a")), job(table.claim("b"), steps=2)])
+    responses = answers(generate, [job(admitted(table, "a")), job(admitted(table, "b"), steps=2)])
     assert [error_of(r) for r in responses] == [("INTERNAL", "internal error: RuntimeError: out of memory")] * 2
     assert "out of memory" in Logger.lines[0]
 
@@ -322,7 +328,7 @@ def test_one_groups_exception_leaves_the_others(
         return draw(jobs, watch)
 
     monkeypatch.setattr(generate._pipeline, "draw", fail_for_two_steps)
-    bad, good = answers(generate, [job(table.claim("a"), steps=2), job(table.claim("b"))])
+    bad, good = answers(generate, [job(admitted(table, "a"), steps=2), job(admitted(table, "b"))])
     assert error_of(bad)[0] == "INTERNAL"
     assert images(good).shape == (1, 1, 64, 64, 3)
 
