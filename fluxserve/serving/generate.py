@@ -27,6 +27,7 @@ from fluxserve.serving.files import Files, Finish
 from fluxserve.serving.inflight import NO_TICKET
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import DrawingMetrics
+from fluxserve.serving.processes import Pace
 from fluxserve.settings import Settings
 
 _WRITERS = 2
@@ -65,7 +66,9 @@ class GenerateModel(ServedModel):
         components = found.open_components(name, config.dtype)
         self._spec, self._max_rows = found.spec, config.max_rows
         self._pipeline = Pipeline(found.spec, components, name, config.max_rows)
+        begin = time.monotonic()
         self._pipeline.warm_up()
+        self._pace = Pace(self._heartbeat, time.monotonic() - begin)
         self._files = Files(device if found.compiles else None, found.spec.defaults.side)
         self._metrics = DrawingMetrics()
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="answer")
@@ -75,6 +78,13 @@ class GenerateModel(ServedModel):
 
         Triton batches by shape; what differs in schedule all the same goes through the loop separately.
         """
+        self._pace.begin()
+        try:
+            self._answer_all(requests)
+        finally:
+            self._pace.end()
+
+    def _answer_all(self, requests: Sequence[Any]) -> None:
         groups: dict[tuple[object, ...], list[_Asked]] = defaultdict(list)
         for request in requests:
             try:
@@ -133,6 +143,7 @@ class GenerateModel(ServedModel):
                 _send(asked.request, self._refusal(error))
         if not started:
             return
+        self._pace.draw()
         try:
             drawings = self._pipeline.draw([a.job for a in started], lambda index: self._stepped(started[index]))
             done = [
@@ -162,7 +173,9 @@ class GenerateModel(ServedModel):
         if asked.ticket == NO_TICKET:
             return not asked.request.is_cancelled()
         self._metrics.stepped()
-        return self._table.advance(asked.ticket) and not asked.request.is_cancelled()
+        wanted = self._table.advance(asked.ticket)
+        self._pace.step(last=self._done(asked) % asked.job.steps == 0)
+        return wanted and not asked.request.is_cancelled()
 
     def _done(self, asked: _Asked) -> int:
         """Steps, before its slot is given back."""
@@ -178,6 +191,7 @@ class GenerateModel(ServedModel):
             return
         timings["image"] = 1000 * (time.perf_counter() - begin)
         size = tuple(drawing.pixels.shape[1:3])
+        self._pace.begin()
         self._writers.submit(self._finish, asked, finish, size, timings).add_done_callback(_report)
 
     def _finish(self, asked: _Asked, finish: Finish, size: tuple[int, ...], timings: dict[str, float]) -> None:
@@ -192,7 +206,10 @@ class GenerateModel(ServedModel):
             answer = _answer(asked, files, size, timings)
         except Exception as error:  # noqa: BLE001 (the border: nobody would hear of it on a thread)
             answer = self._refusal(error)
-        _send(asked.request, answer)
+        try:
+            _send(asked.request, answer)
+        finally:
+            self._pace.end()
         if asked.ticket != NO_TICKET:  # Triton's warm-up is no picture
             images = len(asked.job.noise_seeds)
             self._metrics.drawn(images, images * math.prod(size), timings)

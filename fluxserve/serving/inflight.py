@@ -40,15 +40,8 @@ IDLE_LEASE_S = 15.0
 NO_TICKET = 0
 """A request that came past `prepare`, such as Triton's warm-up: it has no slot and can't be cancelled by id."""
 
-MAX_PROCESSES = 256
-"""Model instances of one server."""
-
 _VERSION = 1
-_PROCESS = np.dtype([("pid", "<u8"), ("started", "<u8"), ("model", "S32")], align=True)
-_HEADER = np.dtype(
-    [("version", "<u4"), ("draining", "<u4"), ("idle_since_ns", "<u8"), ("processes", _PROCESS, MAX_PROCESSES)],
-    align=True,
-)
+_HEADER = np.dtype([("version", "<u4"), ("draining", "<u4"), ("idle_since_ns", "<u8")], align=True)
 _SLOT = np.dtype(
     [
         ("generation", "<u8"),
@@ -98,7 +91,6 @@ class InflightTable:
             self._map = mmap.mmap(self._fd, size)
             self._header = np.frombuffer(self._map, _HEADER, count=1)
             self._slots = np.frombuffer(self._map, _SLOT, count=CAPACITY, offset=_HEADER.itemsize)
-            self._processes = self._header["processes"][0]
             if self._header["version"][0] not in (0, _VERSION):  # 0: made just now
                 raise ServerError(f"{path}: a table of version {self._header['version'][0]}; expected {_VERSION}")
             self._header["version"] = _VERSION
@@ -110,23 +102,6 @@ class InflightTable:
             yield
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
-
-    # --- every model -----------------------------------------------------------------------------------------------
-
-    def register(self, model: str) -> None:
-        """Say that this process runs a model, so that a supervisor can watch it. Raises ServerError if too many do."""
-        with self._locked():
-            free = np.flatnonzero(self._processes["pid"] == 0)
-            if not len(free):
-                raise ServerError(f"processes: {MAX_PROCESSES} are registered; no more are expected")
-            entry = self._processes[free[0]]
-            entry["started"], entry["model"] = self._started, model.encode()
-            entry["pid"] = os.getpid()
-
-    def unregister(self) -> None:
-        """This process ends as it should."""
-        with self._locked():
-            self._processes["pid"][self._processes["pid"] == os.getpid()] = 0
 
     # --- prepare ---------------------------------------------------------------------------------------------------
 
@@ -214,30 +189,21 @@ class InflightTable:
             self._sweep()
             return int((self._slots["state"] != FREE).sum())
 
-    def release_waits(self) -> None:
-        """Free every slot that waits: `generate` was unloaded, and Triton has answered whatever was in its queue."""
+    def reset(self) -> None:
+        """Free every slot and open the door: every process of the server was ended, and nobody waits for an answer."""
         with self._locked():
-            self._slots["state"][self._slots["state"] == QUEUED] = FREE
+            self._slots["state"] = FREE
+            self._header["draining"] = 0
+
+    def requests(self) -> list[tuple[str, Status]]:
+        """The ids of the requests that wait or run, in the order in which they were admitted."""
+        slots = self._slots[self._slots["state"] != FREE]
+        order = np.argsort(slots["claimed_ns"], kind="stable")
+        return [(bytes(slots[i]["id"]).decode(), _status(slots[i])) for i in order]
 
     @property
     def draining(self) -> bool:
         return bool(self._header["draining"][0])
-
-    def processes(self, model: str) -> list[int]:
-        """Pids of a model's instances that registered, dead or alive."""
-        ours = (self._processes["pid"] != 0) & (self._processes["model"] == model.encode())
-        return [int(pid) for pid in self._processes["pid"][ours]]
-
-    def dead_models(self) -> list[str]:
-        """The models that have an instance whose process is gone without having said so."""
-        entries = self._processes[self._processes["pid"] != 0]
-        gone = [e for e in entries if process.started(int(e["pid"])) != e["started"]]
-        return sorted({bytes(e["model"]).decode() for e in gone})
-
-    def forget_processes(self, model: str) -> None:
-        """Drop what is known of a model's processes: it is about to be loaded again."""
-        with self._locked():
-            self._processes["pid"][self._processes["model"] == model.encode()] = 0
 
     # --- with the lock held ----------------------------------------------------------------------------------------
 
@@ -264,11 +230,7 @@ class InflightTable:
         return int(found[0]) if len(found) else None
 
     def _status(self, index: int | None) -> Status:
-        if index is None:
-            return Status("unknown")
-        slot = self._slots[index]
-        state = "cancelling" if slot["cancel"] else ("queued" if slot["state"] == QUEUED else "running")
-        return Status(state, int(slot["step"]), int(slot["steps"]))
+        return Status("unknown") if index is None else _status(self._slots[index])
 
     def _holds(self, ticket: int) -> bool:
         slot = self._slots[ticket % CAPACITY]
@@ -278,3 +240,9 @@ class InflightTable:
         if self._holds(ticket):
             self._slots[ticket % CAPACITY]["state"] = FREE
             self._header["idle_since_ns"] = self._clock_ns()
+
+
+def _status(slot: np.void) -> Status:
+    """What a slot that is not free says of its request."""
+    state = "cancelling" if slot["cancel"] else ("queued" if slot["state"] == QUEUED else "running")
+    return Status(state, int(slot["step"]), int(slot["steps"]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxserve.server import TritonServer
+from fluxserve.supervisor import TritonServer
 from tests.triton.conftest import PlainClient, counters, plain
 
 pytestmark = pytest.mark.xdist_group("triton")

@@ -266,14 +266,27 @@ def test_when_a_process_started() -> None:
     assert process.started(2**22 + 1) == 0, "above the largest pid there is"
 
 
-def test_the_worker_registers(table: InflightTable) -> None:
-    other = InflightTable(table.path)
-    assert table.processes("generate") == table.dead_models() == []
-    table.register("generate")
-    assert other.processes("generate") == [os.getpid()]
-    assert other.processes("prepare") == other.dead_models() == []
-    table.unregister()
-    assert other.processes("generate") == []
+def test_requests_by_name(table: InflightTable) -> None:
+    table.claim("first")
+    table.start(second := table.claim("second"), 4)
+    table.claim("")
+    table.advance(second)
+    assert table.requests() == [
+        ("first", Status("queued")),
+        ("second", Status("running", 1, 4)),
+        ("", Status("queued")),
+    ]
+
+
+def test_a_reset_opens_the_door(table: InflightTable) -> None:
+    """What was claimed before stays another's: an old ticket gives no slot back that is taken anew."""
+    old = table.claim("a")
+    table.drain()
+    table.reset()
+    assert table.live() == 0 and not table.draining
+    table.claim("b")
+    table.release(old)
+    assert table.status("b").state == "queued"
 
 
 def test_the_file_is_private(table: InflightTable) -> None:

@@ -22,7 +22,6 @@ from fluxserve.serving.inflight import InflightTable
 table = InflightTable(Path(sys.argv[1]))
 ticket = table.claim("doomed")
 table.start(ticket, 9)
-table.register("generate")
 table.advance(ticket)
 table.claim("waiting")
 print("started", flush=True)
@@ -95,7 +94,6 @@ def dead(table: InflightTable) -> int:
         assert process.stdout is not None and process.stdout.readline() == "started\n"
         assert table.status("doomed") == Status("running", 1, 9)
         assert table.live() == 2
-        assert table.processes("generate") == [process.pid]
         process.send_signal(signal.SIGKILL)
     return process.pid
 
@@ -105,13 +103,6 @@ def test_a_dead_workers_slot_is_free(table: InflightTable, dead: int) -> None:
     assert table.status("waiting").state == "queued"
     table.start(table.claim("doomed"), 2)
     assert table.status("doomed") == Status("running", 0, 2)
-
-
-def test_a_dead_worker_is_seen(table: InflightTable, dead: int) -> None:
-    assert table.processes("generate") == [dead]
-    assert table.dead_models() == ["generate"]
-    table.forget_processes("generate")
-    assert table.dead_models() == table.processes("generate") == []
 
 
 def test_a_dead_workers_request_does_not_run(table: InflightTable, dead: int) -> None:

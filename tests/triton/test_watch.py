@@ -1,0 +1,118 @@
+"""What the supervisor does when a process dies or hangs, or holds too much memory: a server for each test."""
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from fluxserve.errors import ServerError
+from fluxserve.serving import processes
+from tests.triton.conftest import LONG, READY_S, wait_for
+from tests.triton.supervised import SMALL, outcome, serve, supervised, tree
+
+pytestmark = pytest.mark.xdist_group("lifecycle")
+
+
+def test_a_worker_that_dies_costs_nothing_but_time() -> None:
+    """Every request of that time is UNAVAILABLE, readiness says no from the death on, and all comes back."""
+    with supervised() as watched, ThreadPoolExecutor(9) as pool:
+        server, client = watched.server, watched.client
+        lost = [pool.submit(outcome, lambda: client.draw(request_id="orphan", **LONG))]
+        wait_for(lambda: client.control("orphan", "status")[1] > 0)
+        lost += [pool.submit(outcome, lambda k=k: client.draw(request_id=f"w{k}", **LONG)) for k in range(8)]
+        wait_for(lambda: server.table.live() == 9)
+        (worker,) = server.processes.pids("generate")
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: not server.readiness(None, 0.5), 5)
+        seen, ready = set(), set()
+        while not watched.reports or "is back" not in watched.reports[-1]:
+            ready.add(server.readiness(None, 0.5) and not server.processes.pids("generate"))
+            seen.add(outcome(lambda: client.draw(**SMALL)))
+        assert seen <= {"UNAVAILABLE", "OK"} and "UNAVAILABLE" in seen
+        assert True not in ready
+        assert {each.result(30) for each in lost} == {"UNAVAILABLE"}
+        assert server.table.live() == 0 and worker not in server.processes.pids("generate")
+        assert client.draw(request_id="orphan", **SMALL)["images"].shape == (1,), "its id is free again"
+        died, _ = watched.reports
+        assert "a process of generate died" in died and "'orphan' (running, step" in died and "'w0' (queued" in died
+
+
+def test_the_fourth_death_ends_the_watch_and_no_other() -> None:
+    """Whatever dies, also what loads again. After an end of Triton it serves about as soon as at its first start."""
+    with supervised() as watched:
+        server, begin = watched.server, time.monotonic()
+        os.kill(server.processes.pids("prepare")[-1], signal.SIGKILL)
+        wait_for(lambda: len(watched.reports) == 1)
+        wait_for(lambda: len(tree(server.pid)) > 1)
+        os.kill(max(tree(server.pid)), signal.SIGKILL)  # a stub that loads
+        watched.back(1)
+        loads = time.monotonic() - begin
+        assert len(watched.deaths()) == 2, watched.reports
+        assert watched.client.draw(**SMALL)["images"].shape == (1,)
+        os.kill(server.pid, signal.SIGSEGV)
+        watched.back(2)
+        assert "tritonserver ended with SIGSEGV; starting it again; no admitted request was lost" in watched.reports
+        assert float(watched.reports[-1].split()[-2]) < 3 * loads + 5
+        assert watched.client.control("nobody", "status")[0] == "unknown"
+        os.kill(server.processes.pids("control")[0], signal.SIGKILL)
+        with pytest.raises(ServerError, match="a process of control died, the 4th death in"):
+            watched.watching.result(20)
+
+
+def test_a_process_that_hangs_is_replaced() -> None:
+    """While it draws, and while nothing is to do."""
+    with supervised() as watched, ThreadPoolExecutor(1) as pool:
+        server, client = watched.server, watched.client
+        running = pool.submit(outcome, lambda: client.draw(request_id="hangs", **LONG))
+        wait_for(lambda: client.control("hangs", "status")[1] > 0)
+        for times in (1, 2):
+            (worker,) = server.processes.pids("generate")
+            os.kill(worker, signal.SIGSTOP)
+            wait_for(lambda: not server.readiness(None, 0.5), processes.STOPPED_SILENCE_S + 10)
+            watched.back(times)
+            assert "a process of generate is stopped: no sign of life for" in watched.reports[2 * times - 2]
+            assert client.draw(**SMALL)["images"].shape == (1,)
+        assert running.result(0) == "UNAVAILABLE"
+        assert "'hangs' (running" in watched.reports[0]
+
+
+def test_a_pause_of_everybody_costs_nothing() -> None:
+    """A paused container: the supervisor, Triton and its models stop and go on, and the running picture arrives."""
+    with serve() as served, ThreadPoolExecutor(1) as pool:
+        client = served.client
+        running = pool.submit(client.draw, request_id="paused", **LONG)
+        wait_for(lambda: client.control("paused", "status")[1] > 0)
+        everybody = sorted(tree(served.process.pid))
+        for pid in everybody:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(6)
+        for pid in everybody:  # the supervisor first: it sees the others stopped for a moment
+            os.kill(pid, signal.SIGCONT)
+        assert running.result(120)["images"].shape == (1,)
+        assert not served.said("starting it again")
+
+
+def test_a_signal_is_heard_while_models_load_again() -> None:
+    """Also where they never will: the process that loads is stopped."""
+    with serve() as served:
+        before = tree(served.process.pid)
+        os.kill(max(before), signal.SIGKILL)
+        wait_for(lambda: served.said("starting it again"))
+        wait_for(lambda: len(tree(served.process.pid) - before) > 2)
+        os.kill(max(tree(served.process.pid)), signal.SIGSTOP)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(20) == 0
+
+
+def test_too_much_memory_is_drained_and_given_back() -> None:
+    """At a limit the door closes, what runs is finished, and a new server takes over: no death, nothing lost."""
+    with supervised(grows=24 << 20) as watched, ThreadPoolExecutor(1) as pool:
+        server, client = watched.server, watched.client
+        before = server.pid
+        assert pool.submit(outcome, lambda: client.draw(request_id="large", **LONG)).result(READY_S) == "OK"
+        watched.back(1)
+        assert "more than the limit of" in watched.reports[0] and watched.deaths() == []
+        assert server.pid != before and not server.table.draining
+        assert client.draw(**SMALL)["images"].shape == (1,), "the door is open again"
