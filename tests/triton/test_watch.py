@@ -1,7 +1,9 @@
 """What the supervisor does when a process dies or hangs, or holds too much memory: a server for each test."""
 
 import os
+import resource
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +11,7 @@ import pytest
 
 from fluxserve.errors import ServerError
 from fluxserve.serving import processes
+from fluxserve.supervisor import memory
 from tests.triton.conftest import LONG, READY_S, wait_for
 from tests.triton.supervised import SMALL, outcome, serve, supervised, tree
 
@@ -116,3 +119,25 @@ def test_too_much_memory_is_drained_and_given_back() -> None:
         assert "more than the limit of" in watched.reports[0] and watched.deaths() == []
         assert server.pid != before and not server.table.draining
         assert client.draw(**SMALL)["images"].shape == (1,), "the door is open again"
+
+
+GREEDY = b'{"inputs":[{"name":"prompt","shape":[536870912],"datatype":"BYTES","data":["a"]}]}'
+"""A request that takes Triton 2.51 many gigabytes before it looks at the data."""
+
+
+def test_one_request_takes_no_more_than_the_limit() -> None:
+    """Triton's own process is ended by its limit, long before it holds what the request asks for, and comes back."""
+    with supervised() as watched:
+        server, most = watched.server, 0
+        limit = resource.prlimit(server.pid, resource.RLIMIT_DATA)[0]
+        with socket.create_connection(("127.0.0.1", server.ports.http)) as connection:
+            head = b"POST /v2/models/flux/infer HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % len(GREEDY)
+            connection.sendall(head + GREEDY)
+            deadline = time.monotonic() + 60
+            while not watched.reports and time.monotonic() < deadline:
+                most = max(most, memory.held(server.pid, []))
+                time.sleep(0.02)
+        print(watched.reports, most >> 20, limit >> 20)
+        watched.back(1)
+        assert most < limit < 8 << 30
+        assert watched.client.draw(**SMALL)["images"].shape == (1,)
