@@ -1,5 +1,6 @@
 """Servers with a supervisor, in this process or as a user starts them, and what lives and dies around them."""
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -118,8 +119,9 @@ def serve(*options: str) -> Iterator[Serve]:
 
 def tree(pid: int) -> set[int]:
     """A process and its descendants."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    below = [int(c) for c in children.read_text().split()] if children.exists() else []
+    below: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        below = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return {pid}.union(*(tree(c) for c in below))
 
 
