@@ -19,7 +19,7 @@ def _stat(pid: int | str) -> list[str]:
     """The fields of a process, none if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or hidden: another user's
         return []
     return text.rpartition(")")[2].split()
 

@@ -61,10 +61,16 @@ def held(leader: int, regions: Iterable[Path]) -> int:
 
 
 def bound(pid: int, burst: int = BURST) -> int:
-    """Limit what a process may allocate to what it has now and `burst` bytes more; returns the limit."""
+    """Limit what a process may allocate to what it has now and `burst` bytes more; returns the limit.
+
+    Raises:
+        ServerError: the system refused. A process that ended meanwhile is no error: its end is reported elsewhere.
+    """
     limit = _status(pid).get("VmData", 0) + burst
     try:
         resource.prlimit(pid, resource.RLIMIT_DATA, (limit, limit))
+    except ProcessLookupError:
+        return limit
     except (OSError, ValueError) as error:
         raise ServerError(f"tritonserver's memory can't be limited to {limit >> 20} MiB: {error}") from error
     return limit

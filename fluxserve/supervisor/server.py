@@ -11,6 +11,7 @@ The server is a binary: the one in the wheel `nvidia-pytriton` on a machine with
 """
 
 import contextlib
+import http.client
 import os
 import secrets
 import shutil
@@ -273,7 +274,7 @@ class TritonServer:
                 return bool(answer.status == 200)
         except urllib.error.HTTPError:
             return False
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return None
 
     def _clean(self) -> None:

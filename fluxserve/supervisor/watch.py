@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 
 from fluxserve.errors import ServerError
+from fluxserve.serving.inflight import Status
 from fluxserve.supervisor.server import DRAIN_TIMEOUT_S, POLL_S, READY_TIMEOUT_S, TritonServer
 
 MAX_RESTARTS = 3
@@ -120,9 +121,13 @@ def _named(server: TritonServer) -> str:
     requests = server.table.requests()
     if not requests:
         return "; no admitted request was lost"
-    words = [f"{name or 'no id'!r} ({s.state}, step {s.step} of {s.steps})" for name, s in requests[:_NAMED]]
+    words = [f"{name!r} ({_state(status)})" for name, status in requests[:_NAMED]]
     more = f" and {len(requests) - _NAMED} more" if len(requests) > _NAMED else ""
     return f"; lost: {', '.join(words)}{more}"
+
+
+def _state(status: Status) -> str:
+    return f"{status.state}, step {status.step} of {status.steps}" if status.steps else status.state
 
 
 def _mib(size: int) -> str:

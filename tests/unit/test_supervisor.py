@@ -238,6 +238,19 @@ def test_an_answer_that_does_not_come(tmp_path: Path, memory: Path) -> None:
         assert running.readiness("flux", 0.05) is None
 
 
+def test_an_answer_that_is_no_http(tmp_path: Path, memory: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, made(tmp_path) as running:
+        running.ports = Ports(other.getsockname()[1], 2, 3)
+
+        def answer() -> None:
+            with other.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"220 mail.example.com ESMTP\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        assert running.readiness(None, 5) is None
+
+
 def test_an_answer_that_says_no(tmp_path: Path, memory: Path, ready: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ready, "do_GET", lambda self: self.send_error(400))
     with made(tmp_path) as running:
@@ -376,6 +389,7 @@ def test_what_a_session_holds(tmp_path: Path) -> None:
         limit = memories.bound(filled.pid, 1 << 20)
         assert resource.prlimit(filled.pid, resource.RLIMIT_DATA) == (limit, limit)
     assert memories.held(filled.pid, []) == 0
+    memories.bound(filled.pid)  # it is gone: no error
 
 
 def test_bytes_that_nobody_takes() -> None:
