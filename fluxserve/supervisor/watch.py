@@ -23,6 +23,9 @@ from fluxserve.supervisor.server import DRAIN_TIMEOUT_S, POLL_S, READY_TIMEOUT_S
 MAX_RESTARTS = 3
 RESTARTS_WITHIN_S = 600.0
 _WEIGH_S = 2.0
+_AGAIN_S = 1.0
+"""Before a start that failed is the next death: a port may be taken for a moment."""
+
 _NAMED = 8
 """Lost requests that a report names."""
 
@@ -83,6 +86,7 @@ class Watch:
             self._server.start()
         except ServerError as error:
             self._report(str(error))
+            time.sleep(_AGAIN_S)
 
     # --- the three states ------------------------------------------------------------------------------------------
 
