@@ -110,8 +110,11 @@ def test_a_process_that_hangs_is_replaced() -> None:
         assert "'hangs' (running" in watched.reports[0]
 
 
-def test_a_pause_of_everybody_costs_nothing() -> None:
-    """A paused container: the supervisor, Triton and its models stop and go on, and the running picture arrives."""
+def test_a_pause_of_everybody_costs_nothing_and_a_second_signal_all() -> None:
+    """A paused container: the supervisor, Triton and its models stop and go on, and the running picture arrives.
+
+    Then two signals: the first finishes what runs, the second ends it.
+    """
     with serve() as served, ThreadPoolExecutor(1) as pool:
         client = served.client
         running = pool.submit(client.draw, request_id="paused", **LONG)
@@ -124,6 +127,13 @@ def test_a_pause_of_everybody_costs_nothing() -> None:
             os.kill(pid, signal.SIGCONT)
         assert running.result(120)["images"].shape == (1,)
         assert not served.said("starting it again")
+        lost = pool.submit(outcome, lambda: client.draw(request_id="lost", **LONG))
+        wait_for(lambda: client.control("lost", "status")[1] > 0)
+        served.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: served.said("stopping"))
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(10) == 0
+        assert lost.result(10) == "UNAVAILABLE"
 
 
 def test_a_signal_is_heard_while_models_load_again() -> None:
