@@ -19,6 +19,10 @@ from tests.triton.supervised import SMALL, outcome, serve, supervised, tree
 pytestmark = pytest.mark.xdist_group("lifecycle")
 
 
+TRITONS_OWN_S = 0.9
+"""Soon after this Triton itself answers for a dead process, with INTERNAL: on a machine too busy for the watch."""
+
+
 def draw_with_retries(url: str) -> bytes:
     with Client(url, retry=Retry(attempts=200, most=1)) as client:
         return client.generate("a red apple", **SMALL, request_id="saved").image
@@ -35,14 +39,16 @@ def test_a_worker_that_dies_costs_nothing_but_time() -> None:
         wait_for(lambda: server.table.live() == 9)
         (worker,) = server.processes.pids("generate")
         os.kill(worker, signal.SIGKILL)
-        wait_for(lambda: not server.readiness(None, 0.5), 5)
+        noticed = wait_for(lambda: watched.reports != [])
+        wait_for(lambda: worker not in server.processes.pids("generate"))
         seen, ready = set(), set()
-        while not watched.reports or "is back" not in watched.reports[-1]:
+        while len(watched.reports) < 2:
             ready.add(server.readiness(None, 0.5) and not server.processes.pids("generate"))
             seen.add(outcome(lambda: client.draw(**SMALL)))
         assert seen <= {"UNAVAILABLE", "OK"} and "UNAVAILABLE" in seen
         assert True not in ready
-        assert {each.result(30) for each in lost} == {"UNAVAILABLE"}
+        late = {"INTERNAL"} if noticed > TRITONS_OWN_S else set()
+        assert {each.result(30) for each in lost} <= {"UNAVAILABLE"} | late
         assert len(saved.result(READY_S)) > 1000, "who tries again gets a picture"
         assert server.table.live() == 0 and worker not in server.processes.pids("generate")
         assert client.draw(request_id="orphan", **SMALL)["images"].shape == (1,), "its id is free again"
