@@ -31,7 +31,7 @@ from benchmarks.served import PROMPT, REPOSITORY, WARM_UP
 from benchmarks.surroundings import surroundings
 from fluxserve import contract, settings
 from fluxserve.installation import bundled
-from fluxserve.server import Ports, TritonServer
+from fluxserve.supervisor import Ports, TritonServer
 
 Stamps = Mapping[str, Mapping[str, int]]
 """Of one request: model → name of a stamp → nanoseconds."""

@@ -27,7 +27,7 @@ from benchmarks.served import REPOSITORY, WARM_UP
 from benchmarks.surroundings import surroundings
 from fluxserve import contract, settings
 from fluxserve.installation import bundled
-from fluxserve.server import LOOPBACK, Ports, TritonServer
+from fluxserve.supervisor import LOOPBACK, Ports, TritonServer
 
 _PROMPTS = Path(__file__).with_name("perf_analyzer.json")
 _LATENCIES = ("p50", "p90", "p95", "p99")

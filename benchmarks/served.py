@@ -29,7 +29,7 @@ from fluxserve import settings
 from fluxserve.imaging import write_image
 from fluxserve.installation import bundled
 from fluxserve.request import DEFAULT_QUALITY
-from fluxserve.server import Ports, TritonServer
+from fluxserve.supervisor import Ports, TritonServer
 
 PROMPT = "a photograph of a fox that reads a newspaper in a café, morning light, shallow depth of field"
 WARM_UP = 3

@@ -18,8 +18,9 @@ from fluxserve import __version__, console, process, settings
 from fluxserve.errors import FluxserveError, LibraryMissing, ServerError
 from fluxserve.installation import Installation, bundled, installed_at
 from fluxserve.repository import lay_out
-from fluxserve.server import DRAIN_TIMEOUT_S, LOOPBACK, Ports, TritonServer
+from fluxserve.serve import add_options, serve
 from fluxserve.spec import FAMILY
+from fluxserve.supervisor import Ports, TritonServer
 
 if TYPE_CHECKING:
     from fluxserve_client import Client
@@ -86,13 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "serve", help="run Triton until Ctrl-C or SIGTERM; admitted requests are finished first"
     )
     _server_options(serve)
-    serve.add_argument("--http-port", type=_port, default=Ports.http, help="default: %(default)s")
-    serve.add_argument("--grpc-port", type=_port, default=Ports.grpc, help="default: %(default)s")
-    serve.add_argument("--metrics-port", type=_port, default=Ports.metrics, help="default: %(default)s")
-    serve.add_argument("--address", default=LOOPBACK, help="what to listen on; default: %(default)s, this machine only")
-    serve.add_argument(
-        "--drain-timeout", type=float, default=DRAIN_TIMEOUT_S, metavar="S", help="default: %(default)s s"
-    )
+    add_options(serve)
     serve.set_defaults(command=_serve)
 
     demo = commands.add_parser("demo", help="start a server on free ports, draw one picture through the client, stop")
@@ -123,12 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     _server_options(doctor)
     doctor.set_defaults(command=_doctor)
     return parser
-
-
-def _port(text: str) -> int:
-    if not (text.isdigit() and 0 < int(text) < 2**16):
-        raise argparse.ArgumentTypeError(f"got {text!r}; expected 1 to 65535")
-    return int(text)
 
 
 def _picture(text: str) -> Path:
@@ -207,27 +196,7 @@ def _lay_out(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     if "://" in options.server:
         return _attach(options.server)
-    ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
-    signals: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-    server = TritonServer(
-        options.repository, ports, _installation(options.server), options=_chosen(options), address=options.address
-    )
-    with server:
-        server.start()
-        spent = server.wait_ready(stopping=lambda: bool(signals))
-        if signals:
-            return 128 + signals[0]
-        _say(f"ready after {spent:.1f} s; Ctrl-C stops")
-        _say(f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}\n  metrics  {server.metrics_url}")
-        if exposed := server.exposed():
-            _say(f"warning: other users of this machine can read prompts and pictures: {exposed[0]} and its like")
-        server.supervise(lambda: bool(signals), _say)
-        _say("stopping: admitted requests are finished, new ones refused; once more ends the waiting")
-        server.stop(options.drain_timeout, hurry=lambda: len(signals) > 1)
-    _say("stopped")
-    return 0
+    return serve(options, _installation(options.server), _chosen(options), _say)
 
 
 def _say(line: str) -> None:

@@ -11,14 +11,35 @@ _GRACE_S = 10
 """What a server has to end by itself once nobody watches it any more."""
 
 
+_STATE, _SESSION, _STARTED = 0, 3, 19
+"""Fields of /proc/PID/stat, counted from the one behind the name."""
+
+
+def _stat(pid: int | str) -> list[str]:
+    """The fields of a process, none if there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or hidden: another user's
+        return []
+    return text.rpartition(")")[2].split()
+
+
 def started(pid: int) -> int:
     """When a process was started, in clock ticks since boot, 0 if there is none: tells a pid used again apart."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    fields = stat.rpartition(")")[2].split()
-    return 0 if fields[0] == "Z" else int(fields[19])
+    fields = _stat(pid)
+    return int(fields[_STARTED]) if fields and fields[_STATE] != "Z" else 0
+
+
+def stopped(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped a process."""
+    fields = _stat(pid)
+    return bool(fields) and fields[_STATE] in "Tt"
+
+
+def session(leader: int) -> list[int]:
+    """The processes of a session."""
+    stats = ((int(folder.name), _stat(folder.name)) for folder in Path("/proc").glob("[0-9]*"))
+    return [pid for pid, fields in stats if fields and fields[_STATE] != "Z" and int(fields[_SESSION]) == leader]
 
 
 def prefix(pid: int) -> str:

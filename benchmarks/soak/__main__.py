@@ -31,7 +31,7 @@ from benchmarks.soak.watch import MIB, growth
 from benchmarks.surroundings import surroundings
 from fluxserve import settings
 from fluxserve.installation import bundled
-from fluxserve.server import Ports, TritonServer
+from fluxserve.supervisor import Ports, TritonServer, Watch
 
 
 @contextmanager
@@ -45,7 +45,8 @@ def supervised(options: dict[str, str]) -> Iterator[TritonServer]:
     ):
         server.start()
         server.wait_ready()
-        watching = pool.submit(server.supervise, lambda: bool(stopping), lambda line: print(line, file=sys.stderr))
+        watch = Watch(server, lambda: bool(stopping), lambda line: print(line, file=sys.stderr))
+        watching = pool.submit(watch.run)
         try:
             yield server
         finally:

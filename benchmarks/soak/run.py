@@ -11,7 +11,7 @@ from benchmarks.soak.callers import LOST_S, Callers, Outcome
 from benchmarks.soak.cases import Shape, cases, references
 from benchmarks.soak.promises import Promise, promises
 from benchmarks.soak.watch import MIB, Watch
-from fluxserve.server import TritonServer
+from fluxserve.supervisor import TritonServer
 
 SAMPLE_S = 1.0
 _LINE_S = 30.0

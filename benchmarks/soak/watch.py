@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fluxserve import process
-from fluxserve.server import TritonServer
+from fluxserve.supervisor import TritonServer
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (looked at)
 MIB = 2**20

@@ -26,6 +26,7 @@ from fluxserve.serving import shared_memory, tensors
 from fluxserve.serving.files import Files, Finish
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import DrawingMetrics
+from fluxserve.serving.processes import Pace
 from fluxserve.settings import Settings
 
 _WRITERS = 2
@@ -69,7 +70,9 @@ class GenerateModel(ServedModel):
         components = found.open_components(name, config.dtype)
         self._spec, self._max_rows = found.spec, config.max_rows
         self._pipeline = Pipeline(found.spec, components, name, config.max_rows)
+        begin = time.monotonic()
         self._pipeline.warm_up()
+        self._pace = Pace(self._heartbeat, time.monotonic() - begin)
         self._files = Files(device if found.compiles else None, found.spec.defaults.side)
         self._metrics = DrawingMetrics()
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="answer")
@@ -79,6 +82,13 @@ class GenerateModel(ServedModel):
 
         Triton batches by shape; what differs in schedule all the same goes through the loop separately.
         """
+        self._pace.begin()
+        try:
+            self._answer_all(requests)
+        finally:
+            self._pace.end()
+
+    def _answer_all(self, requests: Sequence[Any]) -> None:
         groups: dict[tuple[object, ...], list[_Asked]] = defaultdict(list)
         for request in requests:
             try:
@@ -137,6 +147,7 @@ class GenerateModel(ServedModel):
                 tensors.send(asked.sender, self._refusal(error))
         if not started:
             return
+        self._pace.draw()
         try:
             drawings = self._pipeline.draw([a.job for a in started], lambda index: self._stepped(started[index]))
             done = [self._table.progress(asked.ticket).step for asked in started]
@@ -157,7 +168,9 @@ class GenerateModel(ServedModel):
     def _stepped(self, asked: _Asked) -> bool:
         """Note a step; False once the request was cancelled, through `control` or (called directly) through gRPC."""
         self._metrics.stepped()
-        return self._table.advance(asked.ticket) and not asked.request.is_cancelled()
+        wanted = self._table.advance(asked.ticket)
+        self._pace.step(last=self._table.progress(asked.ticket).step % asked.job.steps == 0)
+        return wanted and not asked.request.is_cancelled()
 
     def _hand_over(self, asked: _Asked, drawing: Drawing, timings: dict[str, float]) -> None:
         """Do with the files what the GPU has to, and leave the rest to a thread."""
@@ -169,6 +182,7 @@ class GenerateModel(ServedModel):
             return
         timings["image"] = 1000 * (time.perf_counter() - begin)
         size = tuple(drawing.pixels.shape[1:3])
+        self._pace.begin()
         self._writers.submit(self._finish, asked, finish, size, timings).add_done_callback(triton_errors.report)
 
     def _finish(self, asked: _Asked, finish: Finish, size: tuple[int, ...], timings: dict[str, float]) -> None:
@@ -176,6 +190,16 @@ class GenerateModel(ServedModel):
 
         Each number that is counted is a message to Triton's process, and waits for its reply.
         """
+        try:
+            written = self._answer(asked, finish, size, timings)
+        finally:
+            self._pace.end()
+        if written:
+            images = len(asked.job.noise_seeds)
+            self._metrics.drawn(images, images * math.prod(size), timings)
+
+    def _answer(self, asked: _Asked, finish: Finish, size: tuple[int, ...], timings: dict[str, float]) -> bool:
+        """Send the files, or why there are none; return whether they could be written."""
         begin = time.perf_counter()
         try:
             files = finish()
@@ -183,7 +207,7 @@ class GenerateModel(ServedModel):
                 files = [base64.b64encode(file) for file in files]
         except Exception as error:  # noqa: BLE001 (the border: nobody would hear of it on a thread)
             tensors.send(asked.sender, self._refusal(error))
-            return
+            return False
         timings["image"] += 1000 * (time.perf_counter() - begin)
         with shared_memory.answering:
             try:
@@ -191,8 +215,7 @@ class GenerateModel(ServedModel):
             except Exception as error:  # noqa: BLE001 (likewise)
                 answer = self._refusal(error)
             tensors.send(asked.sender, answer)
-        images = len(asked.job.noise_seeds)
-        self._metrics.drawn(images, images * math.prod(size), timings)
+        return True
 
     def _refusal(self, error: Exception) -> Any:
         if isinstance(error, Cancelled):

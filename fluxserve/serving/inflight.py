@@ -24,13 +24,10 @@ Claims, starts, cancels and releases hold an exclusive lock on the file; the two
 noting the step and looking at the cancel flag, are single aligned words and take none.
 """
 
-import fcntl
-import mmap
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +36,8 @@ import numpy.typing as npt
 
 from fluxserve import process
 from fluxserve.contract import MAX_WAITING, QUEUE_TIMEOUT_S
-from fluxserve.errors import Cancelled, Draining, InvalidRequest, QueueFull, RequestIdInUse, ServerError
+from fluxserve.errors import Cancelled, Draining, InvalidRequest, QueueFull, RequestIdInUse
+from fluxserve.serving.shared_file import SharedFile
 
 FREE, CLAIMED, QUEUED, RUNNING = 0, 1, 2, 3
 CAPACITY = 256
@@ -53,18 +51,13 @@ LEASE_S = QUEUE_TIMEOUT_S + 10.0
 HANDOVER_S = 1.0
 """Longer than the way from `prepare` to `generate` takes when no other request is in front."""
 
-MAX_PROCESSES = 256
-"""Model instances of one server."""
-
 _VERSION = 2
-_PROCESS = np.dtype([("pid", "<u8"), ("started", "<u8"), ("model", "S32")], align=True)
 _HEADER = np.dtype(
     [
         ("version", "<u4"),
         ("draining", "<u4"),
         ("idle_since_ns", "<u8"),
         ("newest_started_ns", "<u8"),  # the latest `queued_ns` of all that were started
-        ("processes", _PROCESS, MAX_PROCESSES),
     ],
     align=True,
 )
@@ -108,55 +101,10 @@ class InflightTable:
     def __init__(self, path: Path, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self.path, self._clock_ns = path, clock_ns
         self._started = process.started(os.getpid())
-        size = _HEADER.itemsize + CAPACITY * _SLOT.itemsize
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with self._locked():
-            if os.fstat(self._fd).st_size == 0:
-                self._reserve(size)
-            if os.fstat(self._fd).st_size != size:
-                raise ServerError(f"{path}: {os.fstat(self._fd).st_size} bytes; this version's table has {size}")
-            self._map = mmap.mmap(self._fd, size)
-            self._header = np.frombuffer(self._map, _HEADER, count=1)
-            self._slots = np.frombuffer(self._map, _SLOT, count=CAPACITY, offset=_HEADER.itemsize)
-            self._processes = self._header["processes"][0]
-            if self._header["version"][0] not in (0, _VERSION):  # 0: made just now
-                raise ServerError(f"{path}: a table of version {self._header['version'][0]}; expected {_VERSION}")
-            self._header["version"] = _VERSION
-
-    def _reserve(self, size: int) -> None:
-        """Make the file's pages now: where there is no room, touching one later would end the process by SIGBUS."""
-        try:
-            os.posix_fallocate(self._fd, 0, size)
-        except OSError as error:
-            self.path.unlink()
-            raise ServerError(
-                f"{self.path}: no room for the in-flight table's {size} bytes: {error.strerror}"
-            ) from error
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-
-    # --- every model -----------------------------------------------------------------------------------------------
-
-    def register(self, model: str) -> None:
-        """Say that this process runs a model, so that a supervisor can watch it. Raises ServerError if too many do."""
-        with self._locked():
-            free = np.flatnonzero(self._processes["pid"] == 0)
-            if not len(free):
-                raise ServerError(f"processes: {MAX_PROCESSES} are registered; no more are expected")
-            entry = self._processes[free[0]]
-            entry["started"], entry["model"] = self._started, model.encode()
-            entry["pid"] = os.getpid()
-
-    def unregister(self) -> None:
-        """This process ends as it should."""
-        with self._locked():
-            self._processes["pid"][self._processes["pid"] == os.getpid()] = 0
+        self._file = SharedFile(path, _HEADER.itemsize + CAPACITY * _SLOT.itemsize, _VERSION)
+        self._locked = self._file.locked
+        self._header = np.frombuffer(self._file.map, _HEADER, count=1)
+        self._slots = np.frombuffer(self._file.map, _SLOT, count=CAPACITY, offset=_HEADER.itemsize)
 
     # --- prepare ---------------------------------------------------------------------------------------------------
 
@@ -262,11 +210,17 @@ class InflightTable:
             self._sweep()
             return int((self._slots["state"] != FREE).sum() + (self._lapsed() & (self._slots["cancel"] == 0)).sum())
 
-    def release_waits(self) -> None:
-        """Free every slot that waits: `generate` was unloaded, and Triton has answered whatever was in its queue."""
+    def reset(self) -> None:
+        """Free every slot and open the door: every process of the server was ended, and nobody waits for an answer."""
         with self._locked():
-            waits = np.isin(self._slots["state"], (FREE, QUEUED))
-            self._slots["state"][waits], self._slots["ticket"][waits] = FREE, 0
+            self._slots["state"], self._slots["ticket"] = FREE, 0
+            self._header["draining"] = 0
+
+    def requests(self) -> list[tuple[str, Status]]:
+        """The ids of the requests that wait or run, in the order in which they were admitted."""
+        slots = self._slots[self._slots["state"] != FREE]
+        order = np.argsort(slots["claimed_ns"], kind="stable")
+        return [(_id(slots[i]), _status(slots[i])) for i in order]
 
     @property
     def drawing(self) -> bool:
@@ -276,22 +230,6 @@ class InflightTable:
     @property
     def draining(self) -> bool:
         return bool(self._header["draining"][0])
-
-    def processes(self, model: str) -> list[int]:
-        """Pids of a model's instances that registered, dead or alive."""
-        ours = (self._processes["pid"] != 0) & (self._processes["model"] == model.encode())
-        return [int(pid) for pid in self._processes["pid"][ours]]
-
-    def dead_models(self) -> list[str]:
-        """The models that have an instance whose process is gone without having said so."""
-        entries = self._processes[self._processes["pid"] != 0]
-        gone = [e for e in entries if process.started(int(e["pid"])) != e["started"]]
-        return sorted({bytes(e["model"]).decode() for e in gone})
-
-    def forget_processes(self, model: str) -> None:
-        """Drop what is known of a model's processes: it is about to be loaded again."""
-        with self._locked():
-            self._processes["pid"][self._processes["model"] == model.encode()] = 0
 
     # --- with the lock held ----------------------------------------------------------------------------------------
 
@@ -346,11 +284,7 @@ class InflightTable:
         return int(found[0]) if len(found) else None
 
     def _status(self, index: int | None) -> Status:
-        if index is None:
-            return Status("unknown")
-        slot = self._slots[index]
-        state = "cancelling" if slot["cancel"] else ("running" if slot["state"] == RUNNING else "queued")
-        return Status(state, int(slot["step"]), int(slot["steps"]))
+        return Status("unknown") if index is None else _status(self._slots[index])
 
     def _free(self, slot: np.void) -> None:
         if slot["state"] == RUNNING:
@@ -360,3 +294,9 @@ class InflightTable:
 
 def _id(slot: np.void) -> str:
     return bytes(slot["id"]).decode()
+
+
+def _status(slot: np.void) -> Status:
+    """What a slot that is not free says of its request."""
+    state = "cancelling" if slot["cancel"] else ("running" if slot["state"] == RUNNING else "queued")
+    return Status(state, int(slot["step"]), int(slot["steps"]))

@@ -6,29 +6,36 @@ from typing import ClassVar
 
 from fluxserve import settings
 from fluxserve.serving.inflight import InflightTable
+from fluxserve.serving.processes import Heartbeat, ProcessTable
 from fluxserve.settings import Settings
 
 
 class ServedModel:
     """Triton calls `initialize` and `finalize`; a subclass loads what it needs in `load`.
 
-    Each instance is a process of its own and says so in the in-flight table, so that the supervisor notices when one
-    dies. One that fails to load never registers: that is Triton's to report.
+    Each instance is a process of its own. From the moment it begins to load, a heartbeat tells the supervisor that it
+    is there and gets on. One that fails to load takes its entry back: the reason is Triton's to report.
     """
 
     name: ClassVar[str]
     _table: InflightTable
+    _heartbeat: Heartbeat
 
     def initialize(self, args: dict[str, str]) -> None:
         config = settings.load(json.loads(args["model_config"])["parameters"])
         self._table = InflightTable(config.inflight_path)
-        self.load(config, args)
+        self._heartbeat = Heartbeat(ProcessTable.beside(config.inflight_path), self.name)
+        try:
+            self.load(config, args)
+        except BaseException:
+            self._heartbeat.close()
+            raise
         gc.collect()
         gc.freeze()  # what is there now stays: no collection in the middle of a request walks a million objects of it
-        self._table.register(self.name)
+        self._heartbeat.loaded()
 
     def finalize(self) -> None:
-        self._table.unregister()
+        self._heartbeat.close()
         self.unload()
 
     def load(self, config: Settings, args: dict[str, str]) -> None:

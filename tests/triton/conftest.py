@@ -23,7 +23,7 @@ from fluxserve.installation import bundled
 from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
-from fluxserve.server import Ports, TritonServer
+from fluxserve.supervisor import Ports, TritonServer
 from fluxserve.text import Tokenizers
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pytest
 
 from fluxserve.errors import ServerError
 from fluxserve.installation import bundled
-from fluxserve.server import Ports, TritonServer
+from fluxserve.supervisor import Ports, TritonServer
 from tests.support.exports import Exports
 from tests.triton.conftest import READY_S, REPOSITORY, PlainClient, drawn_by, pixels, plain, serving
 

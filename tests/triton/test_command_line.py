@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fluxserve.cli import main
-from fluxserve.server import TritonServer
+from fluxserve.supervisor import TritonServer
 
 pytestmark = pytest.mark.xdist_group("triton")
 

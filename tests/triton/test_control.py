@@ -15,8 +15,8 @@ from fluxserve_client import errors as client_errors
 from tritonclient.utils import InferenceServerException
 
 from fluxserve import contract
-from fluxserve.server import TritonServer
 from fluxserve.serving import inflight
+from fluxserve.supervisor import TritonServer
 from tests.triton.conftest import LONG, PATIENCE, PlainClient, code_of, plain, running, status_of, tensors, wait_for
 
 pytestmark = pytest.mark.xdist_group("triton")

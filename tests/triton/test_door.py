@@ -15,7 +15,7 @@ import pytest
 
 from fluxserve import contract, process
 from fluxserve.imaging import decode, read_image
-from fluxserve.server import TritonServer
+from fluxserve.supervisor import TritonServer
 from fluxserve.spec import Limits
 from tests.triton.conftest import PATIENCE, PlainClient, plain, running, wait_for
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxserve.server import TritonServer
+from fluxserve.supervisor import TritonServer
 from tests.triton.conftest import PlainClient, counters, plain
 
 pytestmark = pytest.mark.xdist_group("triton")
@@ -121,16 +121,3 @@ def test_the_server_goes_on(server: TritonServer) -> None:
     assert client.draw(height=64, width=64, num_inference_steps=1)["images"].shape == (1,)
     assert server.is_ready()
     assert server.table.live() == 0
-
-
-def test_administrative_apis_want_the_key(server: TritonServer) -> None:
-    """Nobody unloads a model, or registers shared memory, without the supervisor's key."""
-    import urllib.error
-    import urllib.request
-
-    for path in ("v2/repository/models/generate/unload", "v2/systemsharedmemory/region/x/register"):
-        request = urllib.request.Request(f"http://{server.http_url}/{path}", data=b"{}", method="POST")
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(request, timeout=5)
-        assert caught.value.code == 403
-    assert server.is_ready("generate")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fluxserve import contract
 from fluxserve.imaging import write_image
-from fluxserve.server import TritonServer
+from fluxserve.supervisor import TritonServer
 from tests.triton.conftest import plain
 
 pytestmark = pytest.mark.xdist_group("triton")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fluxserve.imaging import write_image
-from fluxserve.server import TritonServer
+from fluxserve.supervisor import TritonServer
 from tests.support import random_flux2
 from tests.triton.conftest import PlainClient, drawn_by, pixels, plain, serving
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fluxserve_client import AsyncClient, Client, DeadlineExceeded
 
-from fluxserve.server import TritonServer
+from fluxserve.supervisor import TritonServer
 from tests.triton.conftest import LONG, PATIENCE, counters, plain, running, wait_for
 
 pytestmark = pytest.mark.xdist_group("triton")

@@ -9,67 +9,22 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from fluxserve import process as process_of
 from fluxserve.errors import ServerError
 from fluxserve.installation import bundled
-from fluxserve.server import Ports, TritonServer
 from fluxserve.serving.inflight import InflightTable
 from fluxserve.settings import default_checkpoint
-from tests.triton.conftest import LONG, REPOSITORY, ROOT, PlainClient, status_of, wait_for
+from fluxserve.supervisor import EXIT_TIMEOUT_S, Ports, TritonServer
+from tests.triton.conftest import READY_S, REPOSITORY, ROOT, status_of, wait_for
+from tests.triton.supervised import SMALL, alive, grpc, serve, shared_memory, tree
 
 pytestmark = pytest.mark.xdist_group("lifecycle")
-
-SMALL = {"height": 64, "width": 64, "num_inference_steps": 1}
-READY_S = 60
-
-
-def grpc(ports: Ports) -> PlainClient:
-    return PlainClient("grpc", f"127.0.0.1:{ports.grpc}")
-
-
-@contextmanager
-def serve(*options: str) -> Iterator[tuple[subprocess.Popen[str], Ports]]:
-    """`fluxserve serve` as a user starts it, ready; killed at the end if it still runs."""
-    ports = Ports.free()
-    numbers = [f"--{name}-port={getattr(ports, name)}" for name in ("http", "grpc", "metrics")]
-    command = [sys.executable, "-m", "fluxserve", "serve", *numbers, *options]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("ready after"):
-                break
-        else:
-            raise AssertionError("it ended before it was ready")
-        threading.Thread(target=process.stdout.read, daemon=True).start()
-        yield process, ports
-    finally:
-        process.kill()
-        process.wait()
-
-
-def tree(pid: int) -> set[int]:
-    """A process and its descendants."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    below = [int(c) for c in children.read_text().split()] if children.exists() else []
-    return {pid}.union(*(tree(c) for c in below))
-
-
-def alive(pids: set[int]) -> set[int]:
-    return {pid for pid in pids if process_of.started(pid)}
-
-
-def shared_memory(supervisor: int) -> list[str]:
-    return [file.name for file in Path("/dev/shm").glob(f"fluxserve-{supervisor}-*")]
 
 
 def listening(port: int) -> bool:
@@ -77,98 +32,10 @@ def listening(port: int) -> bool:
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
-@contextmanager
-def supervised(reports: list[str]) -> Iterator[TritonServer]:
-    """A server under its supervisor, as `fluxserve serve` runs it."""
-    stopping = threading.Event()
-    with (
-        tempfile.TemporaryFile() as log,
-        TritonServer(REPOSITORY, Ports.free(), bundled(), log) as server,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        server.start()
-        server.wait_ready(READY_S)
-        watching = pool.submit(server.supervise, stopping.is_set, reports.append)
-        try:
-            yield server
-        finally:
-            stopping.set()
-        watching.result(10)
-
-
-def readiness_until_back(
-    server: TritonServer, reports: list[str], models: Sequence[str]
-) -> dict[str, set[bool | None]]:
-    """What the server ("") and the models said of themselves, from now until the supervisor says that all is back.
-    Asked again where one says nothing at once: it would answer when all is over."""
-    seen: dict[str, set[bool | None]] = {name: set() for name in ("", *models)}
-
-    def back() -> bool:
-        for name, said in seen.items():
-            said.add(server.readiness(name or None, 0.5))
-        return len(reports) == 2 and server.is_ready()
-
-    wait_for(back, READY_S)
-    return seen
-
-
-def test_a_worker_that_dies_is_not_ready_and_comes_back() -> None:
-    """Readiness tells the truth, the request in flight is answered, the table is clean."""
-    reports: list[str] = []
-    with supervised(reports) as server, ThreadPoolExecutor(9) as pool:
-        client = grpc(server.ports)
-        in_flight = pool.submit(client.refused, lambda: client.draw(request_id="orphan", **LONG))
-        wait_for(lambda: client.control("orphan", "status")[1] > 0)
-        waiting = [pool.submit(client.refused, lambda k=k: client.draw(request_id=f"w{k}", **LONG)) for k in range(8)]
-        wait_for(lambda: server.table.live() == 9)
-        (worker,) = server.table.processes("generate")
-        os.kill(worker, signal.SIGKILL)
-        seen = readiness_until_back(server, reports, ["flux", "generate", "control"])
-        assert False in seen[""] & seen["flux"] & seen["generate"]
-        assert seen["control"] - {None} == {True}
-        in_flight.result(30)  # `refused`: it was answered, with an error
-        for each in waiting:
-            each.result(30)
-        assert server.table.live() == 0, "who waited was answered, and waits no longer"
-        wait_for(lambda: server.is_ready("flux"))
-        assert worker not in server.table.processes("generate")
-        assert client.draw(request_id="orphan", **SMALL)["images"].shape == (1,), "its id is free again"
-        assert server.table.live() == 0
-    assert len(reports) == 2
-
-
-@pytest.mark.parametrize("model", ["prepare", "control"])
-def test_any_process_that_dies_comes_back(model: str) -> None:
-    """With two instances Triton would go on sending every other request to the dead one."""
-    reports: list[str] = []
-    with supervised(reports) as server:
-        before = server.table.processes(model)
-        os.kill(before[-1], signal.SIGKILL)
-        wait_for(lambda: len(reports) == 2, READY_S)
-        wait_for(server.is_ready, READY_S)
-        client = grpc(server.ports)
-        for _ in range(2 * len(before)):
-            client.draw(**SMALL)
-            assert client.control("nobody", "status")[0] == "unknown"
-        assert len(server.table.processes(model)) == len(before)
-        assert not set(server.table.processes(model)) & set(before)
-
-
-def test_a_server_that_dies_is_started_again() -> None:
-    """Whatever kills Triton itself: 2.51 ends at one HTTP request with a shape of 2**62."""
-    reports: list[str] = []
-    with supervised(reports) as server:
-        before = server.pid
-        os.kill(before, signal.SIGSEGV)
-        wait_for(lambda: len(reports) == 2, READY_S)
-        wait_for(server.is_ready, READY_S)
-        assert grpc(server.ports).draw(**SMALL)["images"].shape == (1,)
-
-
 def test_a_taken_port_is_refused() -> None:
-    with serve() as (_, ports), tempfile.TemporaryFile() as log:
-        other = TritonServer(REPOSITORY, ports, bundled(), log)
-        with other, pytest.raises(ServerError, match=f"--http-port: 127.0.0.1:{ports.http} can't be had"):
+    with serve() as served, tempfile.TemporaryFile() as log:
+        other = TritonServer(REPOSITORY, served.ports, bundled(), log)
+        with other, pytest.raises(ServerError, match=f"--http-port: 127.0.0.1:{served.ports.http} can't be had"):
             other.start()
 
 
@@ -203,11 +70,14 @@ def test_a_demo_that_is_stopped_while_it_loads_leaves_no_process(number: int, tm
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_leaves_nothing(number: int) -> None:
     """What runs and what waits is finished, what is new is refused, and nothing stays."""
-    with serve() as (process, ports), ThreadPoolExecutor(3) as pool:
-        client = grpc(ports)
+    with serve() as served, ThreadPoolExecutor(3) as pool:
+        process, ports, client = served.process, served.ports, served.client
         pids = tree(process.pid)
         assert len(pids) >= 6, "the supervisor, the server and four workers"
-        assert len(shared_memory(process.pid)) >= 5, "the table, and a region for each worker"
+        assert len(shared_memory(process.pid)) >= 6, "two tables, and a region for each worker"
+        idle = socket.create_connection(("127.0.0.1", ports.http))  # kept alive, as a pool of connections keeps it
+        idle.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert b"200 OK" in idle.recv(1000)
         size = {"height": 384, "width": 384, "num_inference_steps": 60}
         running = pool.submit(client.draw, request_id="running", **size)
         wait_for(lambda: client.control("running", "status")[1] > 0)
@@ -221,14 +91,18 @@ def test_a_signal_drains_and_leaves_nothing(number: int) -> None:
         assert status_of(refused.value) == "UNAVAILABLE"
         assert "shutting down" in refused.value.message()
         assert running.result(60)["images"].shape == waiting.result(60)["images"].shape == (1,)
+        begin = time.monotonic()
         assert process.wait(60) == 0
+        assert time.monotonic() - begin < EXIT_TIMEOUT_S + 5, "an idle connection is nothing to wait for"
+        idle.close()
     wait_for(lambda: not alive(pids), 10)
     assert shared_memory(process.pid) == []
     assert not any(listening(p) for p in (ports.http, ports.grpc, ports.metrics))
 
 
 def test_a_killed_supervisor_takes_its_server_along() -> None:
-    with serve() as (process, _):
+    with serve() as served:
+        process = served.process
         pids = tree(process.pid)
         process.kill()
         process.wait()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxserve.server import TritonServer
+from fluxserve.supervisor import TritonServer
 from tests.triton.conftest import plain
 
 pytestmark = pytest.mark.xdist_group("triton")

@@ -15,7 +15,7 @@ from fluxserve.engines.open import open_components
 from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
-from fluxserve.server import TritonServer
+from fluxserve.supervisor import TritonServer
 from fluxserve.text import Tokenizers
 from tests.triton.conftest import PATIENCE, PlainClient, counters, plain, running, wait_for
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.soak.callers import Callers
 from benchmarks.soak.cases import Shape, references
 from benchmarks.soak.run import Plan, soak
-from fluxserve.server import TritonServer
+from fluxserve.supervisor import TritonServer
 
 pytestmark = pytest.mark.xdist_group("triton")
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import load
 from fluxserve import contract
-from fluxserve.server import Ports
+from fluxserve.supervisor import Ports
 
 TABLE = """Concurrency,Inferences/Second,Client Send,Network+Server Send/Recv,Server Queue,Server Compute Input,\
 Server Compute Infer,Server Compute Output,Client Recv,p50 latency,p90 latency,p95 latency,p99 latency

@@ -381,14 +381,29 @@ def test_when_a_process_started() -> None:
     assert process.started(2**22 + 1) == 0, "above the largest pid there is"
 
 
-def test_the_worker_registers(table: InflightTable) -> None:
-    other = InflightTable(table.path)
-    assert table.processes("generate") == table.dead_models() == []
-    table.register("generate")
-    assert other.processes("generate") == [os.getpid()]
-    assert other.processes("prepare") == other.dead_models() == []
-    table.unregister()
-    assert other.processes("generate") == []
+def test_requests_by_name(table: InflightTable) -> None:
+    table.claim("first")
+    second = table.claim("second")
+    table.enqueue(second, 4)
+    table.start(second, 4)
+    table.claim("")
+    table.advance(second)
+    assert table.requests() == [
+        ("first", Status("queued")),
+        ("second", Status("running", 1, 4)),
+        ("", Status("queued")),
+    ]
+
+
+def test_a_reset_opens_the_door(table: InflightTable) -> None:
+    """What was claimed before stays another's: an old ticket gives no slot back that is taken anew."""
+    old = table.claim("a")
+    table.drain()
+    table.reset()
+    assert table.live() == 0 and not table.draining
+    table.claim("b")
+    table.release(old)
+    assert table.status("b").state == "queued"
 
 
 def test_the_file_is_private(table: InflightTable) -> None:
@@ -419,7 +434,7 @@ def test_no_room_for_the_table(tmp_path: Path) -> None:
     done = namespaces.run(tmp_path, 64 * 1024, [sys.executable, "-c", FULL, str(tmp_path)])
     assert done.returncode == 0, done.stderr
     error, left = done.stdout.splitlines()
-    assert re.fullmatch(r".*/table: no room for the in-flight table's \d+ bytes: No space left on device", error)
+    assert re.fullmatch(r".*/table: no room for a table of \d+ bytes: No space left on device", error)
     assert left == "['other']"
 
 

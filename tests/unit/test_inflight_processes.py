@@ -24,7 +24,6 @@ table = InflightTable(Path(sys.argv[1]))
 ticket = table.claim("doomed")
 table.enqueue(ticket, 9)
 table.start(ticket, 9)
-table.register("generate")
 table.advance(ticket)
 table.enqueue(table.claim("waiting"), 9)
 table.claim("decoding")
@@ -105,7 +104,6 @@ def dead(table: InflightTable) -> int:
         assert process.stdout is not None and process.stdout.readline() == "started\n"
         assert table.status("doomed") == Status("running", 1, 9)
         assert table.live() == 3
-        assert table.processes("generate") == [process.pid]
         process.send_signal(signal.SIGKILL)
     return process.pid
 
@@ -115,13 +113,6 @@ def test_a_dead_workers_slot_is_free(table: InflightTable, dead: int) -> None:
     assert table.status("waiting").state == "queued"
     table.start(admitted(table, "doomed"), 2)
     assert table.status("doomed") == Status("running", 0, 2)
-
-
-def test_a_dead_worker_is_seen(table: InflightTable, dead: int) -> None:
-    assert table.processes("generate") == [dead]
-    assert table.dead_models() == ["generate"]
-    table.forget_processes("generate")
-    assert table.dead_models() == table.processes("generate") == []
 
 
 def test_a_dead_workers_request_does_not_run(table: InflightTable, dead: int) -> None:

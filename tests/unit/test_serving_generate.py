@@ -17,6 +17,7 @@ from fluxserve import contract
 from fluxserve.png import strips
 from fluxserve.serving import files
 from fluxserve.serving.inflight import InflightTable
+from fluxserve.serving.processes import ProcessTable
 from tests.support.admission import admitted
 from tests.support.fake_triton import InferenceRequest, Logger, answers, counted, error_of, installed, outputs
 
@@ -55,6 +56,8 @@ def nothing_is_left(table: InflightTable) -> Iterator[None]:
     Logger.lines.clear()
     yield
     assert table.live() == 0
+    processes = ProcessTable.beside(table.path)
+    assert not processes.busy() and processes.trouble() is None
 
 
 def job(
@@ -342,7 +345,7 @@ def test_a_size_outside_the_limits_never_reaches_the_loop(generate: Any, size: t
 
 
 def test_the_worker_is_known(generate: Any, table: InflightTable) -> None:
-    assert table.processes("generate") == [os.getpid()]
+    assert ProcessTable.beside(table.path).pids("generate") == [os.getpid()]
 
 
 def test_an_unusable_checkpoint_fails_while_loading(serving: dict[str, Any], tmp_path: Path) -> None:

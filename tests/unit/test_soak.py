@@ -7,6 +7,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fluxserve_client import Result, Timings
@@ -17,6 +18,7 @@ from benchmarks.soak.cases import ABANDONED, BAD, FORMATS, IN_USE, WAYS, Case, S
 from benchmarks.soak.promises import Promise, promises
 from benchmarks.soak.watch import MIB, Watch, growth
 from fluxserve.errors import InvalidRequest
+from fluxserve.imaging import decode
 from fluxserve.request import parse
 from fluxserve.spec import TINY
 
@@ -51,9 +53,16 @@ def test_good_requests_are_good_and_bad_ones_bad(seed: int) -> None:
             fields["image"] = [fields["image"]]
         if case.kind == "bad" and case.what != IN_USE:
             with pytest.raises(InvalidRequest, match=f"^{case.what}: "):
-                parse(fields, TINY)
+                judge(fields)
         else:
-            parse(fields, TINY)
+            judge(fields)
+
+
+def judge(fields: dict[str, Any]) -> None:
+    """What `prepare` does to a request: a damaged image is noticed when it is decoded."""
+    request = parse(fields, TINY)
+    for image in request.images:
+        decode(image.data, image.resized(request.height, request.width))
 
 
 def result(images: list[bytes], seeds: tuple[int, ...] = (5,)) -> Result:

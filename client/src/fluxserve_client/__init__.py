@@ -22,6 +22,7 @@ from fluxserve_client.errors import (
     Unavailable,
 )
 from fluxserve_client.result import Progress, Result, State, Timings
+from fluxserve_client.retry import Retry
 from fluxserve_client.sync import Client
 from fluxserve_client.transports import Transport
 from fluxserve_client.transports.endpoint import Tls
@@ -43,6 +44,7 @@ __all__ = [
     "QueueFull",
     "RequestIdInUse",
     "Result",
+    "Retry",
     "ServerError",
     "State",
     "Timings",

@@ -32,6 +32,7 @@ from fluxserve_client.errors import DeadlineExceeded, FluxserveError
 from fluxserve_client.forks import begin_anew_in_children
 from fluxserve_client.images import ImageInput
 from fluxserve_client.result import ImageFormat, Progress, Result, State
+from fluxserve_client.retry import Retry, RetryingTransport
 from fluxserve_client.transports import Transport, opener
 from fluxserve_client.transports.endpoint import Endpoint, Tls
 from fluxserve_client.transports.per_loop import PerLoop
@@ -66,6 +67,7 @@ class AsyncClient:
         keepalive: seconds between two pings while a call runs, over gRPC, for a network that drops silent connections.
             A server ends connections that ping more often than it allows: by Triton's default every 300 s, which its
             option `--grpc-http2-min-recv-ping-interval-without-data` changes. None sends none.
+        retry: how often a call is sent again that the server can't take now; None, the default: never.
         transport: another wire, e.g. a `MockTransport`; then `url`, `protocol`, `tls`, `headers` and `keepalive` are
             not used.
 
@@ -84,11 +86,11 @@ class AsyncClient:
         poll_interval: float = 0.1,
         cancel_timeout: float = 2.0,
         keepalive: float | None = None,
+        retry: Retry | None = None,
         transport: Transport | None = None,
     ) -> None:
-        self._transport = transport or PerLoop(
-            opener(Endpoint.parse(url, protocol, tls), dict(headers or {}), keepalive)
-        )
+        wire = transport or PerLoop(opener(Endpoint.parse(url, protocol, tls), dict(headers or {}), keepalive))
+        self._transport = RetryingTransport(wire, retry) if retry else wire
         self._poll_interval = poll_interval
         self._cancel_timeout = cancel_timeout
         self._closed = False

@@ -18,6 +18,7 @@ from fluxserve_client import console
 from fluxserve_client.errors import FluxserveError
 from fluxserve_client.pictures import grid, save
 from fluxserve_client.result import FORMAT_OF_SUFFIX, Result, State
+from fluxserve_client.retry import Retry
 from fluxserve_client.show import CLEAR_LINE, progress_display, report
 from fluxserve_client.sync import Client
 from fluxserve_client.transports import Transport
@@ -155,6 +156,13 @@ def _connection_options() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="give up, and stop the work on the server, after this long",
     )
+    group.add_argument(
+        "--retries",
+        type=int,
+        default=0,
+        metavar="N",
+        help="times that a refused or lost request is sent again (default 0)",
+    )
     group.add_argument("--json", action="store_true", help="print one JSON object for a program to read")
     return options
 
@@ -194,6 +202,7 @@ def _connect(arguments: argparse.Namespace, transport: Transport | None) -> Clie
         tls=None if tls == Tls() else tls,
         headers=dict(_pair(header) for header in arguments.header),
         keepalive=arguments.keepalive,
+        retry=Retry(attempts=1 + arguments.retries) if arguments.retries else None,
         transport=transport,
     )
 

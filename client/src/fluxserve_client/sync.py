@@ -15,6 +15,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 from fluxserve_client.aio import AsyncClient
 from fluxserve_client.errors import DeadlineExceeded
 from fluxserve_client.forks import begin_anew_in_children
+from fluxserve_client.retry import Retry
 from fluxserve_client.transports import Transport
 from fluxserve_client.transports.endpoint import Tls
 from fluxserve_client.worker import Retired, Unresponsive, Worker
@@ -67,6 +68,7 @@ class Client:
         poll_interval: float = 0.1,
         cancel_timeout: float = 2.0,
         keepalive: float | None = None,
+        retry: Retry | None = None,
         transport: Transport | None = None,
     ) -> None:
         self._client = AsyncClient(
@@ -77,6 +79,7 @@ class Client:
             poll_interval=poll_interval,
             cancel_timeout=cancel_timeout,
             keepalive=keepalive,
+            retry=retry,
             transport=transport,
         )
         self._patience = cancel_timeout + _GRACE_S

@@ -1,7 +1,10 @@
-"""server.py as far as it goes without a server: what is found, what is refused, how it is started, what is removed."""
+"""The supervisor without a server: what is found, what is refused, how it is started, what is removed."""
 
+import contextlib
 import os
+import resource
 import socket
+import subprocess
 import sys
 import sysconfig
 import threading
@@ -13,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxserve import installation, process, server
+from fluxserve import contract, installation, process, supervisor
 from fluxserve.errors import ServerError
 from fluxserve.installation import Installation, bundled, installed_at
-from fluxserve.server import Ports, TritonServer
+from fluxserve.supervisor import Ports, TritonServer, arguments, server
+from fluxserve.supervisor import memory as memories
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 LIBRARY = f"libpython{VERSION}.so.1.0"
@@ -26,7 +30,7 @@ def test_free_ports() -> None:
     seen = [Ports.free() for _ in range(20)]
     for ports in seen:
         assert len({ports.http, ports.grpc, ports.metrics}) == 3
-        assert all(1024 <= p < 65536 for p in (ports.http, ports.grpc, ports.metrics))
+        assert all(1024 <= p < 32768 for p in (ports.http, ports.grpc, ports.metrics))
 
 
 @pytest.fixture
@@ -106,6 +110,9 @@ def made(tmp_path: Path, **options: str) -> TritonServer:
     (backends / "python" / "folder").mkdir(parents=True, exist_ok=True)
     (backends / "python" / "libtriton_python.so").touch()
     (tmp_path / "stub").touch()
+    for name in contract.MODELS:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.pbtxt").touch()
     folders, libpython = (Path("/one"), Path("/two")), Path("/lib/libpython.so")
     installation = Installation(tmp_path / "none", backends, folders, libpython, tmp_path / "stub")
     return TritonServer(tmp_path, Ports(1, 2, 3), installation, options=options)
@@ -115,18 +122,18 @@ def test_nothing_is_left_behind(tmp_path: Path, memory: Path) -> None:
     before = set(tmp_path.iterdir())
     with made(tmp_path) as running:
         assert running.table.path.parent == memory and running.table.path.exists()
-        running._backends()
+        running.launch.command()
         (memory / f"{running._prefix}region").touch()
         (memory / "somebody-elses").touch()
     assert [p.name for p in memory.iterdir()] == ["somebody-elses"]
-    assert {p.name for p in set(tmp_path.iterdir()) - before} == {"backends", "stub"}
+    assert {p.name for p in set(tmp_path.iterdir()) - before} == {"backends", "stub", *contract.MODELS}
     running.stop()
 
 
 def test_a_table_elsewhere_is_removed_too(tmp_path: Path, memory: Path) -> None:
     with made(tmp_path, inflight=str(tmp_path / "table")) as running:
         assert running.table.path == tmp_path / "table" and running.table.path.exists()
-    assert not (tmp_path / "table").exists()
+    assert not list(tmp_path.glob("table*"))
 
 
 GONE = 2**22 + 1
@@ -164,12 +171,15 @@ def test_a_leftover_of_another_user(tmp_path: Path, memory: Path, monkeypatch: p
 
 def test_the_command(tmp_path: Path, memory: Path) -> None:
     with made(tmp_path) as running:
-        command = running._command()
+        command = running.launch.command()
         assert command[0] == str(tmp_path / "none")
         assert {"--http-port=1", "--grpc-port=2", "--metrics-port=3"} < set(command)
         assert {f"--{p}-address=127.0.0.1" for p in ("http", "grpc", "metrics")} < set(command)
-        (restricted,) = (c for c in command if c.startswith("--http-restricted-api="))
-        assert "model-repository" in restricted and running._key in restricted and len(running._key) == 32
+        assert "--model-control-mode=none" in command
+        shut = "model-repository,shared-memory,trace,logging:fluxserve: NO HEADER HAS THIS NAME=shut"
+        assert {f"--http-restricted-api={shut}", f"--grpc-restricted-protocol={shut}"} < set(command)
+        models = running._home / "model_repository"
+        assert {p.name for p in models.iterdir()} == set(contract.MODELS), "not what else lies in the folder"
         linked = running._home / "backends" / "python"
         assert {p.name for p in linked.iterdir()} == {"libtriton_python.so", "triton_python_backend_stub"}
         assert (linked / "triton_python_backend_stub").resolve() == tmp_path / "stub"
@@ -178,16 +188,16 @@ def test_the_command(tmp_path: Path, memory: Path) -> None:
 def test_the_environment(tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", "/mine")
     with made(tmp_path, engine="other") as running:
-        env = running._environment()
+        env = running.launch.environment()
         assert env["FLUXSERVE_ENGINE"] == "other"
         assert env["FLUXSERVE_INFLIGHT"] == str(running.table.path)
         *given, own, mine = env["LD_LIBRARY_PATH"].split(":")
         assert given == ["/one", "/two"] and mine == "/mine"
         (libpython,) = Path(own).iterdir()  # alone: what stands beside it would go before PyTorch's own libraries
         assert libpython.readlink() == Path("/lib/libpython.so")
-        assert running._environment() == env, "a server that is started again"
+        assert running.launch.environment() == env, "a server that is started again"
         assert env["HF_HUB_OFFLINE"] == env["TRANSFORMERS_OFFLINE"] == "1"
-        assert str(Path(server.__file__).parents[1]) in env["PYTHONPATH"].split(":")
+        assert str(Path(supervisor.__file__).parents[2]) in env["PYTHONPATH"].split(":")
     assert os.environ["LD_LIBRARY_PATH"] == "/mine"
 
 
@@ -226,6 +236,19 @@ def test_an_answer_that_does_not_come(tmp_path: Path, memory: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, made(tmp_path) as running:
         running.ports = Ports(silent.getsockname()[1], 2, 3)
         assert running.readiness("flux", 0.05) is None
+
+
+def test_an_answer_that_is_no_http(tmp_path: Path, memory: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, made(tmp_path) as running:
+        running.ports = Ports(other.getsockname()[1], 2, 3)
+
+        def answer() -> None:
+            with other.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"220 mail.example.com ESMTP\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        assert running.readiness(None, 5) is None
 
 
 def test_an_answer_that_says_no(tmp_path: Path, memory: Path, ready: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,3 +307,98 @@ def test_a_server_that_never_gets_ready(tmp_path: Path, memory: Path) -> None:
             running.wait_ready(0.2)
         assert running.wait_ready(5, stopping=lambda: True) < 1
     assert running.exit_status() is not None, "stopped on the way out"
+
+
+# --- arguments and memory --------------------------------------------------------------------------------------------
+
+
+def test_arguments_are_passed_on(tmp_path: Path, memory: Path) -> None:
+    with made(tmp_path) as running:
+        running._arguments = ["--log-verbose=1", "--backend-config=python,shm-growth-byte-size=2097152"]
+        assert running.launch.command()[-2:] == running._arguments
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--model-control-mode=explicit",
+        "--model-contr=explicit",  # Triton takes any beginning of a name
+        "--http-port=80",
+        "--grpc-addr=0.0.0.0",
+        "--model-repository=/tmp",
+        "--backend-config=python,shm-region-prefix-name=x",
+        "--backend-directory=/tmp",
+        "--exit-timeout-secs=1",
+        "--",
+        "80",
+        "",
+    ],
+)
+def test_an_argument_of_ours_is_refused_by_name(tmp_path: Path, memory: Path, argument: str) -> None:
+    with made(tmp_path) as running:
+        running._arguments = [argument]
+        with pytest.raises(ServerError, match=f"--triton-arg: got {argument!r}; expected"):
+            running.launch.command()
+
+
+def test_a_tracing_argument_beside_trace_is_refused(tmp_path: Path, memory: Path) -> None:
+    with made(tmp_path) as running:
+        running._arguments = arguments.tracing("http://here:4318/v1/traces", 7)
+        assert "--trace-config=rate=7" in running.launch.command()
+        running._arguments += ["--trace-config=rate=1"]
+        with pytest.raises(ServerError, match="twice"):
+            running.launch.command()
+
+
+@pytest.mark.parametrize("url", ["", "localhost:4318", "ftp://x", "http://"])
+def test_a_collector_is_an_address(url: str) -> None:
+    with pytest.raises(ServerError, match=f"--trace: got {url!r}; expected"):
+        arguments.tracing(url)
+    with pytest.raises(ServerError, match="--trace-rate: got 0; expected"):
+        arguments.tracing("http://x", 0)
+
+
+def test_sizes() -> None:
+    assert [memories.parse(t) for t in ("0", "67108864", "100M", "2g")] == [0, 64 << 20, 100 << 20, 2 << 30]
+    for text in ("", "x", "1.5G", "-1", "10", "1M", "5P"):
+        with pytest.raises(ValueError, match="expected"):
+            memories.parse(text)
+
+
+def test_the_limit_of_a_control_group(tmp_path: Path) -> None:
+    assert memories.default_limit(tmp_path) == 0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memories.default_limit(tmp_path) == 0
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert memories.default_limit(tmp_path) == 0
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memories.default_limit(tmp_path) == 850
+
+
+def test_what_a_session_holds(tmp_path: Path) -> None:
+    """A process that fills memory, and a file in shared memory; another session's is not counted."""
+    script = "import sys; x = bytearray(b'x') * (64 << 20); print('full', flush=True); sys.stdin.read()"
+    (region := tmp_path / "region").write_bytes(bytes(8 << 20))
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as filled:
+        assert filled.stdout is not None and filled.stdout.readline() == b"full\n"
+        held = memories.held(filled.pid, [region, tmp_path / "gone"])
+        assert 72 << 20 <= held < 200 << 20
+        limit = memories.bound(filled.pid, 1 << 20)
+        assert resource.prlimit(filled.pid, resource.RLIMIT_DATA) == (limit, limit)
+    assert memories.held(filled.pid, []) == 0
+    memories.bound(filled.pid)  # it is gone: no error
+
+
+def test_bytes_that_nobody_takes() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        ports = Ports(listening.getsockname()[1], 1, 2)
+        with socket.create_connection(listening.getsockname()), listening.accept()[0] as answering:
+            assert ports.unsent() == 0
+            answering.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    answering.send(bytes(1 << 20))
+            assert ports.unsent() > 0

@@ -1,0 +1,132 @@
+"""How one tritonserver is started: its command line, its environment, and the folders that both point to."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fluxserve import contract, settings
+from fluxserve.errors import ServerError
+from fluxserve.installation import Installation
+from fluxserve.supervisor.arguments import passed_through
+from fluxserve.supervisor.sockets import Ports
+
+EXIT_TIMEOUT_S = 120
+"""How long Triton itself may wait for HTTP connections after SIGTERM. The supervisor ends it long before, as soon as
+no answer is left in a connection: Triton would wait for a client that only keeps its connection open."""
+
+_SHUT_APIS = "model-repository,shared-memory,trace,logging"
+_SHUT_NAME = "fluxserve: NO HEADER HAS THIS NAME"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a tritonserver is started with. See `server.TritonServer` for the fields that its caller chooses."""
+
+    repository: Path
+    ports: Ports
+    address: str
+    installation: Installation
+    options: Mapping[str, str]
+    arguments: Sequence[str]
+    prefix: str
+    """How the names of the Python backend's shared memory begin."""
+    home: Path
+    """A folder of this server's own; what the command line names lies in it."""
+
+    def command(self) -> list[str]:
+        """The command line. Makes the folders that it names.
+
+        Raises:
+            ServerError: the repository lacks a model, or an argument of the user's contradicts one of ours.
+        """
+        own = self._own_arguments()
+        return [str(self.installation.binary), *own, *passed_through(self.arguments, own)]
+
+    def _own_arguments(self) -> list[str]:
+        listen = [f"--{p}-address={self.address}" for p in ("http", "grpc", "metrics")]
+        ports = [f"--{p}-port={getattr(self.ports, p)}" for p in ("http", "grpc", "metrics")]
+        backends = [f"--backend-directory={self._backends()}"] if self.installation.backends else []
+        return [
+            f"--model-repository={self._repository()}",
+            "--model-control-mode=none",
+            "--disable-auto-complete-config",
+            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            *shut(),
+            f"--backend-config=python,shm-region-prefix-name={self.prefix}",
+            *backends,
+            *listen,
+            *ports,
+        ]
+
+    def _repository(self) -> Path:
+        """The contract's models, and nothing else that lies beside them, by links in a folder of ours.
+
+        Triton splits the command lines of its stubs at blanks, so that the repository's own path can't be used.
+        """
+        folder = self.home / "model_repository"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name in contract.MODELS:
+            if not (self.repository / name / "config.pbtxt").is_file():
+                raise ServerError(f"{self.repository}: no {name}/config.pbtxt; expected fluxserve's model repository")
+            (folder / name).symlink_to((self.repository / name).resolve())
+        return folder
+
+    def _backends(self) -> Path:
+        """The bundled backends with the stub of the running Python put in its place, by links."""
+        assert self.installation.backends is not None
+        folder = self.home / "backends" / "python"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for file in (self.installation.backends / "python").iterdir():
+            if file.is_file():
+                (folder / file.name).symlink_to(file)
+        if self.installation.stub:
+            (folder / "triton_python_backend_stub").symlink_to(self.installation.stub)
+        return folder.parent
+
+    def _libraries(self) -> list[str]:
+        """Folders for the loader, before those of the environment.
+
+        libpython comes by a link in a folder of its own. It stands among the system's libraries, whose cuDNN or CUDA
+        would otherwise be found before PyTorch's own.
+        """
+        found = [str(folder) for folder in self.installation.libraries]
+        if self.installation.libpython is not None:
+            link = self.home / "lib" / self.installation.libpython.name
+            link.parent.mkdir(exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.installation.libpython)
+            found.append(str(link.parent))
+        return found
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment with the models' settings, and the libraries of the server for it alone.
+
+        The stubs embed Python and find its home, and with it the packages, through the `python` on PATH. PYTHONPATH
+        comes on top: some of the wheel's stubs heed it (Python 3.11), some do not (3.12).
+        """
+        env = settings.environment(**self.options)
+        here = Path(sys.executable).parent
+        env["PATH"] = os.pathsep.join([str(here), env.get("PATH", "")])
+        env["PYTHONPATH"] = os.pathsep.join(
+            dict.fromkeys([str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)])
+        )
+        env.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+        if libraries := self._libraries():
+            env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
+        return env
+
+
+def shut() -> list[str]:
+    """Arguments that shut the administrative APIs for everybody.
+
+    Triton can only demand a header with a value, and every user of the machine may read both in its command line. So
+    the demanded name is one that no header has. In HTTP/1.1 a name ends at its first colon. In HTTP/2 a name with a
+    colon, a blank or a capital is malformed (RFC 9113, 8.2.1), and gRPC refuses all headers that come with it.
+    """
+    demand = f"{_SHUT_APIS}:{_SHUT_NAME}=shut"
+    return [f"--http-restricted-api={demand}", f"--grpc-restricted-protocol={demand}"]
