@@ -127,7 +127,10 @@ def _of_checkpoint(stages: Stages, name: str) -> dict[str, Any]:
 def _link_weights(checkpoint: Checkpoint, target: Path) -> None:
     """The checkpoint's weights beside their configurations; the same files, if they are on the same file system."""
     for folder in sorted({architecture.folder for architecture in architectures(checkpoint.spec).values()}):
-        for file in sorted(checkpoint.component(folder).glob("*.safetensors")):
+        weights = checkpoint.weights(folder).set
+        if weights.index is not None:
+            shutil.copy(weights.index, target / folder / weights.index.name)
+        for file in weights.files:
             place = target / folder / file.name
             try:
                 place.hardlink_to(file.resolve())

@@ -10,7 +10,6 @@ What is traced is the wrapper that torch_eager calls, so that the reference and 
 """
 
 import ast
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +28,10 @@ from fluxserve.artifact import Range
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Dim, TensorSpec
+from fluxserve.engines.finite import extremes, refuse_infinite
 from fluxserve.engines.torch_eager import Architecture, architectures, load_module
 from fluxserve.errors import ExportError
+from fluxserve.weights import Weights
 
 _LARGE = 2**16
 """Elements from which a tensor is a weight that must stay lazy, and not a constant that may be folded."""
@@ -113,8 +114,7 @@ def _weights_of(
     architecture = architectures(checkpoint.spec)[component]
     folder = checkpoint.component(architecture.folder)
     module = _hollow(architecture, folder, dtype)
-    sources = _sources(module, folder)
-    yield module, dict(_lazy_parameters(module, sources, folder))
+    yield module, dict(_lazy_parameters(module, checkpoint.weights(architecture.folder)))
 
 
 def _hollow(architecture: Architecture, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -135,27 +135,17 @@ def _hollow(architecture: Architecture, folder: Path, dtype: torch.dtype) -> nn.
     return hollow
 
 
-def _sources(module: nn.Module, folder: Path) -> dict[str, Path]:
-    """Tensor name → the safetensors file that holds it: the files that PyTorch's loader would take, and no others."""
-    name = "diffusion_pytorch_model" if hasattr(module, "save_config") else "model"
-    index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
-    if index.is_file():
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {tensor: folder / file for tensor, file in listed.items()}
-    with safe_open(single, "pt") as tensors:
-        return dict.fromkeys(tensors.keys(), single)
-
-
-def _lazy_parameters(
-    module: nn.Module, sources: Mapping[str, Path], folder: Path
-) -> Iterator[tuple[str, ir.TensorProtocol]]:
+def _lazy_parameters(module: nn.Module, weights: Weights) -> Iterator[tuple[str, ir.TensorProtocol]]:
     """Initialiser name (the wrapper's: `module.` before it) → a tensor that reads the checkpoint when it is asked."""
-    tied = _tied(module)
+    tied, seen = _tied(module), {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        source = next((n for n in (name, *tied.get(name, ())) if n in sources), None)
+        source = next((n for n in (name, *tied.get(name, ())) if n in weights.tensors), None)
         if source is None:
-            raise ExportError(f"{folder}: no tensor {name}; it has {len(sources)} others")
-        yield f"{_WRAPPED}{name}", _lazy(f"{_WRAPPED}{name}", sources[source], source, parameter)
+            raise ExportError(f"{weights.folder}: no tensor {name}; it has {len(weights.tensors)} others")
+        with safe_open(weights.tensors[source].file, "pt") as tensors:
+            seen[source] = extremes(tensors.get_tensor(source).to(parameter.dtype))
+        yield f"{_WRAPPED}{name}", _lazy(f"{_WRAPPED}{name}", weights.tensors[source].file, source, parameter)
+    refuse_infinite(weights.folder, seen)
 
 
 def _tied(module: nn.Module) -> dict[str, tuple[str, ...]]:

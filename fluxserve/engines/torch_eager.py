@@ -6,7 +6,6 @@ Not fast, and not meant to be: no graph, no fused kernel, one library call per o
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,8 +25,10 @@ from transformers.utils import logging as transformers_logging
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Components, Shapes, Signature, TensorSpec
+from fluxserve.engines.finite import extremes, refuse_infinite
 from fluxserve.errors import CheckpointError
 from fluxserve.spec import PATCH, ModelSpec
+from fluxserve.weights import Weights
 
 Tensors = Mapping[str, Tensor]
 
@@ -283,17 +284,21 @@ def load_module(checkpoint: Checkpoint, component: str, device: str, dtype: torc
     folder = checkpoint.component(architecture.folder)
     for library in (diffusers_logging, transformers_logging):  # a server's log is no place for their progress bars
         library.disable_progress_bar()
+    weights = checkpoint.weights(architecture.folder)
     try:
         module, report = architecture.module.from_pretrained(  # type: ignore[attr-defined]
             str(folder),
             torch_dtype=dtype,
             use_safetensors=True,
+            variant=weights.set.variant or None,
             local_files_only=True,
             output_loading_info=True,
             **architecture.configuration,
         )
-        _refuse_gaps(folder, report)
+        _refuse_gaps(weights, report)
         loaded: nn.Module = module.eval().requires_grad_(False).to(device)
+        named = (*loaded.named_parameters(), *loaded.named_buffers())
+        refuse_infinite(folder, {name: extremes(t) for name, t in named if t.is_floating_point()})
     except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return loaded
@@ -308,14 +313,16 @@ def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Componen
     return from_modules(checkpoint.spec, {**modules, "vae_encoder": modules["vae_decoder"]})
 
 
-def _refuse_gaps(folder: Path, report: Mapping[str, Iterable[object]]) -> None:
-    """Refuse weights that do not fill the module: both libraries would draw what is missing at random, and go on."""
-    for problem in ("missing_keys", "mismatched_keys"):
+def _refuse_gaps(weights: Weights, report: Mapping[str, Iterable[object]]) -> None:
+    """Refuse what the loader left out: it draws missing tensors at random, drops the ones that it can't place, and
+    goes on."""
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(key) for key in report.get(problem, ()))
+        if problem == "unexpected_keys":
+            names = [name for name in names if name in weights.tensors]
         if names:
-            raise CheckpointError(
-                f"{folder}: {problem.replace('_', ' ')}: {', '.join(names[:5])} ({len(names)} in all)"
-            )
+            few, problem = ", ".join(names[:5]), problem.replace("_", " ")
+            raise CheckpointError(f"{weights.folder}: {problem}: {few} ({len(names)} in all)")
 
 
 def from_modules(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> Components:

@@ -62,10 +62,13 @@ LAYERS = (
     ("kernels",),
     ("artifact",),
     ("checkpoint", "settings"),
+    ("weights",),
+    ("folder",),
     ("spec", "contract", "installation", "repository"),
+    ("foreign",),
     ("errors", "launcher", "process", "console"),
 )
-ENGINES_MAY_IMPORT = {"spec", "errors", "artifact", "kernels", "checkpoint", "engines"}
+ENGINES_MAY_IMPORT = {"spec", "errors", "artifact", "kernels", "checkpoint", "weights", "engines"}
 
 
 @cache

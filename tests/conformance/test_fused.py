@@ -111,7 +111,7 @@ def transformer(
     most: tuple[int, int, int],
     run: Operations = KERNELS,
 ) -> FusedTransformer:
-    read = Reader(folder.component("transformer"), DEVICE)
+    read = Reader(folder.weights("transformer"), DEVICE)
     return FusedTransformer(folder.spec, read, DEVICE, precision, scales, run, most)
 
 

@@ -103,8 +103,9 @@ def assemble(
 
 
 def _weights_gb(checkpoint: Checkpoint, precision: Precision) -> float:
-    """All safetensors of the folder; in FP8 and INT8 half of what BF16 takes."""
-    files = sum(file.stat().st_size for file in checkpoint.path.glob("*/*.safetensors"))
+    """All files of weights; in FP8 and INT8 half of what BF16 takes."""
+    folders = {"transformer", vae.FOLDER, *(encoder.folder for encoder in checkpoint.spec.text.encoders)}
+    files = sum(file.stat().st_size for name in folders for file in checkpoint.weights(name).set.files)
     return files / 1e9 / (2 if precision.quantised else 1)
 
 
@@ -112,7 +113,7 @@ def _load(
     checkpoint: Checkpoint, device: torch.device, precision: Precision, scales: Scales | None, run: Operations
 ) -> Components:
     spec, signature = checkpoint.spec, signatures.transformer(checkpoint.spec)
-    read = Reader(checkpoint.component("transformer"), device)
+    read = Reader(checkpoint.weights("transformer"), device)
     most = (signature.most("image_tokens"), signature.most("text_tokens"), _ROWS)
     components = Components(
         transformer=FusedTransformer(spec, read, device, precision, scales, run, most),

@@ -1,0 +1,27 @@
+"""Weights that hold NaN or infinity: one pass over a tensor where it lies, one read for a whole component."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fluxserve.errors import CheckpointError
+
+_FEW = 5
+
+
+def extremes(tensor: Tensor) -> Tensor:
+    """The least and the largest value, float32 [2], on the tensor's device; NaN if there is one."""
+    return torch.stack(tensor.aminmax()).float()
+
+
+def refuse_infinite(folder: Path, found: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for tensors whose extremes are not finite. Waits for the device once."""
+    if not found:
+        return
+    finite = torch.stack(list(found.values())).isfinite().all(dim=1).tolist()
+    names = [name for name, good in zip(found, finite, strict=True) if not good]
+    if names:
+        few = ", ".join(names[:_FEW])
+        raise CheckpointError(f"{folder}: {len(names)} tensors hold NaN or infinity: {few}; expected finite numbers")
