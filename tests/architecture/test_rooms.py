@@ -63,7 +63,7 @@ LAYERS = (
     ("artifact",),
     ("checkpoint", "settings"),
     ("weights",),
-    ("folder",),
+    ("folder", "spiece"),
     ("spec", "contract", "installation", "repository"),
     ("foreign",),
     ("errors", "launcher", "process", "console"),
