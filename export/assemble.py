@@ -28,6 +28,7 @@ from fluxserve.artifact import (
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.torch_eager import architectures
 from fluxserve.errors import ExportError
+from fluxserve.folder import visible
 
 NOTES = {
     TENSORRT: "fluxserve's tests run this engine against a fake of TensorRT's interface, never against TensorRT: "
@@ -150,9 +151,9 @@ def _copy_configurations(checkpoint: Path, target: Path) -> None:
     index = json.loads((checkpoint / "model_index.json").read_text(encoding="utf-8"))
     names = [name for name in sorted(index) if Path(name).name == name and not name.startswith(".")]
     folders = [checkpoint / name for name in names if (checkpoint / name).is_dir()]
-    found = [f for folder in folders for f in sorted(folder.iterdir()) if f.is_file() and f.suffix in _CONFIGURATIONS]
+    found = [f for folder in folders for f in visible(folder) if f.is_file() and f.suffix in _CONFIGURATIONS]
     for file in (checkpoint / "model_index.json", *found):
-        if not file.name.startswith(".") and not file.name.endswith(".index.json"):
+        if ".index" not in file.suffixes:
             name = file.relative_to(checkpoint)
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target / name)

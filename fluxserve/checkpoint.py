@@ -50,6 +50,11 @@ class Checkpoint:
     path: Path
     spec: ModelSpec
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The components' folders that hold weights."""
+        return (*(encoder.folder for encoder in self.spec.text.encoders), "transformer", "vae")
+
     def component(self, name: str) -> Path:
         return self.path / name
 
@@ -114,7 +119,7 @@ def _read(path: Path, weights: bool) -> Checkpoint:
     for name, architecture in _PIPELINES[pipeline].items():
         _check_config(path / name, architecture)
     found = Checkpoint(path, _spec(path))
-    for name in _PIPELINES[pipeline] if weights else ():
+    for name in found.folders if weights else ():
         files = found.weights(name).set
         if len(files.files) > 1 and files.index is None:
             raise CheckpointError(f"{path / name}: shards without their index; expected a .safetensors.index.json")

@@ -72,7 +72,7 @@ def read(folder: Path, base: str, module: str, listed: TensorList) -> Weights:
     return Weights(folder, files, _checked(folder, module, stored, listed))
 
 
-# --- which files ------------------------------------------------------------------------------------------------------
+# --- which files -----------------------------------------------------------------------------------------------------
 
 
 def file_set(folder: Path, base: str) -> FileSet:
@@ -164,7 +164,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / shard for shard in shards]
 
 
-# --- what is in them --------------------------------------------------------------------------------------------------
+# --- what is in them -------------------------------------------------------------------------------------------------
 
 
 def _header(file: Path) -> dict[str, Stored]:
@@ -204,14 +204,14 @@ def _checked(folder: Path, module: str, stored: Mapping[str, Stored], listed: Te
         )
     for name, tensor in sorted(read.items()):
         if tensor.dtype not in _FLOATING:
-            got, expected_types = f"{tensor.file}: {name} is {tensor.dtype}", ", ".join(_FLOATING)
+            got, expected_types = f"{tensor.file}: {name}: got {tensor.dtype}", ", ".join(_FLOATING)
             raise CheckpointError(f"{got}; expected one of {expected_types}. {foreign.UNQUANTISED}")
     missing = sorted(set(listed.read) - {canonical[name] for name in read})
     if missing:
         raise CheckpointError(f"{folder}: missing {len(missing)} tensors of {module}: {_list(missing)}")
     for name, tensor in sorted(read.items()):
         if tensor.shape != (expected := listed.read[canonical[name]]):
-            raise CheckpointError(f"{tensor.file}: {name} is {tensor.shape}; expected {expected} by config.json")
+            raise CheckpointError(f"{tensor.file}: {name}: got {tensor.shape}; expected {expected} by config.json")
     return read
 
 

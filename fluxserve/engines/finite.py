@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from fluxserve.errors import CheckpointError
+from fluxserve.weights import Weights
 
 _FEW = 5
 
@@ -14,6 +16,21 @@ _FEW = 5
 def extremes(tensor: Tensor) -> Tensor:
     """The least and the largest value, float32 [2], on the tensor's device; NaN if there is one."""
     return torch.stack(tensor.aminmax()).float()
+
+
+def check(weights: Weights, dtype: str = "auto") -> None:
+    """Read a component's tensors one by one. Raises CheckpointError.
+
+    Args:
+        dtype: that they are converted to where they are served; auto holds whatever the files hold.
+    """
+    found: dict[str, Tensor] = {}
+    for file in weights.set.files:
+        with safe_open(file, framework="pt") as opened:
+            for name in (name for name, tensor in weights.tensors.items() if tensor.file == file):
+                tensor = opened.get_tensor(name)
+                found[name] = extremes(tensor if dtype == "auto" else tensor.to(getattr(torch, dtype)))
+    refuse_infinite(weights.folder, found)
 
 
 def refuse_infinite(folder: Path, found: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ from fluxserve.artifact import Artifact
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.base import Components
 from fluxserve.errors import EngineError, UnknownEngine
+from fluxserve.spec import ModelSpec
 
 WEIGHTS = {"torch_eager": "fluxserve.engines.torch_eager", "fused": "fluxserve.engines.fused.open"}
 """Engines that run a checkpoint's weights."""
@@ -48,6 +49,17 @@ def open_components(name: str, checkpoint: Checkpoint, device: str, dtype: str) 
         raise EngineError(f"engine: {name} runs an artifact, not a checkpoint; expected one of {', '.join(WEIGHTS)}")
     components: Components = import_module(WEIGHTS[name]).open_components(checkpoint, device, dtype)
     return components
+
+
+def check(name: str, spec: ModelSpec, device: str, dtype: str) -> None:
+    """Raise what opening would before it reads a file: the library is missing, the device or the model is none of its.
+
+    Raises:
+        EngineError, SettingsError.
+    """
+    known = getattr(import_module(ENGINES[name]), "check", None)  # an engine that runs everything has none
+    if known is not None:
+        known(spec, device, dtype)
 
 
 def open_artifact(artifact: Artifact, device: str) -> Components:

@@ -60,7 +60,7 @@ _MOST_LAYERS = 1000
 """Far beyond any published model: a list of more would only fill the memory."""
 
 
-# --- parts that several classes have ----------------------------------------------------------------------------------
+# --- parts that several classes have ---------------------------------------------------------------------------------
 
 
 def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> _Named:
@@ -80,7 +80,7 @@ def _convolution(name: str, inputs: int, outputs: int, side: int = 3) -> _Named:
     yield f"{name}.bias", (outputs,)
 
 
-# --- transformers -----------------------------------------------------------------------------------------------------
+# --- transformers ----------------------------------------------------------------------------------------------------
 
 
 def _joint_attention(block: str, width: int, head: int, bias: bool) -> _Named:
@@ -170,7 +170,7 @@ _TIME_CHANNELS = 256
 """Sines and cosines that a timestep is embedded by, where the configuration does not say."""
 
 
-# --- VAEs -------------------------------------------------------------------------------------------------------------
+# --- VAEs ------------------------------------------------------------------------------------------------------------
 
 
 def _resnet(name: str, inputs: int, outputs: int) -> _Named:
@@ -234,7 +234,7 @@ def _vae2(config: Config, _: int | None) -> TensorList:
     return TensorList({**dict(_networks(config)), **statistics}, unread=(r"bn\.num_batches_tracked",))
 
 
-# --- text encoders ----------------------------------------------------------------------------------------------------
+# --- text encoders ---------------------------------------------------------------------------------------------------
 
 
 def _clip(config: Config, _: int | None) -> TensorList:

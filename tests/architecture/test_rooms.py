@@ -50,7 +50,7 @@ CONSTANTS = {0.3611, 0.1159, 1.15, 3072, 4096, 768, 15360, 12288, 7680}
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("server",),
+    ("doctor", "server"),
     ("serving",),
     ("pipeline",),
     ("device", "job"),

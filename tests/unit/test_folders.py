@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fluxserve import checkpoint
-from fluxserve.errors import CheckpointError, UnsafeWeights
+from fluxserve.cli import main
+from fluxserve.errors import ArtifactDamaged, CheckpointError, UnsafeWeights
 from tests.support import random_flux2
 from tests.support.folders import TINY, Edit, change, copied, edit, weights_of
 
@@ -34,7 +35,7 @@ def refusal(path: Path) -> str:
     return message
 
 
-# --- the list of what is read -----------------------------------------------------------------------------------------
+# --- the list of what is read ----------------------------------------------------------------------------------------
 
 
 def test_every_models_own_folder_is_what_its_list_says() -> None:
@@ -245,7 +246,7 @@ def test_floating_dtypes_are_all_read(folder: Path, dtype: torch.dtype) -> None:
     assert checkpoint.read(folder)
 
 
-# --- a component of another model -------------------------------------------------------------------------------------
+# --- a component of another model ------------------------------------------------------------------------------------
 
 
 def only_config(name: str, **values: object) -> Callable[[Path], None]:
@@ -284,7 +285,7 @@ def test_encoders_in_each_others_place(folder: Path) -> None:
     assert "architecture" in refusal(folder)
 
 
-# --- which files ------------------------------------------------------------------------------------------------------
+# --- which files -----------------------------------------------------------------------------------------------------
 
 
 def shard(folder: Path, component: str = TRANSFORMER, pattern: str = "{base}-{i:05d}-of-{n:05d}.safetensors") -> Path:
@@ -472,7 +473,7 @@ def test_hidden_companions_are_no_weights(folder: Path, hidden: str) -> None:
     same_everywhere(folder)
 
 
-# --- quantised by another library -------------------------------------------------------------------------------------
+# --- quantised by another library ------------------------------------------------------------------------------------
 
 QUANTISED = {
     "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "quant_method": "bitsandbytes"},
@@ -510,7 +511,7 @@ def test_no_quantiser(folder: Path) -> None:
     assert checkpoint.read(folder)
 
 
-# --- where the checkpoint is ------------------------------------------------------------------------------------------
+# --- where the checkpoint is -----------------------------------------------------------------------------------------
 
 
 def test_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -624,3 +625,87 @@ def test_pickles_alone_are_unsafe(folder: Path) -> None:
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(UnsafeWeights):
         checkpoint.read(folder)
+
+
+# --- what is said before a server is started -------------------------------------------------------------------------
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = main(["doctor", *arguments])
+    return status, capsys.readouterr().out
+
+
+def test_doctor_finds_nothing_wrong(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = doctor(capsys, "--checkpoint", str(folder))
+    assert status == 0 and "FAIL" not in said
+    assert f"tiny at {folder}" in said and "ok    weights: all numbers are finite" in said
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a tensor too many": (lambda f: edit(f, TRANSFORMER, beside("*.weight_scale")), "model"),
+    "two sets": (a_copy_called("flux1-dev.safetensors"), "model"),
+    "a quantiser": (only_config("vae/config.json", quantization_config={"quant_method": "gguf"}), "model"),
+    "NaN": (lambda f: edit(f, T5, fill("shared.weight", float("nan"))), "weights"),
+    "infinity in the VAE": (lambda f: edit(f, VAE, fill("encoder.conv_out.bias", float("inf"))), "weights"),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizers"),
+    "a tokenizer that is a pointer": (
+        lambda f: (f / "tokenizer_2/tokenizer.json").write_bytes(pointer("lfs")),
+        "tokenizers",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_doctor_says_what_serve_would_refuse(folder: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    spoil, check = WRONG[kind]
+    spoil(folder)
+    status, said = doctor(capsys, "--checkpoint", str(folder))
+    assert status == 1 and re.findall(r"FAIL  (\w+): ", said) == [check]
+    assert str(folder) in said
+
+
+def test_doctor_knows_the_dtype(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(folder, TRANSFORMER, fill("proj_out.bias", 1e30))
+    assert doctor(capsys, "--checkpoint", str(folder))[0] == 0
+    monkeypatch.setenv("FLUXSERVE_DTYPE", "float16")
+    assert doctor(capsys, "--checkpoint", str(folder))[0] == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may be what the engine runs on")
+def test_doctor_knows_the_engine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = doctor(capsys, "--checkpoint", str(folder), "--engine", "fused")
+    assert status == 1 and "FAIL  engine: fused: got cpu; expected a CUDA device" in said
+
+
+# --- what an export takes along --------------------------------------------------------------------------------------
+
+
+def test_an_export_takes_no_hidden_companions(folder: Path, tmp_path: Path) -> None:
+    from export.assemble import _copy_configurations, _link_weights
+
+    shard(folder, T5)
+    file = weights_of(folder, ENCODER)
+    file.rename(file.with_suffix(".fp16.safetensors"))
+    for place in (*folder.glob("*/*"), folder / "model_index.json"):
+        place.with_name(f"._{place.name}").write_bytes(b"x")
+    _copy_configurations(folder, tmp_path / "copy")
+    _link_weights(checkpoint.read(folder), tmp_path / "copy")
+    assert not [entry for entry in (tmp_path / "copy").rglob("*") if entry.name.startswith(".")]
+    same_everywhere(tmp_path / "copy", T5)
+    same_everywhere(tmp_path / "copy", ENCODER)
+
+
+def test_hidden_companions_in_an_artifact(tmp_path: Path) -> None:
+    from fluxserve import artifact
+    from tests.support import artifacts
+
+    path = artifacts.write(tmp_path / "artifact")
+    for place in ("checkpoint/.DS_Store", "checkpoint/vae/._config.json", "checkpoint/.cache/x"):
+        (path / place).parent.mkdir(exist_ok=True)
+        (path / place).write_bytes(b"x")
+    assert artifact.read(path)
+    (path / "checkpoint" / "more.json").write_bytes(b"x")
+    with pytest.raises(ArtifactDamaged, match=r"more\.json: not listed"):
+        artifact.read(path)
