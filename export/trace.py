@@ -17,7 +17,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from accelerate import init_empty_weights
 from onnx_ir import tensor_adapters
 from onnxscript import optimizer
 from safetensors import safe_open
@@ -29,7 +28,7 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Dim, TensorSpec
 from fluxserve.engines.finite import extremes, refuse_infinite
-from fluxserve.engines.torch_eager import Architecture, architectures, load_module
+from fluxserve.engines.torch_eager import architectures, hollow_module, load_module
 from fluxserve.errors import ExportError
 from fluxserve.weights import Weights
 
@@ -112,27 +111,20 @@ def _weights_of(
         yield load_module(checkpoint, component, "cpu", dtype), {}
         return
     architecture = architectures(checkpoint.spec)[component]
-    folder = checkpoint.component(architecture.folder)
-    module = _hollow(architecture, folder, dtype)
+    module = _hollow(checkpoint, component, dtype)
     yield module, dict(_lazy_parameters(module, checkpoint.weights(architecture.folder)))
 
 
-def _hollow(architecture: Architecture, folder: Path, dtype: torch.dtype) -> nn.Module:
+def _hollow(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> nn.Module:
     """The module with parameters of one number each, spread over their shape."""
-    cls: Any = architecture.module
-    with init_empty_weights(include_buffers=False):
-        if hasattr(cls, "load_config"):  # diffusers
-            module = cls.from_config(cls.load_config(str(folder)))
-        else:
-            module = cls(cls.config_class.from_pretrained(str(folder)))
+    module = hollow_module(checkpoint, component)
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     for owner_name, owner in module.named_modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             high = dtype == torch.float16 and kept & {*owner_name.split("."), name}  # as from_pretrained does
             number = torch.zeros((), dtype=torch.float32 if high else dtype)
             setattr(owner, name, nn.Parameter(number.expand(parameter.shape), requires_grad=False))
-    hollow: nn.Module = module
-    return hollow
+    return module
 
 
 def _lazy_parameters(module: nn.Module, weights: Weights) -> Iterator[tuple[str, ir.TensorProtocol]]:

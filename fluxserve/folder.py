@@ -107,7 +107,7 @@ def _above(path: Path) -> Path | None:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8-sig"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: {foreign.stand_in(file) or f'missing; {_EXPECTED}'}") from error
     except (OSError, ValueError, RecursionError) as error:

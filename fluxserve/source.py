@@ -1,6 +1,6 @@
 """What is served: a checkpoint's weights, or an artifact's engines. The settings say which."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fluxserve import artifact as artifacts
@@ -53,8 +53,8 @@ class Source:
             finite.check(self.checkpoint.weights(name), dtype)
 
     def check_engine(self, device: str, dtype: str) -> None:
-        """Raise what opening the engine would, as far as the machine and the model decide it. Raises EngineError."""
-        engines.check(self.engine, self.spec, device, dtype)
+        """Raise what opening the engine would before it reads weights; see engines.open.check."""
+        engines.check(self.engine, replace(self.checkpoint, spec=self.spec), device, dtype)
 
     def device(self, offered: str) -> str:
         """Where the engine runs: on what is offered, or on the CPU if it runs nowhere else."""

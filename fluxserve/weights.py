@@ -79,7 +79,7 @@ def file_set(folder: Path, base: str) -> FileSet:
     """The one set of weights of a folder. Raises CheckpointError, UnsafeWeights."""
     rest = set(visible(folder, "*.safetensors"))
     sets: list[FileSet] = []
-    for index in visible(folder, "*.safetensors.index*.json"):
+    for index in visible(folder, f"{base}.safetensors.index*.json"):
         shards = _shards(index)
         sets.append(FileSet(tuple(shards), _variant_of_index(index), index))
         rest -= set(shards)
@@ -119,13 +119,17 @@ def _variant_of_index(index: Path) -> str:
 
 
 def _chosen(folder: Path, sets: Sequence[FileSet]) -> FileSet:
-    """The set without a variant, or else the only variant."""
-    plain = [each for each in sets if not each.variant] or list(sets)
+    """The set without a variant, or else the only variant. An index alone, without any of its shards, is no set."""
+    there = [each for each in sets if any(file.is_file() for file in each.files)] or list(sets)
+    plain = [each for each in there if not each.variant] or there
     if len(plain) > 1:
         names = sorted((each.index or each.files[0]).name for each in plain)
         raise CheckpointError(
             f"{folder}: got {len(plain)} sets of weights, {_list(names)}; expected one. Move the others away"
         )
+    for file in plain[0].files:
+        if (index := plain[0].index) and not file.is_file():
+            raise CheckpointError(f"{file}: {foreign.stand_in(file) or 'missing'}; {index.name} lists it")
     return plain[0]
 
 
@@ -152,15 +156,11 @@ def _nothing(folder: Path, base: str) -> FileSet:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index lists, beside it. Raises CheckpointError."""
+    """The files that an index lists, which lie beside it or are missing. Raises CheckpointError."""
     listed = read_json(index).get("weight_map")
     shards = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
     if not shards or any(Path(s).name != s or not s.endswith(".safetensors") for s in shards):
         raise CheckpointError(f"{index}: expected a weight_map of .safetensors files beside it")
-    for shard in shards:
-        file = index.parent / shard
-        if not file.is_file():
-            raise CheckpointError(f"{file}: {foreign.stand_in(file) or 'missing'}; {index.name} lists it")
     return [index.parent / shard for shard in shards]
 
 

@@ -6,7 +6,6 @@ from fluxserve.artifact import Artifact
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.base import Components
 from fluxserve.errors import EngineError, UnknownEngine
-from fluxserve.spec import ModelSpec
 
 WEIGHTS = {"torch_eager": "fluxserve.engines.torch_eager", "fused": "fluxserve.engines.fused.open"}
 """Engines that run a checkpoint's weights."""
@@ -51,15 +50,15 @@ def open_components(name: str, checkpoint: Checkpoint, device: str, dtype: str) 
     return components
 
 
-def check(name: str, spec: ModelSpec, device: str, dtype: str) -> None:
-    """Raise what opening would before it reads a file: the library is missing, the device or the model is none of its.
+def check(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> None:
+    """Raise what opening would raise before it reads weights: for the library, the device, the model's configuration.
 
     Raises:
-        EngineError, SettingsError.
+        EngineError, SettingsError, CheckpointError.
     """
-    known = getattr(import_module(ENGINES[name]), "check", None)  # an engine that runs everything has none
+    known = getattr(import_module(ENGINES[name]), "check", None)  # engines of exported graphs have none
     if known is not None:
-        known(spec, device, dtype)
+        known(checkpoint, device, dtype)
 
 
 def open_artifact(artifact: Artifact, device: str) -> Components:

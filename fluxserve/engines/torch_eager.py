@@ -3,12 +3,15 @@
 Not fast, and not meant to be: no graph, no fused kernel, one library call per operation.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -285,7 +288,7 @@ def load_module(checkpoint: Checkpoint, component: str, device: str, dtype: torc
     for library in (diffusers_logging, transformers_logging):  # a server's log is no place for their progress bars
         library.disable_progress_bar()
     weights = checkpoint.weights(architecture.folder)
-    try:
+    with _libraries_errors(folder):
         module, report = architecture.module.from_pretrained(  # type: ignore[attr-defined]
             str(folder),
             torch_dtype=dtype,
@@ -299,9 +302,35 @@ def load_module(checkpoint: Checkpoint, component: str, device: str, dtype: torc
         loaded: nn.Module = module.eval().requires_grad_(False).to(device)
         named = (*loaded.named_parameters(), *loaded.named_buffers())
         refuse_infinite(folder, {name: extremes(t) for name, t in named if t.is_floating_point()})
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
     return loaded
+
+
+def hollow_module(checkpoint: Checkpoint, component: str) -> nn.Module:
+    """The same module on the meta device, without weights. Raises CheckpointError."""
+    architecture = architectures(checkpoint.spec)[component]
+    cls: Any = architecture.module
+    folder = checkpoint.component(architecture.folder)
+    with _libraries_errors(folder), init_empty_weights(include_buffers=False):
+        if hasattr(cls, "load_config"):  # diffusers
+            module: nn.Module = cls.from_config(cls.load_config(str(folder)))
+        else:
+            module = cls(cls.config_class.from_pretrained(str(folder), **architecture.configuration))
+    return module
+
+
+@contextmanager
+def _libraries_errors(folder: Path) -> Iterator[None]:
+    """What diffusers and transformers raise about a folder, as a CheckpointError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def check(checkpoint: Checkpoint, _: str, __: str) -> None:
+    """Build every module, without its weights; see engines.open.check. Raises CheckpointError."""
+    for component in checkpoint.spec.components:
+        hollow_module(checkpoint, component)
 
 
 def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Components:

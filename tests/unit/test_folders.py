@@ -268,6 +268,7 @@ ANOTHER = {
     "a CLIP of another vocabulary": only_config("text_encoder/config.json", vocab_size=49408),
     "a transformer of more blocks": only_config("transformer/config.json", num_layers=2),
     "a transformer of fewer blocks": only_config("transformer/config.json", num_single_layers=4),
+    "fewer layers than are read": only_config("text_encoder_2/config.json", num_layers=1),
     "absurdly many layers": only_config("text_encoder_2/config.json", num_layers=10**12),
 }
 
@@ -340,6 +341,23 @@ def test_only_a_variant_in_shards(folder: Path, component: str, pattern: str) ->
     index = shard(folder, component, f"{pattern}.safetensors")
     index.rename(index.with_name(index.name.replace("index.json", "index.fp16.json")))
     same_everywhere(folder, component)
+
+
+@pytest.mark.parametrize("leftover", ["", ".fp16"])
+def test_an_index_alone_is_no_set(folder: Path, leftover: str) -> None:
+    """A download of one variant brings the JSON files of all of them."""
+    listed = {"weight_map": {"a": f"{BASE}{leftover}-00001-of-00002.safetensors"}}
+    (folder / TRANSFORMER / f"{BASE}.safetensors.index{leftover}.json").write_text(json.dumps(listed))
+    file = weights_of(folder, TRANSFORMER)
+    if not leftover:
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    same_everywhere(folder)
+
+
+def test_an_index_of_the_other_librarys_names(folder: Path) -> None:
+    index = shard(folder, TRANSFORMER)
+    index.rename(index.with_name("model.safetensors.index.json"))
+    assert "shards without their index" in refusal(folder)
 
 
 def test_a_variant_beside_the_weights_is_not_read(folder: Path) -> None:
@@ -647,6 +665,9 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "a quantiser": (only_config("vae/config.json", quantization_config={"quant_method": "gguf"}), "model"),
     "NaN": (lambda f: edit(f, T5, fill("shared.weight", float("nan"))), "weights"),
     "infinity in the VAE": (lambda f: edit(f, VAE, fill("encoder.conv_out.bias", float("inf"))), "weights"),
+    "an activation that nobody has": (only_config("text_encoder/config.json", hidden_act="wishful"), "engine"),
+    "blocks that nobody has": (only_config("vae/config.json", up_block_types=["UpBlock9D"] * 4), "engine"),
+    "heads of another size": (only_config("transformer/config.json", axes_dims_rope=[1, 2]), "model"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizers"),
     "a tokenizer that is a pointer": (
         lambda f: (f / "tokenizer_2/tokenizer.json").write_bytes(pointer("lfs")),

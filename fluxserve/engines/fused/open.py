@@ -45,7 +45,7 @@ _ENCODERS: dict[str, Callable[[Checkpoint, torch.device, Precision, Operations],
 
 def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Components:
     """In BF16, which needs no calibration; see engines.open.open_components."""
-    check(checkpoint.spec, device, dtype)
+    check(checkpoint, device, dtype)
     return _served(assemble(checkpoint, usable(device), BF16, None, LAUNCHED))
 
 
@@ -96,12 +96,12 @@ def assemble(
         raise OutOfMemory("weights", needed, f"what {device} has left ({error})") from error
 
 
-def check(spec: ModelSpec, device: str, dtype: str) -> None:
+def check(checkpoint: Checkpoint, device: str, dtype: str) -> None:
     """What is known before a file is read; see engines.open.check."""
     if dtype not in ("auto", "bfloat16"):
         raise SettingsError("dtype", dtype, "auto or bfloat16 with the fused engine; FP8 comes with an artifact")
     usable(device)
-    _check_encoders(spec)
+    _check_encoders(checkpoint.spec)
 
 
 def _check_encoders(spec: ModelSpec) -> None:
