@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fluxserve import checkpoint
 from fluxserve.cli import main
-from fluxserve.errors import ArtifactDamaged, CheckpointError, UnsafeWeights
+from fluxserve.errors import ArtifactDamaged, CheckpointError, NotFinite, UnsafeWeights
 from tests.support import random_flux2
 from tests.support.folders import TINY, Edit, change, copied, edit, weights_of
 
@@ -730,3 +730,20 @@ def test_hidden_companions_in_an_artifact(tmp_path: Path) -> None:
     (path / "checkpoint" / "more.json").write_bytes(b"x")
     with pytest.raises(ArtifactDamaged, match=r"more\.json: not listed"):
         artifact.read(path)
+
+
+# --- what no check of files can see -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("component", "name"), [(TRANSFORMER, "proj_out.weight"), (VAE, "decoder.conv_out.weight")])
+def test_finite_weights_whose_picture_is_not(folder: Path, component: str, name: str) -> None:
+    """They overflow on their way: the model does not become ready."""
+    from fluxserve.engines.torch_eager import open_components
+    from fluxserve.pipeline import Pipeline
+
+    edit(folder, component, lambda tensors: tensors[name].fill_(3e38))
+    read = checkpoint.read(folder)
+    components = open_components(read, "cpu", "float32")
+    with pytest.raises(NotFinite):
+        Pipeline(read.spec, components).warm_up()
+    components.close()
