@@ -153,7 +153,7 @@ def _spec(path: Path) -> ModelSpec:
     except KeyError as error:
         raise CheckpointError(f"{path}: a config.json lacks {error}") from error
     except (TypeError, ValueError) as error:
-        raise UnsupportedArchitecture(str(path), str(error), "the dimensions of a FLUX model") from error
+        raise UnsupportedArchitecture(str(path), str(error), "numbers of one FLUX model") from error
 
 
 def _check_width(encoder: EncoderSpec, config: dict[str, Any], transformer: TransformerSpec, sequence: bool) -> None:

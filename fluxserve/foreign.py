@@ -39,11 +39,11 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def whose(names: Iterable[str]) -> str:
-    """Which tool tensors of such names come from, as the end of a message; empty: unknown."""
+    """Whose tensors of such names are, as the end of a message; empty: unknown."""
     listed = list(names)
     for owner, pattern in _NAMES.items():
         if any(re.search(pattern, name) for name in listed):
-            return f" They are {owner}."
+            return f". By their names they are {owner}"
     return ""
 
 

@@ -199,7 +199,7 @@ def _checked(folder: Path, module: str, stored: Mapping[str, Stored], listed: Te
     unexpected = sorted(name for name in stored if name not in read and not listed.may_hold(canonical[name]))
     if unexpected:
         raise CheckpointError(
-            f"{folder}: got {len(unexpected)} tensors that {module} does not read: {_list(unexpected)}; expected none."
+            f"{folder}: got {_count(unexpected)} that {module} does not read: {_list(unexpected)}; expected none"
             f"{foreign.whose(unexpected)}"
         )
     for name, tensor in sorted(read.items()):
@@ -208,11 +208,15 @@ def _checked(folder: Path, module: str, stored: Mapping[str, Stored], listed: Te
             raise CheckpointError(f"{got}; expected one of {expected_types}. {foreign.UNQUANTISED}")
     missing = sorted(set(listed.read) - {canonical[name] for name in read})
     if missing:
-        raise CheckpointError(f"{folder}: missing {len(missing)} tensors of {module}: {_list(missing)}")
+        raise CheckpointError(f"{folder}: missing {_count(missing)} of {module}: {_list(missing)}")
     for name, tensor in sorted(read.items()):
         if tensor.shape != (expected := listed.read[canonical[name]]):
             raise CheckpointError(f"{tensor.file}: {name}: got {tensor.shape}; expected {expected} by config.json")
     return read
+
+
+def _count(names: Sequence[str]) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
 def _list(names: Sequence[str]) -> str:

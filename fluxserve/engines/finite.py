@@ -41,4 +41,4 @@ def refuse_infinite(folder: Path, found: Mapping[str, Tensor]) -> None:
     names = [name for name, good in zip(found, finite, strict=True) if not good]
     if names:
         few = ", ".join(names[:_FEW])
-        raise CheckpointError(f"{folder}: {len(names)} tensors hold NaN or infinity: {few}; expected finite numbers")
+        raise CheckpointError(f"{folder}: NaN or infinity in {few} ({len(names)} in all); expected finite numbers")

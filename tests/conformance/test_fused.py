@@ -269,7 +269,7 @@ def changed(
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [("drop", "missing 1 tensors"), ("add", "does not read"), ("unbias", "missing 1 .*bias")]
+    ("change", "says"), [("drop", "missing 1 tensor"), ("add", "does not read"), ("unbias", "missing 1 .*bias")]
 )
 def test_weights_that_are_others_are_refused(tmp_path: Path, tiny: Judge, change: str, says: str) -> None:
     def apply(weights: dict[str, Tensor]) -> None:

@@ -196,4 +196,4 @@ def test_weights_that_do_not_fit_are_refused(small: Judge, tmp_path: Path, name:
     ],
 )
 def test_weights_that_are_missing_are_refused(small: Judge, tmp_path: Path, name: str) -> None:
-    refused(small, tmp_path, lambda weights: weights.__delitem__(name), f"missing 1 tensors of .*: {name}")
+    refused(small, tmp_path, lambda weights: weights.__delitem__(name), f"missing 1 tensor of .*: {name}")

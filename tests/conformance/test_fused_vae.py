@@ -206,9 +206,9 @@ def put(name: str, *shape: int) -> Callable[[dict[str, Tensor]], None]:
 @pytest.mark.parametrize(
     ("way", "change", "says"),
     [
-        ("decoder", drop("post_quant_conv.bias"), r"missing 1 tensors of .*: post_quant_conv\.bias"),
-        ("decoder", drop("bn.running_var"), r"missing 1 tensors of .*: bn\.running_var"),
-        ("encoder", drop("quant_conv.weight"), r"missing 1 tensors of .*: quant_conv\.weight"),
+        ("decoder", drop("post_quant_conv.bias"), r"missing 1 tensor of .*: post_quant_conv\.bias"),
+        ("decoder", drop("bn.running_var"), r"missing 1 tensor of .*: bn\.running_var"),
+        ("encoder", drop("quant_conv.weight"), r"missing 1 tensor of .*: quant_conv\.weight"),
         ("decoder", put("post_quant_conv.weight", 64, 32, 1, 1), r"got \(64, 32, 1, 1\); expected \(32, 32, 1, 1\)"),
         ("encoder", put("quant_conv.bias", 65), r"quant_conv.bias: got \(65,\); expected \(64,\)"),
         ("encoder", put("bn.running_mean", 32), r"bn.running_mean: got \(32,\); expected \(128,\)"),

@@ -373,7 +373,7 @@ def test_a_language_model_that_lacks_a_layer(tmp_path: Path, made: Callable[[], 
     open_components("torch_eager", checkpoint.read(target), "cpu", "float32").close()
     del kept[prefix + lost]
     save_file(kept, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="missing 1 tensors of"):
+    with pytest.raises(CheckpointError, match="missing 1 tensor of"):
         open_components("torch_eager", checkpoint.read(target), "cpu", "float32")
 
 

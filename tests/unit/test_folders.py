@@ -196,7 +196,7 @@ def test_numbers_that_are_not_finite(folder: Path, component: str, name: str, va
         lambda: open_components(read, "cpu", "float32"),
         lambda: fused.assemble(read, torch.device("cpu"), fused.BF16, None, PLAIN),
     ):
-        with pytest.raises(CheckpointError, match=rf"{component}: 1 tensors hold NaN or infinity: {re.escape(name)}"):
+        with pytest.raises(CheckpointError, match=rf"{component}: NaN or infinity in {re.escape(name)}"):
             load()
 
 
@@ -206,7 +206,7 @@ def test_numbers_that_the_dtype_can_not_hold(folder: Path) -> None:
     edit(folder, TRANSFORMER, fill("proj_out.bias", 1e30))
     read = checkpoint.read(folder)
     load_module(read, TRANSFORMER, "cpu", torch.float32)
-    with pytest.raises(CheckpointError, match=r"hold NaN or infinity: proj_out\.bias"):
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in proj_out\.bias"):
         load_module(read, TRANSFORMER, "cpu", torch.float16)
 
 
@@ -220,7 +220,7 @@ def test_the_exporter_refuses_numbers_that_are_not_finite(
     edit(folder, TRANSFORMER, fill(name, value))
     read = checkpoint.read(folder)
     ranges = options.ranges(TRANSFORMER, read.spec, options.Sizes((64, 64), (64, 64), (64, 64), 1))
-    with pytest.raises(CheckpointError, match=f"NaN or infinity: {re.escape(name)}"):
+    with pytest.raises(CheckpointError, match=f"NaN or infinity in {re.escape(name)}"):
         trace.trace(read, TRANSFORMER, ranges, dtype, 22)
 
 
