@@ -54,8 +54,12 @@ def tokens(read: Checkpoint, prompt: str) -> list[np.ndarray]:
     return [array for read_by in Tokenizers(read)(prompt).values() for array in (read_by.ids, read_by.mask)]
 
 
-@pytest.mark.parametrize("how", SAVED)
-@pytest.mark.parametrize("kind", FOLDERS)
+CASES = [
+    (kind, how) for kind in FOLDERS for how in SAVED if kind == "tiny" or how in ("as it is", "a variant in shards")
+]
+
+
+@pytest.mark.parametrize(("kind", "how"), CASES)
 def test_loaded_and_saved_again(tmp_path: Path, kind: str, how: str) -> None:
     make, cls = FOLDERS[kind]
     was = checkpoint.read(make())
