@@ -83,9 +83,9 @@ def transformers(artifact: Artifact, served: FusedTransformer, device: torch.dev
         "fp8, mean left in": (FP8, with_the_means_range(scales), leaving_the_mean_in(kernels)),
         "fp8, mean of every step": (FP8, scales, kernels),
     }
-    folder = artifact.checkpoint.component("transformer")
+    weights = artifact.checkpoint.weights("transformer")
     made = {
-        name: FusedTransformer(spec, Reader(folder, device), device, precision, found, run, most)
+        name: FusedTransformer(spec, Reader(weights, device), device, precision, found, run, most)
         for name, (precision, found, run) in ways.items()
     }
     made["fp8, mean of every step"].steps_between_means = lambda *_: 1

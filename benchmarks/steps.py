@@ -55,6 +55,7 @@ class RandomReader(Reader):
             module = published.module(spec, "transformer")
         self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         self.device, self._folder, self._prefix, self._unread = _DEVICE, Path("random"), "", set()
+        self._extremes = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes

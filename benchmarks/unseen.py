@@ -37,6 +37,7 @@ from fluxserve.kernels.layers import SAMPLE
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.text import Tokenizers
+from fluxserve.weights import Weights
 
 RANK = 16
 PROMPTS = (
@@ -52,8 +53,8 @@ class Changed(Reader):
         strength: ‖product‖ / ‖matrix‖.
     """
 
-    def __init__(self, folder: Path, device: torch.device, strength: float) -> None:
-        super().__init__(folder, device)
+    def __init__(self, weights: Weights, device: torch.device, strength: float) -> None:
+        super().__init__(weights, device)
         self._strength = strength
 
     def __call__(self, name: str) -> Tensor:
@@ -119,9 +120,9 @@ def transformer(artifact: Artifact, read: Reader, scales: Scales) -> FusedTransf
 
 def measured(artifact: Artifact, components: Components, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All combinations of strengths, headrooms and sizes."""
-    folder, scales, found = artifact.checkpoint.component("transformer"), artifact.scales("transformer"), []
+    weights, scales, found = artifact.checkpoint.weights("transformer"), artifact.scales("transformer"), []
     for strength, headroom in itertools.product(args.strengths, args.headroom):
-        read = Changed(folder, torch.device(args.device), strength)
+        read = Changed(weights, torch.device(args.device), strength)
         engine = transformer(artifact, read, with_headroom(scales, headroom))
         pipeline = Pipeline(artifact.spec, replace(components, transformer=engine), args.device)
         for size in args.sizes:

@@ -28,6 +28,7 @@ from fluxserve.artifact import (
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.torch_eager import architectures
 from fluxserve.errors import ExportError
+from fluxserve.folder import visible
 
 NOTES = {
     TENSORRT: "fluxserve's tests run this engine against a fake of TensorRT's interface, never against TensorRT: "
@@ -127,7 +128,10 @@ def _of_checkpoint(stages: Stages, name: str) -> dict[str, Any]:
 def _link_weights(checkpoint: Checkpoint, target: Path) -> None:
     """The checkpoint's weights beside their configurations; the same files, if they are on the same file system."""
     for folder in sorted({architecture.folder for architecture in architectures(checkpoint.spec).values()}):
-        for file in sorted(checkpoint.component(folder).glob("*.safetensors")):
+        weights = checkpoint.weights(folder).set
+        if weights.index is not None:
+            shutil.copy(weights.index, target / folder / weights.index.name)
+        for file in weights.files:
             place = target / folder / file.name
             try:
                 place.hardlink_to(file.resolve())
@@ -147,9 +151,9 @@ def _copy_configurations(checkpoint: Path, target: Path) -> None:
     index = json.loads((checkpoint / "model_index.json").read_text(encoding="utf-8"))
     names = [name for name in sorted(index) if Path(name).name == name and not name.startswith(".")]
     folders = [checkpoint / name for name in names if (checkpoint / name).is_dir()]
-    found = [f for folder in folders for f in sorted(folder.iterdir()) if f.is_file() and f.suffix in _CONFIGURATIONS]
+    found = [f for folder in folders for f in visible(folder) if f.is_file() and f.suffix in _CONFIGURATIONS]
     for file in (checkpoint / "model_index.json", *found):
-        if not file.name.startswith(".") and not file.name.endswith(".index.json"):
+        if ".index" not in file.suffixes:
             name = file.relative_to(checkpoint)
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target / name)

@@ -17,7 +17,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from fluxserve.engines.fused.weights import Reader
 from fluxserve.engines.torch_eager import architectures
 from fluxserve.errors import ExportError
 from fluxserve.kernels.operations import Operations
+from fluxserve.weights import Weights
 
 COMPONENT = "transformer"
 _BLOCK = re.compile(r"(single_)?transformer_blocks\.[0-9]+")
@@ -96,8 +96,8 @@ def measure(
     Raises:
         CheckpointError, ArtifactError: weights or scales are of another model.
     """
-    folder, place = checkpoint.component(architectures(checkpoint.spec)[COMPONENT].folder), torch.device(device)
-    probe, reference = Probe(checkpoint.spec, folder, place, scales, run), _Reference(checkpoint, folder, place)
+    weights, place = checkpoint.weights(architectures(checkpoint.spec)[COMPONENT].folder), torch.device(device)
+    probe, reference = Probe(checkpoint.spec, weights, place, scales, run), _Reference(checkpoint, weights, place)
     found: list[Measured] = []
     for given in inputs:
         judge, total = _Judge(probe, probe.images(given)), len(reference.blocks) * len(inputs)
@@ -192,13 +192,13 @@ class _Reference:
     blocks: their names, in the order of the passes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, weights: Weights, device: torch.device) -> None:
         architecture = architectures(checkpoint.spec)[COMPONENT]
         cls: Any = architecture.module
         with init_empty_weights(include_buffers=False):
-            self._module: nn.Module = cls.from_config(cls.load_config(str(folder)))
+            self._module: nn.Module = cls.from_config(cls.load_config(str(weights.folder)))
         self._wrapper, self._device = architecture.wrapper(self._module).eval(), device
-        self._read = Reader(folder, device)
+        self._read = Reader(weights, device)
         owners = {name: m for name, m in self._module.named_modules() if _BLOCK.fullmatch(name)}
         self.blocks, self._owners = tuple(owners), owners
         for name, _ in list(self._module.named_parameters()):

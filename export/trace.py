@@ -10,7 +10,6 @@ What is traced is the wrapper that torch_eager calls, so that the reference and 
 """
 
 import ast
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from accelerate import init_empty_weights
 from onnx_ir import tensor_adapters
 from onnxscript import optimizer
 from safetensors import safe_open
@@ -29,8 +27,10 @@ from fluxserve.artifact import Range
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Dim, TensorSpec
-from fluxserve.engines.torch_eager import Architecture, architectures, load_module
+from fluxserve.engines.finite import extremes, refuse_infinite
+from fluxserve.engines.torch_eager import architectures, hollow_module, load_module
 from fluxserve.errors import ExportError
+from fluxserve.weights import Weights
 
 _LARGE = 2**16
 """Elements from which a tensor is a weight that must stay lazy, and not a constant that may be folded."""
@@ -111,51 +111,33 @@ def _weights_of(
         yield load_module(checkpoint, component, "cpu", dtype), {}
         return
     architecture = architectures(checkpoint.spec)[component]
-    folder = checkpoint.component(architecture.folder)
-    module = _hollow(architecture, folder, dtype)
-    sources = _sources(module, folder)
-    yield module, dict(_lazy_parameters(module, sources, folder))
+    module = _hollow(checkpoint, component, dtype)
+    yield module, dict(_lazy_parameters(module, checkpoint.weights(architecture.folder)))
 
 
-def _hollow(architecture: Architecture, folder: Path, dtype: torch.dtype) -> nn.Module:
+def _hollow(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> nn.Module:
     """The module with parameters of one number each, spread over their shape."""
-    cls: Any = architecture.module
-    with init_empty_weights(include_buffers=False):
-        if hasattr(cls, "load_config"):  # diffusers
-            module = cls.from_config(cls.load_config(str(folder)))
-        else:
-            module = cls(cls.config_class.from_pretrained(str(folder)))
+    module = hollow_module(checkpoint, component)
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     for owner_name, owner in module.named_modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             high = dtype == torch.float16 and kept & {*owner_name.split("."), name}  # as from_pretrained does
             number = torch.zeros((), dtype=torch.float32 if high else dtype)
             setattr(owner, name, nn.Parameter(number.expand(parameter.shape), requires_grad=False))
-    hollow: nn.Module = module
-    return hollow
+    return module
 
 
-def _sources(module: nn.Module, folder: Path) -> dict[str, Path]:
-    """Tensor name → the safetensors file that holds it: the files that PyTorch's loader would take, and no others."""
-    name = "diffusion_pytorch_model" if hasattr(module, "save_config") else "model"
-    index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
-    if index.is_file():
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {tensor: folder / file for tensor, file in listed.items()}
-    with safe_open(single, "pt") as tensors:
-        return dict.fromkeys(tensors.keys(), single)
-
-
-def _lazy_parameters(
-    module: nn.Module, sources: Mapping[str, Path], folder: Path
-) -> Iterator[tuple[str, ir.TensorProtocol]]:
+def _lazy_parameters(module: nn.Module, weights: Weights) -> Iterator[tuple[str, ir.TensorProtocol]]:
     """Initialiser name (the wrapper's: `module.` before it) → a tensor that reads the checkpoint when it is asked."""
-    tied = _tied(module)
+    tied, seen = _tied(module), {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        source = next((n for n in (name, *tied.get(name, ())) if n in sources), None)
+        source = next((n for n in (name, *tied.get(name, ())) if n in weights.tensors), None)
         if source is None:
-            raise ExportError(f"{folder}: no tensor {name}; it has {len(sources)} others")
-        yield f"{_WRAPPED}{name}", _lazy(f"{_WRAPPED}{name}", sources[source], source, parameter)
+            raise ExportError(f"{weights.folder}: no tensor {name}; it has {len(weights.tensors)} others")
+        with safe_open(weights.tensors[source].file, "pt") as tensors:
+            seen[source] = extremes(tensors.get_tensor(source).to(parameter.dtype))
+        yield f"{_WRAPPED}{name}", _lazy(f"{_WRAPPED}{name}", weights.tensors[source].file, source, parameter)
+    refuse_infinite(weights.folder, seen)
 
 
 def _tied(module: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -23,6 +23,7 @@ from export import console
 from fluxserve import process
 from fluxserve.artifact import sha256
 from fluxserve.errors import ExportError
+from fluxserve.folder import visible
 
 _RECORD = "stage.json"
 _ROOT = Path(__file__).parents[1]
@@ -133,7 +134,7 @@ class Work:
         Those of its component folders, linked ones too; weights beside them, in one file, are of no concern.
         """
         suffixes = (".safetensors", ".json", ".txt", ".model", ".jinja")
-        files = [f for each in sorted(folder.iterdir()) if each.is_dir() for f in sorted(each.iterdir())]
+        files = [f for each in visible(folder) if each.is_dir() for f in visible(each)]
         index = [f for f in (folder / "model_index.json",) if f.is_file()]
         wanted = [f for f in (*index, *files) if f.is_file() and f.suffix in suffixes]
         return dict(zip((f.relative_to(folder).as_posix() for f in wanted), self._hash(wanted), strict=True))

@@ -26,6 +26,7 @@ import jsonschema
 from fluxserve import checkpoint as checkpoints
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.errors import ArtifactDamaged, ArtifactError, CheckpointError
+from fluxserve.folder import expanded, files_below
 from fluxserve.spec import ModelSpec
 
 MANIFEST = "manifest.json"
@@ -148,6 +149,11 @@ class Artifact:
         with ThreadPoolExecutor() as pool:
             return list(pool.map(self.file, listed))
 
+    def check_contents(self) -> None:
+        """Compare every file with its hash. Raises ArtifactDamaged."""
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.file, sorted(self.manifest["files"])))
+
     @cached_property
     def spec(self) -> ModelSpec:
         """The model, with the limits narrowed to what the engines were built for."""
@@ -191,6 +197,10 @@ def read(path: Path) -> Artifact:
         ArtifactError: no artifact, or a manifest that says what can't be.
         ArtifactDamaged: a file that is missing, truncated or (a small one) changed.
     """
+    try:
+        path = expanded(path)
+    except CheckpointError as error:
+        raise ArtifactError(str(error)) from error
     manifest = read_manifest(path)
     try:
         _check_files(path, manifest["files"])
@@ -214,8 +224,8 @@ def _check_files(path: Path, files: Mapping[str, Any]) -> None:
         _check_size(path / name, entry["bytes"])
         if name.startswith(f"{CHECKPOINT}/") and not name.endswith(WEIGHTS):
             _unchanged(path, files, name)
-    for file in (path / CHECKPOINT).rglob("*"):
-        if file.is_file() and file.relative_to(path).as_posix() not in files:
+    for file in files_below(path / CHECKPOINT):
+        if file.relative_to(path).as_posix() not in files:
             raise ArtifactDamaged(file, "not listed in the manifest")
 
 

@@ -1,18 +1,21 @@
 """A diffusers-format folder, looked over before anything is loaded from it.
 
 Nothing here reads weights: it reads the small JSON files and the headers of the safetensors, so that a folder that is
-missing, truncated, pickled or of another architecture is refused in milliseconds with the file's name.
+missing, truncated, pickled, quantised or of another architecture is refused in milliseconds with the file's name.
 """
 
-import json
-import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fluxserve import foreign
 from fluxserve import spec as specs
-from fluxserve.errors import CheckpointError, UnsafeWeights, UnsupportedArchitecture
-from fluxserve.spec import ModelSpec
+from fluxserve import weights as component_weights
+from fluxserve.errors import CheckpointError, UnsupportedArchitecture
+from fluxserve.folder import MODEL_INDEX, locate, read_json
+from fluxserve.spec import EncoderSpec, ModelSpec, TransformerSpec
+from fluxserve.spec.tensors import tensors
+from fluxserve.weights import Weights
 
 _FLUX1 = {
     "transformer": "FluxTransformer2DModel",
@@ -34,8 +37,10 @@ _PIPELINES = {
 }
 """Pipeline → the classes of its components, by their folders."""
 
+_DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model", "model"
+"""What the names of weights begin with in the folders of either library."""
+
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -45,17 +50,42 @@ class Checkpoint:
     path: Path
     spec: ModelSpec
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The components' folders that hold weights."""
+        return (*(encoder.folder for encoder in self.spec.text.encoders), "transformer", "vae")
+
     def component(self, name: str) -> Path:
         return self.path / name
 
     def config(self, name: str) -> dict[str, Any]:
         """A component's config.json. Raises CheckpointError."""
-        return _json(self.component(name) / "config.json")
+        return read_json(self.component(name) / "config.json")
 
     def class_name(self, component: str) -> str | None:
         """The class that model_index.json names for a component."""
-        entry = _json(self.path / "model_index.json").get(component)
+        entry = read_json(self.path / MODEL_INDEX).get(component)
         return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 else None
+
+    def weights(self, name: str) -> Weights:
+        """The tensors that are read of a component's folder: its module's, all of them and no others.
+
+        Raises:
+            CheckpointError, UnsafeWeights: see weights.read.
+        """
+        folder, config = self.component(name), self.config(name)
+        of_diffusers = "_class_name" in config
+        module = config["_class_name"] if of_diffusers else (config.get("architectures") or [None])[0]
+        read = [max(encoder.layers) for encoder in self.spec.text.encoders if encoder.folder == name and encoder.layers]
+        try:
+            listed = tensors(str(module), config, *read)
+        except KeyError as error:
+            raise CheckpointError(f"{folder / 'config.json'}: lacks {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UnsupportedArchitecture(
+                str(folder / "config.json"), str(error), f"the numbers of {module}"
+            ) from error
+        return component_weights.read(folder, _DIFFUSERS if of_diffusers else _TRANSFORMERS, str(module), listed)
 
 
 def read(path: Path, weights: bool = True, model: str = "") -> Checkpoint:
@@ -78,21 +108,22 @@ def read(path: Path, weights: bool = True, model: str = "") -> Checkpoint:
 
 
 def _read(path: Path, weights: bool) -> Checkpoint:
-    if not path.is_dir():
-        hint = "--checkpoint and FLUXSERVE_CHECKPOINT name one"
-        raise CheckpointError(f"{path}: no such folder; expected a diffusers-format checkpoint ({hint})")
-    index = _json(path / "model_index.json")
+    path = locate(path)
+    index = read_json(path / MODEL_INDEX)
     pipeline = str(index.get("_class_name"))
     if pipeline not in _PIPELINES:
-        raise UnsupportedArchitecture(f"{path / 'model_index.json'}: _class_name", pipeline, " or ".join(_PIPELINES))
+        raise UnsupportedArchitecture(f"{path / MODEL_INDEX}: _class_name", pipeline, " or ".join(_PIPELINES))
     if _PIPELINES[pipeline] is _KLEIN and index.get("is_distilled") is not True:
         allowed = "true: a base model takes a second pass per step for its guidance, which the loop lacks"
-        raise UnsupportedArchitecture(f"{path / 'model_index.json'}: is_distilled", index.get("is_distilled"), allowed)
+        raise UnsupportedArchitecture(f"{path / MODEL_INDEX}: is_distilled", index.get("is_distilled"), allowed)
     for name, architecture in _PIPELINES[pipeline].items():
-        _check_architecture(path / name, architecture)
-        if weights:
-            _check_weights(path / name)
-    return Checkpoint(path, _spec(path))
+        _check_config(path / name, architecture)
+    found = Checkpoint(path, _spec(path))
+    for name in found.folders if weights else ():
+        files = found.weights(name).set
+        if len(files.files) > 1 and files.index is None:
+            raise CheckpointError(f"{path / name}: shards without their index; expected a .safetensors.index.json")
+    return found
 
 
 def _named(found: Checkpoint, model: str) -> Checkpoint:
@@ -104,84 +135,45 @@ def _named(found: Checkpoint, model: str) -> Checkpoint:
 
 
 def _spec(path: Path) -> ModelSpec:
-    transformer = _json(path / "transformer" / "config.json")
-    vae = _json(path / "vae" / "config.json")
-    scheduler = _json(path / "scheduler" / "scheduler_config.json")
+    transformer = read_json(path / "transformer" / "config.json")
+    vae = read_json(path / "vae" / "config.json")
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     if scheduler.get("_class_name") != _SCHEDULER:
         where = f"{path / 'scheduler' / 'scheduler_config.json'}: _class_name"
         raise UnsupportedArchitecture(where, scheduler.get("_class_name"), _SCHEDULER)
     try:
         spec = specs.from_configs(transformer, vae, scheduler)
-        text, width = spec.text, spec.transformer.joint_attention_dim
+        text = spec.text
         for encoder in text.encoders:
-            config = _json(path / encoder.folder / "config.json")
+            config = read_json(path / encoder.folder / "config.json")
             config = config.get("text_config", config)  # of a model that has eyes as well
-            if encoder.layers and config["hidden_size"] * len(encoder.layers) != width:
-                got = f"{encoder.folder}: {len(encoder.layers)} states of {config['hidden_size']}"
-                raise ValueError(f"{got} must be the {width} that the transformer reads")
+            _check_width(encoder, config, spec.transformer, encoder is spec.text.sequence)
             text = text.changed(encoder.name, vocabulary=config["vocab_size"])
         return replace(spec, text=text)
     except KeyError as error:
         raise CheckpointError(f"{path}: a config.json lacks {error}") from error
     except (TypeError, ValueError) as error:
-        raise UnsupportedArchitecture(str(path), str(error), "the dimensions of a FLUX model") from error
+        raise UnsupportedArchitecture(str(path), str(error), "numbers of one FLUX model") from error
 
 
-def _check_architecture(folder: Path, architecture: str) -> None:
-    config = _json(folder / "config.json")
+def _check_width(encoder: EncoderSpec, config: dict[str, Any], transformer: TransformerSpec, sequence: bool) -> None:
+    """A text encoder's states are as wide as the transformer's input that they go to. Raises ValueError, KeyError."""
+    width = config["d_model"] if "d_model" in config else config["hidden_size"]
+    states = len(encoder.layers) or 1
+    expected = transformer.joint_attention_dim if sequence else transformer.pooled_projection_dim
+    if width * states != expected:
+        got = f"{encoder.folder}: {states} states of {width}"
+        raise ValueError(f"{got} must be the {expected} that the transformer reads; it is another model's")
+
+
+def _check_config(folder: Path, architecture: str) -> None:
+    """A component's class, and that nothing of it is quantised."""
+    file = folder / "config.json"
+    config = read_json(file)
     got = config.get("_class_name") or config.get("architectures")
     if got not in (architecture, [architecture]):
-        raise UnsupportedArchitecture(f"{folder / 'config.json'}: architecture", got, architecture)
-
-
-def _check_weights(folder: Path) -> None:
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickled = sorted(f for f in folder.iterdir() if f.suffix in _PICKLES)
-        if pickled:
-            raise UnsafeWeights(str(pickled[0]))
-        raise CheckpointError(f"{folder}: no weights; expected .safetensors files")
-    for index in folder.glob("*.safetensors.index.json"):
-        for shard in _shards(index):
-            if not (folder / shard).is_file():
-                raise CheckpointError(f"{folder / shard}: missing; {index.name} lists it")
-    for file in weights:
-        _check_length(file)
-
-
-def _shards(index: Path) -> list[str]:
-    """The files that an index lists. They must lie beside it, where their lengths are checked."""
-    listed = _json(index).get("weight_map")
-    shards = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
-    if not shards or any(Path(s).name != s or not s.endswith(".safetensors") for s in shards):
-        raise CheckpointError(f"{index}: expected a weight_map of .safetensors files beside it")
-    return shards
-
-
-def _check_length(file: Path) -> None:
-    """A safetensors file says in its header how long it is; one that was cut short is shorter."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as f:
-            (header_size,) = struct.unpack("<Q", f.read(8))
-            if header_size > size - 8:
-                raise ValueError("header longer than the file")
-            header = json.loads(f.read(header_size))
-        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not a safetensors file, or truncated ({error})") from error
-    expected = 8 + header_size + max(ends, default=0)
-    if size != expected:
-        raise CheckpointError(f"{file}: {size} bytes; its header expects {expected}. The file is truncated or damaged")
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: missing; expected a diffusers-format checkpoint") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: unreadable ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: got a JSON {type(value).__name__}; expected an object")
-    return value
+        raise UnsupportedArchitecture(f"{file}: architecture", got, architecture)
+    beside = folder / "hf_quant_config.json"
+    for source, values in ((file, config), *([(beside, read_json(beside))] if beside.exists() else [])):
+        if quantiser := foreign.quantiser(values):
+            raise CheckpointError(f"{source}: got {quantiser}")

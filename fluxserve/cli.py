@@ -9,13 +9,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxserve import __version__, console, process, settings
 from fluxserve.errors import FluxserveError, LibraryMissing, ServerError
+from fluxserve.folder import expanded
 from fluxserve.installation import Installation, bundled, installed_at
 from fluxserve.repository import lay_out
 from fluxserve.serve import add_options, serve
@@ -182,7 +183,7 @@ def _lay_out(options: argparse.Namespace) -> int:
     chosen = _chosen(options)
     for name in ("checkpoint", "artifact"):
         if name in chosen:
-            chosen[name] = str(Path(chosen[name]).absolute())
+            chosen[name] = str(expanded(Path(chosen[name])).absolute())
     found = source.find(settings.load({name: {"string_value": value} for name, value in chosen.items()}))
     lay_out(_REPOSITORY, options.folder, chosen, options.gpus)
     _say(f"{options.folder}: {found.spec.name} through {found.engine}")
@@ -328,41 +329,26 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     """Every check is made, whatever the others say; the status is 1 if one failed."""
-    import torch
-
-    from fluxserve import source
+    from fluxserve import doctor
 
     config = settings.load({name: {"string_value": value} for name, value in _chosen(options).items()})
 
-    def gpu() -> str:
-        if not torch.cuda.is_available():
-            return "none; the CPU is used"
-        return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    def server() -> str:
+        return _ready(options.server) if "://" in options.server else str(_installation(options.server).binary)
 
-    def model() -> str:
-        found = source.find(config)
-        where = config.artifact_path if found.artifact else config.checkpoint_path
-        return f"{found.spec.name} at {where}, engine {found.engine}"
-
-    checks: dict[str, Callable[[], str]] = {
-        "tritonserver": lambda: (
-            _ready(options.server) if "://" in options.server else str(_installation(options.server).binary)
-        ),
-        "model": model,
-        "GPU": gpu,
-        "torch": lambda: str(torch.__version__),
-    }
-    failed = False
-    for name, check in checks.items():
+    failed: set[str] = set()
+    for name, check in doctor.checks(config, server).items():
+        if "model" in failed and name in doctor.NEEDS_MODEL:
+            continue
         try:
             print(f"  ok    {name}: {check()}")
         except FluxserveError as error:
-            failed = True
+            failed.add(name)
             print(f"  FAIL  {name}: {error}")
     print("\nsettings (environment variable, value):")
     for field in fields(config):
         print(f"  FLUXSERVE_{field.name.upper():<12} {getattr(config, field.name)!r}")
-    return int(failed)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ FluxserveError
 │   ├── LibraryRefused     TensorRT or ONNX Runtime said no, in its own words
 │   ├── DeviceUnsuited     an engine that has no kernels for the device there is
 │   ├── OutOfMemory        the device has no room for weights or activations
+│   ├── NotFinite          a picture of NaN or infinity: weights or precision are at fault
 │   └── ShapeError         a tensor outside an engine's signature
 ├── SettingsError          an environment variable or a Triton parameter
 ├── DecoderLost            the process that decodes images ended at one of them
@@ -150,6 +151,16 @@ class OutOfMemory(EngineError):
 
     def __init__(self, what: str, needed: str, allowed: str) -> None:
         super().__init__(f"{what}: needs {needed} of the device's memory; allowed: {allowed}")
+
+
+class NotFinite(EngineError):
+    """A picture came out as NaN or infinity, which a file would show as black."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "picture: got NaN or infinity; expected finite numbers. The weights or the engine's precision are at fault,"
+            " not the request: `fluxserve doctor` checks the weights"
+        )
 
 
 class ShapeError(EngineError):

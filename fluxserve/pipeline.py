@@ -19,7 +19,7 @@ from torch import Tensor
 from fluxserve import flow
 from fluxserve.device import DeviceClock, Pacer, sent
 from fluxserve.engines.base import Bound, Components, Engine, Foreseeing, Saturating, Shapes
-from fluxserve.errors import SettingsError
+from fluxserve.errors import NotFinite, SettingsError
 from fluxserve.imaging import Pixels
 from fluxserve.job import RGB_CHANNELS, TEXT_TO_IMAGE_CHANNELS, Job
 from fluxserve.spec import PATCH, ModelSpec
@@ -32,14 +32,27 @@ _BOUNDS_KEPT = 24
 
 @dataclass(frozen=True)
 class Drawing:
-    """pixels: uint8 [num_images, height, width, 3] on the device; timings: milliseconds by stage on its clock."""
+    """One job's pictures.
+
+    Attributes:
+        pixels: uint8 [num_images, height, width, 3] on the device; of no meaning unless `finite`.
+        timings: milliseconds by stage on the device's clock.
+        finite: whether latents and decoded values all were; `images` and `require_finite` raise NotFinite if not.
+    """
 
     pixels: Tensor
     timings: dict[str, float]
+    finite: bool = True
+
+    def require_finite(self) -> None:
+        """Raise NotFinite rather than let a black picture pass."""
+        if not self.finite:
+            raise NotFinite
 
     @cached_property
     def images(self) -> npt.NDArray[np.uint8]:
         """The pixels on the host. Behind all that the device was told to do before this was first asked for."""
+        self.require_finite()
         if not self.pixels.is_cuda:
             return self.pixels.numpy()
         host = torch.empty_like(self.pixels, device="cpu", pin_memory=True)  # one transfer, into memory that is kept
@@ -101,7 +114,9 @@ class Pipeline:
         side, least, alone = self.spec.defaults.side, self.spec.limits.min_side, not self.spec.takes_references
         sizes = [(side, alone), (side, alone), *([] if alone else [(side, True)]), (least, True)]
         for size, given in sizes:
-            self.draw([self._nothing(size, given)])
+            (drawing,) = self.draw([self._nothing(size, given)])
+            assert drawing is not None, "nobody can cancel it"
+            drawing.require_finite()
 
     def _nothing(self, side: int, given: bool) -> Job:
         """A square job of no words; `given` a black image, or a reference where the model takes those."""
@@ -141,15 +156,22 @@ class Pipeline:
             batch = _Batch(jobs, watch, [self.encode(job) for job in jobs])
         height, width = jobs[0].height, jobs[0].width
         canvas = torch.empty(len(batch.rows), height, width, 3, dtype=torch.uint8, device=self.device)
+        finite = torch.ones(len(batch.rows), dtype=torch.bool, device=self.device)
         for first in range(0, len(batch.rows), self._max_rows):
             rows = batch.rows[first : first + self._max_rows]
             latents = self._denoise_watched(batch, rows, clock)
             if latents is not None:
                 with clock.stage("decode"):
-                    canvas[first : first + len(rows)] = self.decode(latents, height, width)
+                    values, place = self._decoded(latents, height, width), slice(first, first + len(rows))
+                    canvas[place] = _as_bytes(values)
+                    finite[place] = _are_finite(latents) & _are_finite(values)
         timings = clock.milliseconds()
         timings["total"] = sum(timings.values())
-        return [Drawing(pixels, timings) if pixels is not None else None for pixels in batch.share(canvas)]
+        shares = zip(batch.share(canvas), batch.share(finite.cpu()), strict=True)  # the clock has waited for both
+        return [
+            Drawing(pixels, timings, bool(good.all())) if pixels is not None and good is not None else None
+            for pixels, good in shares
+        ]
 
     def _denoise_watched(self, batch: "_Batch", rows: Sequence["_Row"], clock: DeviceClock) -> Tensor | None:
         """Run the loop for some rows, telling the watch after each step; None once nobody wants any of them."""
@@ -275,12 +297,15 @@ class Pipeline:
 
     def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Packed latents → uint8 [rows, height, width, 3] on the device."""
+        return _as_bytes(self._decoded(latents, height, width))
+
+    def _decoded(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Packed latents → what the VAE makes of them, [rows, 3, height, width]; overwritten by the next call."""
         z = flow.unpack(latents, *self.spec.latent_size(height, width))
         bound = self._bind(self._engines.vae_decoder, {"latents": tuple(z.shape)})
         bound.inputs["latents"].copy_(z / self.spec.vae.scaling_factor + self.spec.vae.shift_factor)
         bound.run()
-        pixels = (bound.outputs["pixels"].float() / 2 + 0.5).clamp_(0, 1)
-        return (pixels * 255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return bound.outputs["pixels"]
 
     def _bind(self, engine: Engine, shapes: Shapes) -> Bound:
         """An engine bound to shapes, from the few that were used last."""
@@ -292,6 +317,17 @@ class Pipeline:
             if len(self._bounds) > _BOUNDS_KEPT:
                 self._bounds.popitem(last=False)
         return self._bounds[key]
+
+
+def _as_bytes(values: Tensor) -> Tensor:
+    """[rows, 3, height, width] in −1 to 1 → uint8 [rows, height, width, 3]."""
+    pixels = (values.float() / 2 + 0.5).clamp_(0, 1)
+    return (pixels * 255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _are_finite(values: Tensor) -> Tensor:
+    """Whether a row holds neither NaN nor infinity, bool [rows] on the device: its sum would be neither finite."""
+    return values.flatten(1).sum(dim=1, dtype=torch.float32).isfinite()
 
 
 @dataclass(frozen=True)
@@ -318,7 +354,7 @@ class _Batch:
     def any_wanted(self, members: Sequence[int]) -> bool:
         return any(self._wanted[member] for member in members)
 
-    def share(self, canvas: Tensor) -> list[Tensor | None]:
-        """Every wanted job's rows of the canvas [rows, height, width, 3]."""
-        parts = torch.split(canvas, [len(job.noise_seeds) for job in self.jobs])
+    def share(self, rows: Tensor) -> list[Tensor | None]:
+        """Every wanted job's part of what has a row for each image."""
+        parts = torch.split(rows, [len(job.noise_seeds) for job in self.jobs])
         return [part if wanted else None for part, wanted in zip(parts, self._wanted, strict=True)]

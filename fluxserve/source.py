@@ -1,6 +1,7 @@
 """What is served: a checkpoint's weights, or an artifact's engines. The settings say which."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fluxserve import artifact as artifacts
 from fluxserve import checkpoint as checkpoints
@@ -30,6 +31,30 @@ class Source:
         if self.artifact:
             return engines.open_artifact(self.artifact, device)
         return engines.open_components(self.engine, self.checkpoint, device, dtype)
+
+    @property
+    def path(self) -> Path:
+        """The folder that is served, as it was found."""
+        return self.artifact.path if self.artifact else self.checkpoint.path
+
+    def check_files(self, dtype: str) -> None:
+        """Read all weights once, without keeping them: what loading them would find.
+
+        Raises:
+            CheckpointError: numbers that are not finite.
+            ArtifactDamaged: a file that is not the one that was exported.
+        """
+        if self.artifact:
+            self.artifact.check_contents()
+            return
+        from fluxserve.engines import finite  # torch, which `prepare` does without
+
+        for name in self.checkpoint.folders:
+            finite.check(self.checkpoint.weights(name), dtype)
+
+    def check_engine(self, device: str, dtype: str) -> None:
+        """Raise what opening the engine would before it reads weights; see engines.open.check."""
+        engines.check(self.engine, replace(self.checkpoint, spec=self.spec), device, dtype)
 
     def device(self, offered: str) -> str:
         """Where the engine runs: on what is offered, or on the CPU if it runs nowhere else."""

@@ -11,6 +11,7 @@ reads a system message before it, and begins no answer (Flux2Pipeline._get_mistr
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,22 @@ import numpy.typing as npt
 import transformers
 from jinja2 import TemplateError
 
+from fluxserve import foreign, spiece
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.errors import CheckpointError, UnsupportedArchitecture
+from fluxserve.folder import read_json, visible
 from fluxserve.spec import EncoderSpec
 
 _PROCESSOR, _IMAGE = "PixtralProcessor", "[IMG]"
 _CLASSES = (
     *("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"),
-    *("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", _PROCESSOR),
+    *("Qwen2Tokenizer", "Qwen2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", _PROCESSOR),
 )
+
+_READ = (".json", ".txt", ".model", ".jinja")
+"""What the names of a tokenizer's files end in."""
+_EXTRA_IDS = 100
+"""Words of T5 for spans that were masked in training, behind the pieces of its sentencepiece model."""
 
 Ids = npt.NDArray[np.int64]
 
@@ -60,12 +68,7 @@ def _load(checkpoint: Checkpoint, encoder: EncoderSpec) -> Any:
         raise UnsupportedArchitecture(
             f"{checkpoint.path / 'model_index.json'}: {name}", class_name, ", ".join(_CLASSES)
         )
-    if class_name == _PROCESSOR:  # words need no more of it than its tokenizer; the rest would want torchvision
-        class_name = "AutoTokenizer"
-    try:
-        tokenizer = getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: no usable tokenizer ({error})") from error
+    tokenizer = _open(folder, class_name)
     # Without its files transformers makes a tokenizer that knows nothing; a foreign one would name unknown embeddings.
     if not vocabulary / 2 < len(tokenizer) <= vocabulary:
         got = f"{len(tokenizer)} words for an encoder that knows {vocabulary}"
@@ -78,6 +81,40 @@ def _load(checkpoint: Checkpoint, encoder: EncoderSpec) -> Any:
     except (ValueError, TemplateError) as error:
         raise CheckpointError(f"{folder}: no usable chat template ({error})") from error
     return tokenizer
+
+
+def _open(folder: Path, class_name: str) -> Any:
+    """The tokenizer in a folder. Raises CheckpointError."""
+    if class_name == _PROCESSOR:  # words need no more of it than its tokenizer; the rest would want torchvision
+        class_name = "AutoTokenizer"
+    for file in visible(folder):
+        if file.suffix in _READ and (what := foreign.stand_in(file)):
+            raise CheckpointError(f"{file}: {what}")
+    try:
+        if (folder / spiece.NAME).is_file() and not (folder / "tokenizer.json").is_file():
+            return _of_pieces(folder)
+        return getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the libraries' own: OSError, ValueError, or a bare Exception out of Rust
+        raise CheckpointError(f"{folder}: no usable tokenizer ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What a library says, without the advice of many lines that follows."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _of_pieces(folder: Path) -> Any:
+    """T5's tokenizer out of its sentencepiece model, with the words beside it that a picture has no use for."""
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) if file.is_file() else {}
+    pieces, extra = spiece.read(folder / spiece.NAME), config.get("extra_ids", _EXTRA_IDS)
+    extras = [(f"<extra_id_{index}>", 0.0) for index in reversed(range(extra))]
+    return transformers.T5Tokenizer(
+        vocab=[*pieces.scored, *extras],
+        _spm_precompiled_charsmap=pieces.table or None,
+        extra_ids=extra,
+        **{name: config[name] for name in ("eos_token", "unk_token", "pad_token") if isinstance(config.get(name), str)},
+    )
 
 
 def _pad(tokenizer: Any, length: int) -> None:

@@ -50,6 +50,17 @@ def open_components(name: str, checkpoint: Checkpoint, device: str, dtype: str) 
     return components
 
 
+def check(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> None:
+    """Raise what opening would raise before it reads weights: for the library, the device, the model's configuration.
+
+    Raises:
+        EngineError, SettingsError, CheckpointError.
+    """
+    known = getattr(import_module(ENGINES[name]), "check", None)  # engines of exported graphs have none
+    if known is not None:
+        known(checkpoint, device, dtype)
+
+
 def open_artifact(artifact: Artifact, device: str) -> Components:
     """Load every component of an artifact with the engine that it was exported for.
 

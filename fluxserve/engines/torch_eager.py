@@ -3,13 +3,15 @@
 Not fast, and not meant to be: no graph, no fused kernel, one library call per operation.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -26,8 +28,10 @@ from transformers.utils import logging as transformers_logging
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Components, Shapes, Signature, TensorSpec
+from fluxserve.engines.finite import extremes, refuse_infinite
 from fluxserve.errors import CheckpointError
 from fluxserve.spec import PATCH, ModelSpec
+from fluxserve.weights import Weights
 
 Tensors = Mapping[str, Tensor]
 
@@ -283,20 +287,50 @@ def load_module(checkpoint: Checkpoint, component: str, device: str, dtype: torc
     folder = checkpoint.component(architecture.folder)
     for library in (diffusers_logging, transformers_logging):  # a server's log is no place for their progress bars
         library.disable_progress_bar()
-    try:
+    weights = checkpoint.weights(architecture.folder)
+    with _libraries_errors(folder):
         module, report = architecture.module.from_pretrained(  # type: ignore[attr-defined]
             str(folder),
             torch_dtype=dtype,
             use_safetensors=True,
+            variant=weights.set.variant or None,
             local_files_only=True,
             output_loading_info=True,
             **architecture.configuration,
         )
-        _refuse_gaps(folder, report)
+        _refuse_gaps(weights, report)
         loaded: nn.Module = module.eval().requires_grad_(False).to(device)
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+        named = (*loaded.named_parameters(), *loaded.named_buffers())
+        refuse_infinite(folder, {name: extremes(t) for name, t in named if t.is_floating_point()})
     return loaded
+
+
+def hollow_module(checkpoint: Checkpoint, component: str) -> nn.Module:
+    """The same module on the meta device, without weights. Raises CheckpointError."""
+    architecture = architectures(checkpoint.spec)[component]
+    cls: Any = architecture.module
+    folder = checkpoint.component(architecture.folder)
+    with _libraries_errors(folder), init_empty_weights(include_buffers=False):
+        if hasattr(cls, "load_config"):  # diffusers
+            module: nn.Module = cls.from_config(cls.load_config(str(folder)))
+        else:
+            module = cls(cls.config_class.from_pretrained(str(folder), **architecture.configuration))
+    return module
+
+
+@contextmanager
+def _libraries_errors(folder: Path) -> Iterator[None]:
+    """What diffusers and transformers raise about a folder, as a CheckpointError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def check(checkpoint: Checkpoint, _: str, __: str) -> None:
+    """Build every module, without its weights; see engines.open.check. Raises CheckpointError."""
+    for component in checkpoint.spec.components:
+        hollow_module(checkpoint, component)
 
 
 def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Components:
@@ -308,14 +342,16 @@ def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Componen
     return from_modules(checkpoint.spec, {**modules, "vae_encoder": modules["vae_decoder"]})
 
 
-def _refuse_gaps(folder: Path, report: Mapping[str, Iterable[object]]) -> None:
-    """Refuse weights that do not fill the module: both libraries would draw what is missing at random, and go on."""
-    for problem in ("missing_keys", "mismatched_keys"):
+def _refuse_gaps(weights: Weights, report: Mapping[str, Iterable[object]]) -> None:
+    """Refuse what the loader left out: it draws missing tensors at random, drops the ones that it can't place, and
+    goes on."""
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(key) for key in report.get(problem, ()))
+        if problem == "unexpected_keys":
+            names = [name for name in names if name in weights.tensors]
         if names:
-            raise CheckpointError(
-                f"{folder}: {problem.replace('_', ' ')}: {', '.join(names[:5])} ({len(names)} in all)"
-            )
+            few, problem = ", ".join(names[:5]), problem.replace("_", " ")
+            raise CheckpointError(f"{weights.folder}: {problem}: {few} ({len(names)} in all)")
 
 
 def from_modules(spec: ModelSpec, modules: Mapping[str, nn.Module]) -> Components:

@@ -31,7 +31,11 @@ class Files:
 
         Returns:
             what does the rest, on any thread: a file for each image.
+
+        Raises:
+            NotFinite: there is no picture to write.
         """
+        drawing.require_finite()
         if self._encode is not None and output_format == "png":
             written = [self._encode(pixels) for pixels in drawing.pixels]
             return lambda: written

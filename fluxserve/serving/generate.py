@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fluxserve import contract, source
-from fluxserve.errors import Cancelled, FluxserveError, InvalidRequest
+from fluxserve.errors import Cancelled, FluxserveError, InvalidRequest, NotFinite
 from fluxserve.job import Job, split
 from fluxserve.pipeline import Drawing, Pipeline
 from fluxserve.serving import errors as triton_errors
@@ -220,6 +220,8 @@ class GenerateModel(ServedModel):
     def _refusal(self, error: Exception) -> Any:
         if isinstance(error, Cancelled):
             self._metrics.cancelled()
+        elif isinstance(error, NotFinite):
+            self._metrics.not_finite()
         return triton_errors.response(error)
 
 

@@ -45,6 +45,10 @@ class DrawingMetrics:
             "pixels": _counter("fluxserve_pixels_total", "Pixels drawn"),
             "steps": _counter("fluxserve_steps_total", "Denoising steps run, one for each image and step"),
             "cancellations": _counter("fluxserve_cancellations_total", "Requests cancelled while waiting or running"),
+            "not_finite": _counter(
+                "fluxserve_not_finite_requests_total",
+                "Requests whose picture was NaN or infinity, and was not sent: expected 0",
+            ),
             "saturated": _counter(
                 "fluxserve_saturated_values_total",
                 "FP8 values that were too large for their static scale, in a sample of the rows: expected 0",
@@ -65,6 +69,9 @@ class DrawingMetrics:
 
     def cancelled(self) -> None:
         self._counters["cancellations"].increment(1)
+
+    def not_finite(self) -> None:
+        self._counters["not_finite"].increment(1)
 
     def saturated(self, total: int) -> None:
         """Count what has been added since the last total."""

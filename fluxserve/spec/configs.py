@@ -11,12 +11,12 @@ from fluxserve.spec.parts import ModelSpec, ScheduleSpec, TransformerSpec, VaeSp
 def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> ModelSpec:
     """Read a ModelSpec out of a diffusers folder's three config.json files.
 
-    A fine-tune keeps its base's transformer shape, and with it the base's defaults and limits; the VAE's scale and
-    the schedule are always the folder's own. A shape nobody published gets FLUX.1-dev's or -schnell's defaults,
-    by whether it has a guidance embedding; one of generation 2 FLUX.2-dev's or -klein's.
+    A fine-tune keeps its base's transformer shape, and with it the base's defaults and limits; the schedule's numbers
+    are the folder's own. A shape nobody published gets FLUX.1-dev's or -schnell's defaults, by whether it has a
+    guidance embedding; one of generation 2 FLUX.2-dev's or -klein's.
 
     Raises:
-        ValueError: the numbers contradict each other.
+        ValueError: the numbers contradict each other, or a component is another model's.
         KeyError: a number is missing.
     """
     for name, neutral in _NOT_IMPLEMENTED.items():
@@ -24,18 +24,38 @@ def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], schedul
             raise ValueError(f"scheduler {name}: got {scheduler[name]!r}; expected {neutral!r}")
     shape = _transformer(transformer)
     base = next((m for m in FAMILY if m.transformer == shape), None)
+    published = base
     if base is None:
         guided, unguided = (FLUX2_DEV, FLUX2_KLEIN_4B) if shape.generation == 2 else (FLUX1_DEV, FLUX1_SCHNELL)
         base = replace(guided if shape.guidance_embeds else unguided, name="custom")
     factors = (1.0, 0.0) if shape.generation == 2 else (vae["scaling_factor"], vae["shift_factor"])
     downscale = 2 ** (len(vae["block_out_channels"]) - 1)
     schedule = ScheduleSpec(**_pick(ScheduleSpec, scheduler))
-    return replace(
+    found = replace(
         base,
         transformer=shape,
         vae=VaeSpec(vae["latent_channels"], downscale, *factors),
         schedule=replace(schedule, empirical_shift=shape.generation == 2, base_sigmas=base.schedule.base_sigmas),
     )
+    if published is not None:
+        _check_companions(found, published)
+    return found
+
+
+def _check_companions(found: ModelSpec, published: ModelSpec) -> None:
+    """A published transformer comes with its own kind of schedule, and a VAE of its latents. Raises ValueError.
+
+    Other models' have the same shapes (SD3's VAE in FLUX.1, schnell's transformer with dev's scheduler), and only the
+    picture would tell. A VAE of another resolution was trained for the purpose, and has factors of its own.
+    """
+    held = [("schedule", "use_dynamic_shifting")]
+    if found.vae.downscale == published.vae.downscale:
+        held += [("vae", "scaling_factor"), ("vae", "shift_factor")]
+    for part, name in held:
+        got, expected = (getattr(getattr(spec, part), name) for spec in (found, published))
+        if got != expected:
+            whose = f"beside a transformer of {published.name}: one of the two is another model's"
+            raise ValueError(f"{part} {name}: got {got}; expected {expected} {whose}")
 
 
 def as_member(found: ModelSpec, member: ModelSpec) -> ModelSpec:

@@ -135,7 +135,7 @@ TINY = ModelSpec(
         pooled_projection_dim=128,
         guidance_embeds=True,
     ),
-    vae=VaeSpec(latent_channels=16, downscale=8, scaling_factor=1.0, shift_factor=0.0),  # the folder has its own
+    vae=VaeSpec(latent_channels=16, downscale=8, scaling_factor=1.0194, shift_factor=0.0004),
     schedule=ScheduleSpec(use_dynamic_shifting=True, shift=3.0),
     text=_flux1_text(32),
     defaults=Defaults(side=128, num_inference_steps=20, guidance_scale=3.0),

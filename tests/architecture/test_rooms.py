@@ -52,7 +52,7 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("serve",),
-    ("supervisor",),
+    ("doctor", "supervisor"),
     ("serving",),
     ("pipeline",),
     ("device", "job"),
@@ -64,10 +64,13 @@ LAYERS = (
     ("kernels",),
     ("artifact",),
     ("checkpoint", "settings"),
+    ("weights",),
+    ("folder", "spiece"),
     ("spec", "contract", "installation", "repository"),
+    ("foreign",),
     ("errors", "launcher", "process", "console"),
 )
-ENGINES_MAY_IMPORT = {"spec", "errors", "artifact", "kernels", "checkpoint", "engines"}
+ENGINES_MAY_IMPORT = {"spec", "errors", "artifact", "kernels", "checkpoint", "weights", "engines"}
 
 
 @cache

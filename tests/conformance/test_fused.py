@@ -111,7 +111,7 @@ def transformer(
     most: tuple[int, int, int],
     run: Operations = KERNELS,
 ) -> FusedTransformer:
-    read = Reader(folder.component("transformer"), DEVICE)
+    read = Reader(folder.weights("transformer"), DEVICE)
     return FusedTransformer(folder.spec, read, DEVICE, precision, scales, run, most)
 
 
@@ -269,7 +269,7 @@ def changed(
 
 
 @pytest.mark.parametrize(
-    ("change", "says"), [("drop", "no weight"), ("add", "unexpected weights"), ("unbias", "no weight .*bias")]
+    ("change", "says"), [("drop", "missing 1 tensor"), ("add", "does not read"), ("unbias", "missing 1 .*bias")]
 )
 def test_weights_that_are_others_are_refused(tmp_path: Path, tiny: Judge, change: str, says: str) -> None:
     def apply(weights: dict[str, Tensor]) -> None:

@@ -206,14 +206,14 @@ def put(name: str, *shape: int) -> Callable[[dict[str, Tensor]], None]:
 @pytest.mark.parametrize(
     ("way", "change", "says"),
     [
-        ("decoder", drop("post_quant_conv.bias"), "no weight 'post_quant_conv.bias'"),
-        ("decoder", drop("bn.running_var"), "no weight 'bn.running_var'"),
-        ("encoder", drop("quant_conv.weight"), "no weight 'quant_conv.weight'"),
+        ("decoder", drop("post_quant_conv.bias"), r"missing 1 tensor of .*: post_quant_conv\.bias"),
+        ("decoder", drop("bn.running_var"), r"missing 1 tensor of .*: bn\.running_var"),
+        ("encoder", drop("quant_conv.weight"), r"missing 1 tensor of .*: quant_conv\.weight"),
         ("decoder", put("post_quant_conv.weight", 64, 32, 1, 1), r"got \(64, 32, 1, 1\); expected \(32, 32, 1, 1\)"),
         ("encoder", put("quant_conv.bias", 65), r"quant_conv.bias: got \(65,\); expected \(64,\)"),
         ("encoder", put("bn.running_mean", 32), r"bn.running_mean: got \(32,\); expected \(128,\)"),
-        ("decoder", put("bn.weight", 128), "unexpected weights: bn.weight"),
-        ("encoder", put("bn.weight", 128), "unexpected weights: bn.weight"),
+        ("decoder", put("bn.weight", 128), r"does not read: bn\.weight"),
+        ("encoder", put("bn.weight", 128), r"does not read: bn\.weight"),
     ],
 )
 def test_what_lies_beside_the_networks_is_all_there_and_all_used(
@@ -233,8 +233,8 @@ def test_weights_that_the_configuration_denies_are_refused(judges: Callable[[str
     shutil.copytree(judges("flux1-quant").folder.component("vae"), tmp_path / "vae")
     shutil.copy(judges("flux1").folder.component("vae") / "config.json", tmp_path / "vae")
     denying = Checkpoint(tmp_path, judges("flux1").folder.spec)
-    for way, says in (("decoder", "post_quant_conv.bias"), ("encoder", "quant_conv.bias")):
-        with pytest.raises(CheckpointError, match=f"unexpected weights: {says}"):
+    for way in ("decoder", "encoder"):
+        with pytest.raises(CheckpointError, match=r"does not read: post_quant_conv\.bias, "):
             getattr(vae, way)(denying, DEVICE, EXACT, PLAIN)
 
 

@@ -64,8 +64,8 @@ def test_errors_of_each_block(judge: Judge) -> None:
 
 
 def test_the_reference_is_the_module_and_frees_what_has_run(tiny: Judge) -> None:
-    folder = tiny.folder.component("transformer")
-    reference = measure._Reference(tiny.folder, folder, torch.device("cpu"))
+    weights = tiny.folder.weights("transformer")
+    reference = measure._Reference(tiny.folder, weights, torch.device("cpu"))
     passed: list[measure._Passed] = []
     reference.run(on_cpu(tiny.inputs), passed.append)
     assert [p.block for p in passed] == list(reference.blocks)

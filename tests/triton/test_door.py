@@ -15,8 +15,8 @@ import pytest
 
 from fluxserve import contract, process
 from fluxserve.imaging import decode, read_image
-from fluxserve.supervisor import TritonServer
 from fluxserve.spec import Limits
+from fluxserve.supervisor import TritonServer
 from tests.triton.conftest import PATIENCE, PlainClient, plain, running, wait_for
 
 pytestmark = pytest.mark.xdist_group("triton")

@@ -116,8 +116,8 @@ class Likeness:
 
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
         folder = random_weights.write(folder / spec.name, spec, text_layers=1, narrow=16)
-        self.spec = checkpoint.read(folder).spec
-        self.module = load_module(checkpoint.read(folder), "transformer", "cpu", torch.float32)
+        self.spec = checkpoint.read(folder, weights=False).spec
+        self.module = load_module(checkpoint.read(folder, weights=False), "transformer", "cpu", torch.float32)
         self.run = architectures(self.spec)["transformer"].wrapper(self.module)
         self.width, self.hidden = self.spec.transformer.hidden_size, self.spec.transformer.mlp_width
         self.first = self.see(self.inputs())

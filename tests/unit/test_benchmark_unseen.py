@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 
 
 def test_matrices_of_blocks_are_changed_by_what_was_asked() -> None:
-    folder = checkpoint.read(settings.default_checkpoint()).component("transformer")
-    was, changed = Reader(folder, CPU), Changed(folder, CPU, 0.25)
+    weights = checkpoint.read(settings.default_checkpoint()).weights("transformer")
+    was, changed = Reader(weights, CPU), Changed(weights, CPU, 0.25)
     for name in ("transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.proj_mlp.weight"):
         difference = (changed(name) - was(name)).double()
         assert difference.norm() / was(name).double().norm() == pytest.approx(0.25, rel=1e-3)

@@ -11,7 +11,7 @@ import torch
 
 from fluxserve import checkpoint, flow
 from fluxserve.engines.base import Bound, Shapes
-from fluxserve.errors import InvalidRequest
+from fluxserve.errors import InvalidRequest, NotFinite
 from fluxserve.imaging import read_image, write_image
 from fluxserve.job import Job, join, plan, split
 from fluxserve.pipeline import _BOUNDS_KEPT, Pipeline
@@ -221,7 +221,7 @@ def tokenizers() -> Tokenizers:
 def planned(tokenizers: Tokenizers, steps: int = 8, strength: float | None = None, side: int = 64) -> Job:
     spec = replace(FLUX().spec, text=FLUX().spec.text.changed("t5", tokens=32))
     images = (read_image(write_image(IMAGE, "png", 90), spec.limits),) if strength is not None else ()
-    request = Request("a fox", side, side, steps, 3.5, 40, 2, images, strength, "png", 90)
+    request = Request("a fox", side, side, steps, 3.5, 40, 2, images, strength, "png", 90, "binary")
     return plan(request, spec, tokenizers)
 
 
@@ -278,7 +278,7 @@ def test_strength_decides_how_much_of_the_image_stays(pipeline: Pipeline) -> Non
     assert torch.equal(noise, flow.pack(torch.randn((1, 16, 8, 8), generator=generator))), "the generator's second draw"
 
 
-# --- what `generate` checks of a job that nobody planned --------------------------------------------------------------
+# --- what `generate` checks of a job that nobody planned -------------------------------------------------------------
 
 
 def klein_job(**changed: Any) -> tuple[ModelSpec, Job]:
@@ -334,3 +334,65 @@ def test_references_of_other_sizes_are_not_alike() -> None:
     images = [np.zeros((*size, 3), np.uint8) for size in ((64, 80), (80, 64))]
     jobs = [klein_job(references=tuple(chosen))[1] for chosen in ([], images[:1], images[1:], images, images[::-1])]
     assert len({job.likeness for job in jobs}) == 5
+
+
+# --- pictures that are not finite ------------------------------------------------------------------------------------
+
+
+class Spoils:
+    """Stands before an engine and spoils an output of some of its runs."""
+
+    def __init__(self, engine: Any, output: str, value: float, runs: tuple[int, ...]) -> None:
+        self._engine, self._output, self._value, self._runs, self._count = engine, output, value, runs, 0
+        self.signature = engine.signature
+
+    def bind(self, shapes: Shapes) -> Bound:
+        bound = self._engine.bind(shapes)
+        run = bound.run
+
+        def spoilt() -> None:
+            run()
+            if self._count in self._runs:
+                bound.outputs[self._output].view(-1)[7] = self._value
+            self._count += 1
+
+        bound.run = spoilt
+        return bound  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+SPOILT = [("transformer", "velocity"), ("vae_decoder", "pixels")]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("component", "output"), SPOILT)
+def test_a_picture_that_is_not_finite_is_never_given_out(component: str, output: str, value: float) -> None:
+    spoils = Spoils(getattr(FLUX().components(), component), output, value, runs=(1,))
+    pipeline = Pipeline(FLUX().spec, replace(FLUX().components(), **{component: spoils}))
+    jobs = [a_job((1,)), a_job((2, 3)), a_job((4,))]
+    drawings = pipeline.draw(jobs)
+    spoilt = 0 if component == "transformer" else 1  # the second step of the first image, or the second image
+    for index, drawing in enumerate(drawings):
+        assert drawing is not None and drawing.finite == (index != spoilt)
+        if index == spoilt:
+            with pytest.raises(NotFinite, match="NaN or infinity"):
+                _ = drawing.images
+        else:
+            assert drawing.images.any(), "its neighbours are drawn"
+
+
+@pytest.mark.parametrize("name", ["clip", "t5"])
+def test_what_conditions_a_picture_shows_in_it(name: str) -> None:
+    output = {"clip": "pooled", "t5": "sequence"}[name]
+    text = {**FLUX().components().text, name: Spoils(FLUX().components().text[name], output, float("nan"), (0,))}
+    (drawing,) = Pipeline(FLUX().spec, replace(FLUX().components(), text=text)).draw([a_job((1,))])
+    assert drawing is not None and not drawing.finite
+
+
+@pytest.mark.parametrize(("component", "output"), [*SPOILT, ("vae_encoder", "mean")])
+def test_a_model_that_draws_nan_does_not_become_ready(component: str, output: str) -> None:
+    spoils = Spoils(getattr(FLUX().components(), component), output, float("nan"), tuple(range(99)))
+    with pytest.raises(NotFinite):
+        Pipeline(FLUX().spec, replace(FLUX().components(), **{component: spoils})).warm_up()

@@ -310,6 +310,28 @@ def test_saturated_values_are_counted_once(
     assert seen == [0, 5, 5, 9]
 
 
+@pytest.mark.parametrize("output_format", [b"raw", b"png", b"jpeg"])
+def test_a_picture_that_is_not_finite_is_an_error_and_counted(
+    generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch, output_format: bytes
+) -> None:
+    """The VAE gives NaN for one of two requests; the other gets its picture."""
+    decoded, calls = generate._pipeline._decoded, []
+
+    def spoilt(*given: Any) -> torch.Tensor:
+        values: torch.Tensor = decoded(*given)
+        calls.append(1)
+        return values * float("nan") if len(calls) == 1 else values
+
+    monkeypatch.setattr(generate._pipeline, "_decoded", spoilt)
+    before, drawn = spent("not_finite_requests_total"), spent("images_total")
+    jobs = [job(admitted(table, name), output_format=output_format) for name in ("black", "good")]
+    bad, good = answers(generate, jobs)
+    code, message = error_of(bad)
+    assert code == "INTERNAL" and "NotFinite: picture: got NaN or infinity; expected finite numbers" in message
+    assert not good.has_error()
+    assert (spent("not_finite_requests_total") - before, spent("images_total") - drawn) == (1, 1)
+
+
 def test_an_exception_releases_the_slots(generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")

@@ -63,19 +63,18 @@ class FusedClip:
         if config["hidden_act"] != _QUICK_GELU:
             raise UnsupportedArchitecture(f"{FOLDER}/config.json: hidden_act", config["hidden_act"], _QUICK_GELU)
         self.signature = signatures.clip(checkpoint.spec)
-        read = Reader(checkpoint.component(FOLDER), device, "text_model.")  # transformers 5 writes none
+        read = Reader(checkpoint.weights(FOLDER), device, "text_model.")  # transformers 5 writes none
         self._words, self._positions = (
             read.shaped(f"embeddings.{part}_embedding.weight", config[rows], config["hidden_size"]).to(
                 precision.compute
             )
             for part, rows in (("token", "vocab_size"), ("position", "max_position_embeddings"))
         )
-        read.ignore("embeddings.position_ids")
         names = [f"encoder.layers.{i}" for i in range(config["num_hidden_layers"])]
         self._layers = [_Layer(read, name, config, precision) for name in names]
         self._norm = _Norm(read, "final_layer_norm", config, precision)
         self._end: int = config["eos_token_id"]
-        read.refuse_rest()
+        read.finish()
 
     def bind(self, shapes: Shapes) -> "_Bound":
         assert self._layers, "bind after close"

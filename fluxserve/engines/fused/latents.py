@@ -64,7 +64,6 @@ def statistics(read: Reader, checkpoint: Checkpoint) -> Statistics | None:
         read.shaped(f"bn.running_{part}", channels * PATCH * PATCH).float().view(channels, PATCH, PATCH)
         for part in ("mean", "var")
     )
-    read.ignore("bn.num_batches_tracked")
     return Statistics(mean, torch.sqrt(variance + checkpoint.config("vae").get("batch_norm_eps", _EPSILON)))
 
 

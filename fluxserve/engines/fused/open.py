@@ -12,6 +12,7 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Components, Engine
 from fluxserve.errors import DeviceUnsuited, EngineError, LibraryMissing, OutOfMemory, SettingsError
+from fluxserve.spec import ModelSpec
 
 try:
     from fluxserve.engines.fused import headroom, vae
@@ -44,8 +45,7 @@ _ENCODERS: dict[str, Callable[[Checkpoint, torch.device, Precision, Operations],
 
 def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Components:
     """In BF16, which needs no calibration; see engines.open.open_components."""
-    if dtype not in ("auto", "bfloat16"):
-        raise SettingsError("dtype", dtype, "auto or bfloat16 with the fused engine; FP8 comes with an artifact")
+    check(checkpoint, device, dtype)
     return _served(assemble(checkpoint, usable(device), BF16, None, LAUNCHED))
 
 
@@ -88,13 +88,7 @@ def assemble(
         CheckpointError, ArtifactError, OutOfMemory.
         EngineError: a model whose text encoder the engine does not have.
     """
-    for encoder in checkpoint.spec.text.encoders:
-        if encoder.name not in _ENCODERS:
-            known = ", ".join(_ENCODERS)
-            raise EngineError(
-                f"fused: got {checkpoint.spec.name}, whose text encoder is {encoder.name}; expected one with {known}."
-                " torch_eager runs it"
-            )
+    _check_encoders(checkpoint.spec)
     try:
         return _load(checkpoint, device, precision, scales, run)
     except torch.OutOfMemoryError as error:
@@ -102,9 +96,28 @@ def assemble(
         raise OutOfMemory("weights", needed, f"what {device} has left ({error})") from error
 
 
+def check(checkpoint: Checkpoint, device: str, dtype: str) -> None:
+    """What is known before a file is read; see engines.open.check."""
+    if dtype not in ("auto", "bfloat16"):
+        raise SettingsError("dtype", dtype, "auto or bfloat16 with the fused engine; FP8 comes with an artifact")
+    usable(device)
+    _check_encoders(checkpoint.spec)
+
+
+def _check_encoders(spec: ModelSpec) -> None:
+    for encoder in spec.text.encoders:
+        if encoder.name not in _ENCODERS:
+            known = ", ".join(_ENCODERS)
+            raise EngineError(
+                f"fused: got {spec.name}, whose text encoder is {encoder.name}; expected one with {known}."
+                " torch_eager runs it"
+            )
+
+
 def _weights_gb(checkpoint: Checkpoint, precision: Precision) -> float:
-    """All safetensors of the folder; in FP8 and INT8 half of what BF16 takes."""
-    files = sum(file.stat().st_size for file in checkpoint.path.glob("*/*.safetensors"))
+    """All files of weights; in FP8 and INT8 half of what BF16 takes."""
+    sets = (checkpoint.weights(name).set for name in checkpoint.folders)
+    files = sum(file.stat().st_size for each in sets for file in each.files)
     return files / 1e9 / (2 if precision.quantised else 1)
 
 
@@ -112,7 +125,7 @@ def _load(
     checkpoint: Checkpoint, device: torch.device, precision: Precision, scales: Scales | None, run: Operations
 ) -> Components:
     spec, signature = checkpoint.spec, signatures.transformer(checkpoint.spec)
-    read = Reader(checkpoint.component("transformer"), device)
+    read = Reader(checkpoint.weights("transformer"), device)
     most = (signature.most("image_tokens"), signature.most("text_tokens"), _ROWS)
     components = Components(
         transformer=FusedTransformer(spec, read, device, precision, scales, run, most),

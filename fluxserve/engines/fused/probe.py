@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from fluxserve.kernels.attention import padded
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.operations import Operations
 from fluxserve.spec import ModelSpec
+from fluxserve.weights import Weights
 
 HOPPER = (9, 0)
 """The compute capability that the kernels are written for."""
@@ -64,15 +64,17 @@ class Probe:
     """Blocks of one transformer on one device.
 
     Args:
-        folder: the component's, whose weights are read.
+        weights: the component's.
         scales: of the transformer; what they keep is not regarded.
         run: the kernels, or their definitions.
     """
 
-    def __init__(self, spec: ModelSpec, folder: Path, device: torch.device, scales: Scales, run: Operations) -> None:
-        self._spec, self._folder, self._device = spec.transformer, folder, device
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, device: torch.device, scales: Scales, run: Operations
+    ) -> None:
+        self._spec, self._weights, self._device = spec.transformer, weights, device
         self._scales, self._run = scales, run
-        self._modulation = Modulation(Reader(folder, device), self._spec, _FP8)
+        self._modulation = Modulation(Reader(weights, device), self._spec, _FP8)
 
     def images(self, inputs: Mapping[str, Tensor]) -> list[Image]:
         """The rows of a batch of the transformer's inputs, by the signature's names."""
@@ -92,7 +94,7 @@ class Probe:
         kind, _, index = name.partition(".")
         made = Making(_FP8, replace(self._scales, kept=kept.names(name)), self._run)
         block = DoubleBlock if kind == "transformer_blocks" else SingleBlock
-        return block(Reader(self._folder, self._device), int(index), self._spec, made)
+        return block(Reader(self._weights, self._device), int(index), self._spec, made)
 
     @torch.inference_mode()
     def __call__(self, block: DoubleBlock | SingleBlock, image: Image, residual: Tensor) -> Result:

@@ -103,18 +103,11 @@ class FusedQwen3:
         config = checkpoint.config(encoder.folder)
         self.shape, self.precision, self.run = _Shape.of(encoder.folder, config), precision, run
         self.signature, self.taken = signatures.language_model(checkpoint.spec), encoder.layers
-        folder, depth = checkpoint.component(encoder.folder), max(encoder.layers)
-        read = Reader(folder, device, _PREFIX)
+        read = Reader(checkpoint.weights(encoder.folder), device, _PREFIX)
         words = read.shaped("embed_tokens.weight", self.shape.words, self.shape.width)
         self.embedding = words.to(precision.compute)
-        self.layers: list[_Layer] = [_Layer(read, index, self.shape, precision) for index in range(depth)]
-        read.ignore_below(*(f"layers.{index}." for index in range(depth, config["num_hidden_layers"])))
-        read.ignore("norm.weight")
-        read.refuse_rest()
-        beside = Reader(folder, device)
-        beside.ignore("lm_head.weight")  # tied to the embedding, it is not even there
-        beside.ignore_below(_PREFIX, "layers.", "embed_tokens.", "norm.")
-        beside.refuse_rest()
+        self.layers: list[_Layer] = [_Layer(read, index, self.shape, precision) for index in range(max(encoder.layers))]
+        read.finish()
 
     def bind(self, shapes: Shapes) -> "_Bound":
         assert self.layers, "bind after close"

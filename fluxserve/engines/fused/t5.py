@@ -71,14 +71,14 @@ class FusedT5:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, precision: Precision, run: Operations) -> None:
         self.shape, self.precision, self.run = _Shape.of(checkpoint.config(FOLDER)), precision, run
         self.signature = signatures.t5(checkpoint.spec)
-        read = Reader(checkpoint.component(FOLDER), device)
+        read = Reader(checkpoint.weights(FOLDER), device)
         self.embedding = read.first("shared.weight", "encoder.embed_tokens.weight").to(precision.compute)
         width = self.embedding.shape[1]
         table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         self.positions = read.shaped(table, self.shape.buckets, self.shape.heads).float()
         self.layers: list[_Layer] = [_Layer(read, i, width, self.shape, precision) for i in range(self.shape.layers)]
         self.norm = read.shaped("encoder.final_layer_norm.weight", width).float()
-        read.refuse_rest()
+        read.finish()
 
     def bind(self, shapes: Shapes) -> "_Bound":
         assert self.layers, "bind after close"

@@ -48,7 +48,7 @@ class Weights:
         self.double = [DoubleBlock(read, i, shape, made) for i in range(shape.num_layers)]
         self.single = [SingleBlock(read, i, shape, made) for i in range(shape.num_single_layers)]
         self.out = dense(read, "proj_out", precision, d, shape.in_channels, shape.biased)
-        read.refuse_rest()
+        read.finish()
 
 
 class FusedTransformer:

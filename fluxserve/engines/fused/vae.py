@@ -217,7 +217,7 @@ class _Decoder:
         self._levels = _levels(c, "up_blocks", channels, resnets, "upsamplers", None)
         self._norm = _Norm(c, "conv_norm_out", channels[-1])
         self._out = _Conv(c, "conv_out", channels[-1], config["out_channels"])
-        c.read.refuse_rest()
+        c.read.finish()
 
     def __call__(self, given: Tensor) -> tuple[Tensor, ...]:
         x = self._middle(_Picture(self._in(self._before(given) if self._before else given)))
@@ -240,7 +240,7 @@ class _Encoder:
         both = 2 * config["latent_channels"]  # mean, logarithm of variance
         self._out = _Conv(c, "conv_out", channels[-1], both, then=then)
         self._statistics = statistics
-        c.read.refuse_rest()
+        c.read.finish()
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
         x = _Picture(self._in(pixels))
@@ -293,7 +293,7 @@ def decoder(checkpoint: Checkpoint, device: torch.device, precision: Precision, 
     config, beside = checkpoint.config(FOLDER), _beside(checkpoint, device, "quant_conv.")
     convolution = latents.pointwise(beside, config, "post_quant_conv", config["latent_channels"])
     before = latents.before(convolution, latents.statistics(beside, checkpoint), precision.compute)
-    beside.refuse_rest()
+    beside.finish()
     network = _Decoder(_context(checkpoint, device, precision, run, "decoder."), config, before)
     return FusedVae(signatures.vae_decoder(checkpoint.spec), network, precision.compute, device)
 
@@ -303,7 +303,7 @@ def encoder(checkpoint: Checkpoint, device: torch.device, precision: Precision, 
     config, beside = checkpoint.config(FOLDER), _beside(checkpoint, device, "post_quant_conv.")
     then = latents.pointwise(beside, config, "quant_conv", 2 * config["latent_channels"])
     statistics = latents.statistics(beside, checkpoint)
-    beside.refuse_rest()
+    beside.finish()
     network = _Encoder(_context(checkpoint, device, precision, run, "encoder."), config, then, statistics)
     return FusedVae(signatures.vae_encoder(checkpoint.spec), network, precision.compute, device)
 
@@ -328,12 +328,12 @@ def _decoder_channels(config: Mapping[str, Any]) -> list[int]:
 def _context(
     checkpoint: Checkpoint, device: torch.device, precision: Precision, run: Operations, part: str
 ) -> _Context:
-    read = Reader(checkpoint.component(FOLDER), device, part)
+    read = Reader(checkpoint.weights(FOLDER), device, part)
     return _Context(read, precision, run, checkpoint.config(FOLDER)["norm_num_groups"])
 
 
 def _beside(checkpoint: Checkpoint, device: torch.device, other: str) -> Reader:
     """What belongs to neither network. `other` is the other way's, who looks at it himself."""
-    read = Reader(checkpoint.component(FOLDER), device)
+    read = Reader(checkpoint.weights(FOLDER), device)
     read.ignore_below("encoder.", "decoder.", other)
     return read

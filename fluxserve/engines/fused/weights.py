@@ -9,10 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fluxserve.engines.finite import extremes, refuse_infinite
 from fluxserve.errors import CheckpointError
 from fluxserve.kernels.fp8 import E4M3, quantise_rows
 from fluxserve.kernels.layers import Linear
 from fluxserve.kernels.operations import as_they_are
+from fluxserve.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,20 @@ class Precision:
 
 
 class Reader:
-    """The tensors of one component's folder, by diffusers' and transformers' names.
+    """The tensors of one component, by diffusers' and transformers' names.
 
     Args:
+        weights: of the component's folder.
         prefix: only tensors whose names begin with it, and without it; all of them, if none does.
     """
 
-    def __init__(self, folder: Path, device: torch.device, prefix: str = "") -> None:
-        self._folder, self._prefix, self.device = folder, prefix, device
-        self._files: dict[str, Any] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            opened: Any = safe_open(file, framework="pt", device=str(device))
-            self._files |= dict.fromkeys(opened.keys(), opened)
+    def __init__(self, weights: Weights, device: torch.device, prefix: str = "") -> None:
+        self._folder, self._prefix, self.device = weights.folder, prefix, device
+        opened: dict[Path, Any] = {
+            file: safe_open(file, framework="pt", device=str(device)) for file in weights.set.files
+        }
+        self._files = {name: opened[tensor.file] for name, tensor in weights.tensors.items()}
+        self._extremes: dict[str, Tensor] = {}
         if not any(name.startswith(prefix) for name in self._files):
             self._prefix = ""
         self._unread = {name.removeprefix(prefix) for name in self._files if name.startswith(self._prefix)}
@@ -57,6 +61,7 @@ class Reader:
             tensor: Tensor = self._files[full].get_tensor(full)
         except SafetensorError as error:
             raise CheckpointError(f"{self._folder}: {full}: {error}") from error
+        self._extremes[full] = extremes(tensor)  # read once, by `finish`
         return tensor
 
     def first(self, *names: str) -> Tensor:
@@ -72,19 +77,16 @@ class Reader:
             raise CheckpointError(f"{self._folder}: {name}: got {tuple(tensor.shape)}; expected {shape}")
         return tensor
 
-    def ignore(self, *names: str) -> None:
-        """Weights that may be there, and are not needed."""
-        self._unread -= set(names)
-
     def ignore_below(self, *prefixes: str) -> None:
-        """The same, of all weights whose names begin with one of these."""
+        """Weights that another part of the engine reads: all whose names begin with one of these."""
         self._unread = {name for name in self._unread if not name.startswith(prefixes)}
 
-    def refuse_rest(self) -> None:
-        """Raise CheckpointError if there are weights that nobody asked for: the architecture is another."""
+    def finish(self) -> None:
+        """Raise CheckpointError for weights that were not read, and for numbers that are not finite. Waits once."""
         if self._unread:
             few = ", ".join(sorted(self._unread)[:5])
             raise CheckpointError(f"{self._folder}: unexpected weights: {few} ({len(self._unread)} in all)")
+        refuse_infinite(self._folder, self._extremes)
 
 
 def stack(
