@@ -21,15 +21,15 @@ def command(out: Path) -> list[str]:
     return [sys.executable, "-m", "fluxserve", "export", *given]
 
 
-def killed_at(out: Path, words: str) -> None:
-    """Run the export until its output has these words, then SIGKILL."""
+def killed_at(out: Path, stage: str) -> None:
+    """Run the export until it has said that a stage is finished, then SIGKILL. A slow one says before how far it is."""
     with subprocess.Popen(command(out), cwd=ROOT, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if line.startswith(words):
+            if line.startswith(f"{stage}:"):
                 os.kill(process.pid, signal.SIGKILL)
                 return
-    pytest.fail(f"it ended without saying {words!r}")
+    pytest.fail(f"it ended without saying that {stage!r} is finished")
 
 
 def test_a_killed_export_goes_on_where_it_was(tmp_path: Path) -> None:
