@@ -30,7 +30,7 @@ from fluxserve.engines.fused.open import BF16, FP8, assemble, operations_on
 from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Reader
 from fluxserve.job import Job, plan
-from fluxserve.kernels.layers import Heads
+from fluxserve.kernels.gemm.layers import Heads
 from fluxserve.kernels.operations import Operations
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse

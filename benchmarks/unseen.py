@@ -33,7 +33,7 @@ from fluxserve.engines.fused.scales import HEADROOM
 from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Reader
 from fluxserve.job import plan
-from fluxserve.kernels.layers import SAMPLE
+from fluxserve.kernels.gemm.layers import SAMPLE
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.text import Tokenizers

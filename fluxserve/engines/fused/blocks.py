@@ -16,7 +16,7 @@ from torch import Tensor
 from fluxserve.artifact import Scales
 from fluxserve.engines.fused.scales import BlockScales, of_block
 from fluxserve.engines.fused.weights import Precision, Reader, stack
-from fluxserve.kernels.layers import Centre, Heads, Linear, Watched, in_halves, in_turns
+from fluxserve.kernels.gemm.layers import Centre, Heads, Linear, Watched, in_halves, in_turns
 from fluxserve.kernels.operations import Operations, as_they_are
 from fluxserve.spec import TransformerSpec
 
@@ -208,7 +208,7 @@ class _Attention:
 
 
 def _order(spec: TransformerSpec, device: torch.device) -> Tensor:
-    """Of a product's outputs: q and k with their heads in halves (see kernels.linear.in_halves), v as it is."""
+    """Of a product's outputs: q and k with their heads in halves (see kernels.gemm.layers.in_halves), v as it is."""
     d, dim = spec.hidden_size, spec.attention_head_dim
     starts = torch.arange(0, 2 * d, dim)[:, None]
     return torch.cat([(starts + in_halves(dim)).flatten(), torch.arange(2 * d, 3 * d)]).to(device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fluxserve.engines.fused.blocks import DoubleBlock, SingleBlock
 from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
-from fluxserve.kernels.modulation import quantise_channels
+from fluxserve.kernels.gemm.adaln import quantise_channels
 from fluxserve.kernels.operations import Operations
 from fluxserve.spec import TransformerSpec
 

@@ -22,8 +22,8 @@ try:
     from fluxserve.engines.fused.t5 import FusedT5
     from fluxserve.engines.fused.transformer import FusedTransformer
     from fluxserve.engines.fused.weights import Precision, Reader
-    from fluxserve.kernels import linear_hopper
     from fluxserve.kernels.fp8 import E4M3
+    from fluxserve.kernels.gemm import hopper
     from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
 except ModuleNotFoundError as error:
     if error.name is None or not error.name.startswith("triton"):
@@ -62,7 +62,7 @@ def open_artifact(artifact: Artifact, device: str) -> Components:
     with ThreadPoolExecutor() as pool:
         beside: list[Future[Any]] = [pool.submit(artifact.folder, CHECKPOINT)]
         if quantised:
-            beside += linear_hopper.compiling(pool)
+            beside += hopper.compiling(pool)
         components = assemble(folder, found, FP8 if quantised else BF16, scales, LAUNCHED)
         for task in beside:
             task.result()

@@ -17,7 +17,7 @@ from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Making, Rows, S
 from fluxserve.engines.fused.modulation import Modulation, width
 from fluxserve.engines.fused.transformer import write_rope
 from fluxserve.engines.fused.weights import Precision, Reader
-from fluxserve.kernels.attention import padded
+from fluxserve.kernels.attention.fused import padded
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.operations import Operations
 from fluxserve.spec import ModelSpec

@@ -18,8 +18,8 @@ from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Making, Rows, S
 from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.engines.fused.modulation import AHEAD, Modulation
 from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
-from fluxserve.kernels.ahead import Ahead
-from fluxserve.kernels.attention import attention_ahead, padded
+from fluxserve.kernels.attention.fused import attention_ahead, padded
+from fluxserve.kernels.attention.plan_worker import Ahead
 from fluxserve.kernels.operations import Operations
 from fluxserve.spec import ModelSpec
 

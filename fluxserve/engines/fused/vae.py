@@ -147,7 +147,8 @@ class _Attention:
         _, channels, height, width = x.pixels.shape
         pixels = self._norm(x, silu=False).permute(0, 2, 3, 1).view(height * width, channels)
         mixed = torch.empty_like(pixels)
-        self._run.wide_attention(*self._qkv(pixels).chunk(3, dim=1), mixed)
+        q, k, v = self._qkv(pixels).chunk(3, dim=1)
+        self._run.wide_attention(q, k, v, mixed)
         y = linear(mixed, self._out).view(1, height, width, channels).permute(0, 3, 1, 2)
         return _Picture(x.pixels, self._run.add(x.pixels, y, self._bias, self._groups))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fluxserve.engines.finite import extremes, refuse_infinite
 from fluxserve.errors import CheckpointError
 from fluxserve.kernels.fp8 import E4M3, quantise_rows
-from fluxserve.kernels.layers import Linear
+from fluxserve.kernels.gemm.layers import Linear
 from fluxserve.kernels.operations import as_they_are
 from fluxserve.weights import Weights
 

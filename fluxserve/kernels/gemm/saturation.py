@@ -1,7 +1,7 @@
 """How many E4M3 values lie at the limit of the format: a static scale that is too small clips, and nobody would notice.
 
 ±448 and NaN are counted, in every SAMPLE-th row. A value that is rounded to 448 from below counts too; `export` leaves
-enough room for that to be rare. `linear_hopper` counts beside its own product; here are the kernel for weights that are
+enough room for that to be rare. `gemm.hopper` counts beside its own product; here are the kernel for weights that are
 not arranged for it, and the definition.
 """
 
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxserve.kernels.fp8 import E4M3
-from fluxserve.kernels.layers import SAMPLE, Watched
+from fluxserve.kernels.gemm.layers import SAMPLE, Watched
 
 _LIMIT = 0x7E
 """E4M3's bits of 448 without the sign; one more is NaN."""

@@ -1,4 +1,4 @@
-// What the two spare warps of each program do while its other warps load and multiply. linear_hopper.cu includes this.
+// What the two spare warps of each program do while its other warps load and multiply. hopper.cu includes this.
 //
 // Heads (`Centre`): when it is due, the mean of v over its rows is computed before any v is stored, and taken off in the same
 // launch. v = x · Wᵀ + b is linear, so the mean of v follows from the mean of x:
@@ -134,7 +134,7 @@ template <int DEPTH, typename Ask, typename Use> __device__ __forceinline__ void
 
 #if HEADS
 
-// Of the weights' rows, which lie as linear_hopper.py has arranged them, the output that row n is.
+// Of the weights' rows, which lie as hopper.py has arranged them, the output that row n is.
 __device__ __forceinline__ u32 output_of(u32 n) { return n / 32 * 32 + n % 8 / 2 * 8 + n % 32 / 8 * 2 + n % 2; }
 
 // A vector of float32 as the sum of two of halves: 22 bits. The second begins 16 bytes further on, in other banks.

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxserve.kernels.statistics import channels_of, constants_of, empty_statistics, leave, parts_of
+from fluxserve.kernels.image.moments import channels_of, constants_of, empty_statistics, leave, parts_of
 
 _TILE = 2**12
 """Numbers that a program holds at once."""

@@ -28,11 +28,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fluxserve.kernels import cuda, linear_hopper
-from fluxserve.kernels.activations import gelu_tanh, silu
-from fluxserve.kernels.centre import centre_values, less_mean, plus_restored
-from fluxserve.kernels.layers import GATES, RMS_EPSILON, Arranged, Heads, Linear, Watched, divided
-from fluxserve.kernels.saturation import count_saturated
+from fluxserve.kernels.gemm import hopper
+from fluxserve.kernels.gemm.activations import gelu_tanh, silu
+from fluxserve.kernels.gemm.layers import GATES, RMS_EPSILON, Arranged, Heads, Linear, Watched, divided
+from fluxserve.kernels.gemm.saturation import count_saturated
+from fluxserve.kernels.gemm.value_means import centre_values, less_mean, plus_restored
+from fluxserve.kernels.jit import nvrtc
 
 _GROUP = 8
 _PART = 128
@@ -234,7 +235,7 @@ def parts(t: Tiling, ending: str, out_size: int) -> int:
 
 def _launch(ending: str, x: Tensor, x_scale: Tensor | None, w: Linear, split: int, out: Tensor, **more: Any) -> None:
     """In CUDA where the weights lie as its kernel wants them, in Triton everywhere else."""
-    launch = linear_hopper.launch if isinstance(w, Arranged) else _launch_triton
+    launch = hopper.launch if isinstance(w, Arranged) else _launch_triton
     launch(ending, x, x_scale, w, split, out, **more)
 
 
@@ -261,7 +262,7 @@ def _launch_triton(
         count_saturated(watched)
     (rows, inner), (streams, columns, _) = x.shape, w.weight.shape
     t = tiling(rows, columns, x.element_size(), out.element_size())
-    programs = t.resident * cuda.processors(x.device)
+    programs = t.resident * nvrtc.processors(x.device)
     _linear_kernel[(programs,)](
         TensorDescriptor.from_tensor(x, [t.rows, t.inner]),
         TensorDescriptor.from_tensor(w.weight.view(streams * columns, inner), [t.columns, t.inner]),
@@ -360,7 +361,7 @@ def _launch_both(
 ) -> None:
     """One launch of CUDA's, two of Triton's."""
     if isinstance(w, Arranged):
-        linear_hopper.launch(f"heads_{ending}", x, x_scale, w, 0, out, heads=heads, inverse=inverse, hidden=hidden)
+        hopper.launch(f"heads_{ending}", x, x_scale, w, 0, out, heads=heads, inverse=inverse, hidden=hidden)
         return
     first, rest = divided(w, out.shape[1])
     linear_heads(x, x_scale, first, 0, heads, out)

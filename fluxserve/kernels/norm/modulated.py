@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxserve.kernels import cuda
 from fluxserve.kernels.fp8 import E4M3, SMALLEST_AMAX, quantise_rows
+from fluxserve.kernels.jit import nvrtc
 
 EPSILON = 1e-6
 _SOURCE = Path(__file__).with_suffix(".cu")
@@ -66,15 +66,15 @@ def norm(x: Tensor, shift: Tensor, scale: Tensor, split: int, data: Tensor, row_
         shift.stride(0),
     )
     kernel = _kernel(columns, streams, row_scale is not None)
-    kernel.launch(min(rows, cuda.processors(x.device)), ctypes.addressof(parameters))
+    kernel.launch(min(rows, nvrtc.processors(x.device)), ctypes.addressof(parameters))
 
 
 @cache
-def _kernel(columns: int, streams: int, quantised: bool) -> cuda.Kernel:
+def _kernel(columns: int, streams: int, quantised: bool) -> nvrtc.Kernel:
     shared = streams * 2 * columns * torch.float32.itemsize
     warps = 12 if columns <= _NARROW else 8  # of 132 SMs, each then has three of 4,608 rows
     defines = [f"D={columns}", f"QUANTISED={int(quantised)}", f"WARPS={warps}"]
-    return cuda.load(_SOURCE, "layer_norm", defines, 32 * warps, shared)
+    return nvrtc.load(_SOURCE, "layer_norm", defines, 32 * warps, shared)
 
 
 def plain_norm(x: Tensor, shift: Tensor, scale: Tensor, split: int, data: Tensor, row_scale: Tensor | None) -> None:

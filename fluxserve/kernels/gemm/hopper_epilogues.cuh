@@ -1,4 +1,4 @@
-// What follows a product in linear_hopper.cu, which includes this: from a thread's sums to what is stored.
+// What follows a product in hopper.cu, which includes this: from a thread's sums to what is stored.
 //
 // A thread has two rows, 8 apart, and of every 4 · RUN columns RUN neighbours: number g · 2 · RUN + i / 2 · 4 + half · 2 +
 // i % 2 of its 128 is column g · 4 · RUN + lane % 4 · RUN + i of row `half`.

@@ -1,6 +1,6 @@
 """Kernels in CUDA C++: compiled by NVRTC, which comes with PyTorch, kept on disk, launched through the driver.
 
-A kernel is compiled once for its source, options and compiler: half a second, then a file (kept.py).
+A kernel is compiled once for its source, options and compiler: half a second, then a file (disk_cache.py).
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from fluxserve.errors import LibraryMissing
-from fluxserve.kernels import kept
+from fluxserve.kernels.jit import disk_cache
 
 _ARCHITECTURE = "sm_90a"
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -53,10 +53,15 @@ def load(source: Path, name: str, defines: Sequence[str], threads: int, shared: 
 
 
 def compiled(source: Path, defines: Sequence[str]) -> bytes:
-    """The cubin of a source with these macros ("NAME=value"); headers are all .cuh files beside it."""
+    """Return the cubin of a source with these macros ("NAME=value").
+
+    It may include the .cuh files of its own folder and of this one.
+    """
     headers, options = _headers(source), _options(defines)
     parts = [source.read_bytes(), *headers.values(), *(o.encode() for o in options), repr(version()).encode()]
-    return kept.once(kept.place(source.stem, ".cubin", parts), lambda: _compile(source, headers, options)[0])
+    return disk_cache.once(
+        disk_cache.place(source.stem, ".cubin", parts), lambda: _compile(source, headers, options)[0]
+    )
 
 
 def examined(source: Path, defines: Sequence[str]) -> tuple[bytes, str]:
@@ -65,7 +70,8 @@ def examined(source: Path, defines: Sequence[str]) -> tuple[bytes, str]:
 
 
 def _headers(source: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(source.parent.glob("*.cuh"))}
+    shared = sorted(Path(__file__).parent.glob("*.cuh"))
+    return {file.name: file.read_bytes() for file in (*shared, *sorted(source.parent.glob("*.cuh")))}
 
 
 def _options(defines: Sequence[str]) -> list[str]:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from fluxserve.kernels import kept, plans
-from fluxserve.kernels.plans import TILE, Form
+from fluxserve.kernels.attention import plan_cache
+from fluxserve.kernels.attention.plan_cache import TILE, Form
+from fluxserve.kernels.jit import disk_cache
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ _SCRIPT = """
 import os, sys
 os.nice(19)
 sys.path.insert(0, sys.argv[1])
-from fluxserve.kernels import ahead
-ahead.main()
+from fluxserve.kernels.attention import plan_worker
+plan_worker.main()
 """
 """Every other process goes before it, from its first import on."""
 _PATIENCE_S = 1.0
@@ -43,7 +44,7 @@ def forms(like: Form, most: int, usual: int) -> list[Form]:
 
     Of each whole number of tiles one that is told how many rows count, and the quicker one that need not be told.
     """
-    tiles = sorted(range(TILE, most + TILE, TILE), key=lambda rows: abs(rows - plans.padded(usual)))
+    tiles = sorted(range(TILE, most + TILE, TILE), key=lambda rows: abs(rows - plan_cache.padded(usual)))
     return [replace(like, rows=rows, told=told) for rows in tiles for told in (False, True)]
 
 
@@ -55,9 +56,9 @@ class Ahead:
         self._closed = False
         if not wanted:
             return
-        described = plans.description(device)
+        described = plan_cache.description(device)
         try:
-            places = {plans.place(form, described): form for form in wanted}
+            places = {plan_cache.place(form, described): form for form in wanted}
             missing = {str(file): asdict(form) for file, form in places.items() if not file.is_file()}
             if missing:
                 self._start(json.dumps({"device": described, "plans": missing}).encode() + b"\n")
@@ -103,10 +104,10 @@ def main() -> None:
     threading.Thread(target=_end_with_the_input, daemon=True).start()
     for file, fields in asked["plans"].items():
         if not Path(file).is_file():
-            plan = plans.build(Form(**fields), asked["device"])
+            plan = plan_cache.build(Form(**fields), asked["device"])
             try:
                 with _writing:
-                    kept.write(Path(file), plan)
+                    disk_cache.write(Path(file), plan)
             except OSError as error:
                 sys.exit(f"{file}: {error}")
 

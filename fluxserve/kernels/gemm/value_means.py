@@ -5,7 +5,7 @@
 
 Unless `due` says so, nothing is computed and both stay as they are.
 
-See `layers.Centre` for why. `linear_hopper` computes both beside its own product; here are the kernels for weights that
+See `layers.Centre` for why. `gemm.hopper` computes both beside its own product; here are the kernels for weights that
 are not arranged for it, and the definitions that both are judged by.
 """
 
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxserve.kernels.layers import Centre, Linear
+from fluxserve.kernels.gemm.layers import Centre, Linear
 
 _COLUMNS, _ROWS, _OUTPUTS = 128, 32, 16
 

@@ -1,12 +1,12 @@
-"""`kernels.linear`'s operations by their definitions, wherever PyTorch runs: what its kernels are judged by."""
+"""`gemm.portable`'s operations by their definitions, wherever PyTorch runs: what its kernels are judged by."""
 
 import torch
 from torch import Tensor
 
-from fluxserve.kernels.centre import plain_centre_values
 from fluxserve.kernels.fp8 import cast
-from fluxserve.kernels.layers import GATES, RMS_EPSILON, Heads, Linear, Watched, divided
-from fluxserve.kernels.saturation import plain_count_saturated
+from fluxserve.kernels.gemm.layers import GATES, RMS_EPSILON, Heads, Linear, Watched, divided
+from fluxserve.kernels.gemm.saturation import plain_count_saturated
+from fluxserve.kernels.gemm.value_means import plain_centre_values
 
 
 def _product(x: Tensor, x_scale: Tensor | None, w: Linear, split: int) -> Tensor:

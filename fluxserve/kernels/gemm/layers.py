@@ -22,7 +22,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Arranged(Linear):
-    """A Linear whose weights lie as `linear_hopper` wants them; scales and bias stay in the order of the outputs."""
+    """A Linear whose weights lie as `gemm.hopper` wants them; scales and bias stay in the order of the outputs."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def in_turns(width: int) -> Tensor:
     """Where each output of a gated product comes from, of so many gates and, behind them, as many values.
 
     GATES gates, then the values that they are multiplied with, and so on: whoever has a tile of the product has both,
-    and in linear_hopper.cu even one thread has. Raises ValueError if the width is not a multiple of GATES.
+    and in hopper.cu even one thread has. Raises ValueError if the width is not a multiple of GATES.
     """
     if width % GATES:
         raise ValueError(f"an MLP that is {width} wide: expected a multiple of {GATES}")

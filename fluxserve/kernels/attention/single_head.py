@@ -9,7 +9,7 @@ many rows as their scores fill about what the L2 holds, whatever the picture's s
 import torch
 from torch import Tensor
 
-from fluxserve.kernels.softmax import softmax
+from fluxserve.kernels.attention.row_softmax import softmax
 
 SCORES_BYTES = 64 * 2**20
 """Of the float32 scores that there are at a time."""

@@ -2,7 +2,7 @@
 
 cuDNN compiles the same machine code again for every number of rows, 50 to 150 ms of one core with Python's lock held;
 only the parameters beside the code differ. So a plan is always made for a device that is described and not for one that
-is there, which another process can do ahead (ahead.py), written as bytes, and run from those bytes, new or kept.
+is there, which another process can do ahead (plan_worker.py), written as bytes, and run from those bytes, new or kept.
 """
 
 import logging
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fluxserve.errors import LibraryMissing, LibraryRefused
-from fluxserve.kernels import cuda, kept
+from fluxserve.kernels.jit import disk_cache, nvrtc
 
 log = logging.getLogger(__name__)
 
@@ -88,16 +88,16 @@ def description(device: torch.device) -> str:
 
 def place(form: Form, described: str) -> Path:
     """Where a plan is kept: by its form, the device, this file, and every library that has a part in it."""
-    versions = (library().__version__, library().backend_version(), cuda.version())
+    versions = (library().__version__, library().backend_version(), nvrtc.version())
     made_of = (repr(astuple(form)), described, repr(versions))
-    return kept.place("attention", ".plan", [Path(__file__).read_bytes(), *(part.encode() for part in made_of)])
+    return disk_cache.place("attention", ".plan", [Path(__file__).read_bytes(), *(part.encode() for part in made_of)])
 
 
 def opened(form: Form, device: torch.device) -> Any:
     """A graph of cuDNN's that can be executed with addresses by their places `At`. Raises cuDNN's own errors."""
     described = description(device)
     file = place(form, described)
-    found = kept.find(file)
+    found = disk_cache.find(file)
     if found is not None:
         try:
             return _read(found, device)
@@ -105,7 +105,7 @@ def opened(form: Form, device: torch.device) -> Any:
             log.warning("%s is made anew, because cuDNN can't read it: %s", file, error)
     made = build(form, described)
     graph = _read(made, device)
-    kept.keep(file, made)
+    disk_cache.keep(file, made)
     return graph
 
 

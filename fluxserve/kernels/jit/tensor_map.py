@@ -5,7 +5,7 @@ from ctypes import c_uint, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
 
-from fluxserve.kernels import cuda
+from fluxserve.kernels.jit import nvrtc
 
 _UINT8, _SWIZZLE_128B, _PROMOTION_256B = 0, 3, 3  # of CUtensorMap
 _SWIZZLED_BYTES = 128
@@ -29,7 +29,7 @@ def tensor_map(address: int, rows: int, inner: int, stride: int, box_rows: int) 
     """
     memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     aligned = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
-    code = cuda.driver().cuTensorMapEncodeTiled(
+    code = nvrtc.driver().cuTensorMapEncodeTiled(
         c_void_p(aligned),
         c_uint(_UINT8),
         c_uint32(2),
@@ -43,5 +43,5 @@ def tensor_map(address: int, rows: int, inner: int, stride: int, box_rows: int) 
         c_uint(_PROMOTION_256B),
         c_uint(0),
     )
-    cuda.check(code)
+    nvrtc.check(code)
     return Map(aligned, memory)

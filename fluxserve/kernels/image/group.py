@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxserve.kernels import cuda
-from fluxserve.kernels.statistics import channels_of, constants_of, merged, parts_of, statistics
+from fluxserve.kernels.image.moments import channels_of, constants_of, merged, parts_of, statistics
+from fluxserve.kernels.jit import nvrtc
 
 _TILE = 8192
 """Numbers that a program holds at once."""
@@ -87,7 +87,7 @@ def group_norm(
         taken = statistics(x, groups, offset)
     pixels = x.shape[2] * x.shape[3]
     constants, out = constants_of(x.shape[1], groups, _TILE), torch.empty_like(x)
-    programs = min(triton.cdiv(pixels, constants["ROWS"]), _PER_PROCESSOR * cuda.processors(x.device))
+    programs = min(triton.cdiv(pixels, constants["ROWS"]), _PER_PROCESSOR * nvrtc.processors(x.device))
     given = (x, offset, taken, weight, bias, out, pixels, parts_of(pixels)[0], epsilon)
     _apply_kernel[(programs,)](*given, SILU=silu, **constants)
     return out

@@ -1,7 +1,7 @@
-"""`kernels.linear` in CUDA C++ for E4M3 (linear_hopper.cu): what FLUX's blocks run on a Hopper GPU.
+"""`gemm.portable` in CUDA C++ for E4M3 (hopper.cu): what FLUX's blocks run on a Hopper GPU.
 
 Triton can neither share a tile of weights between two SMs nor leave neighbours of a row in one thread; this can. It
-takes weights whose rows were put into another order (`arranged`); everything else of `kernels.linear`'s contract holds.
+takes weights whose rows were put into another order (`arranged`); everything else of `gemm.portable`'s contract holds.
 """
 
 import ctypes
@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxserve.kernels import cuda
 from fluxserve.kernels.fp8 import E4M3
-from fluxserve.kernels.layers import RMS_EPSILON, SAMPLE, Arranged, Centre, Heads, Linear, Watched
-from fluxserve.kernels.tensor_map import tensor_map
+from fluxserve.kernels.gemm.layers import RMS_EPSILON, SAMPLE, Arranged, Centre, Heads, Linear, Watched
+from fluxserve.kernels.jit import nvrtc
+from fluxserve.kernels.jit.tensor_map import tensor_map
 
 ENDINGS = ("none", "gelu", "add", "heads_gelu", "swiglu", "heads_swiglu")
 """The kernels that are compiled. "heads" is "heads_gelu" without anything behind the heads."""
 RUN = 8
-"""Neighbours of a row that one thread has, as linear_hopper.cu says."""
+"""Neighbours of a row that one thread has, as hopper.cu says."""
 TILE_ROWS, TILE_COLUMNS, TILE_INNER, STAGES = 128, 256, 128, 4
 _SOURCE = Path(__file__).with_suffix(".cu")
 _THREADS = 384
@@ -34,7 +34,7 @@ _HEAD = 128
 
 
 class _Centre(ctypes.Structure):
-    """`Centre` of linear_hopper.cu."""
+    """`Centre` of hopper.cu."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("due", "x", "w", "back", "back_scale", "mean", "restored", "sums", "arrived")),
@@ -44,13 +44,13 @@ class _Centre(ctypes.Structure):
 
 
 class _Watched(ctypes.Structure):
-    """`Watched` of linear_hopper.cu."""
+    """`Watched` of hopper.cu."""
 
     _fields_ = [("at", c_void_p), ("count", c_void_p), *((name, c_int) for name in ("rows", "columns", "stride"))]
 
 
 class _Parameters(ctypes.Structure):
-    """`Parameters` of linear_hopper.cu."""
+    """`Parameters` of hopper.cu."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("x_scale", "w_scale", "bias", "out", "gate", "factors", "cos", "sin")),
@@ -97,7 +97,7 @@ def launch(
     restored: Tensor | None = None,
     watched: Watched | None = None,
 ) -> None:
-    """As `kernels.linear` would; `hidden` is what "heads_gelu" and "heads_swiglu" write behind the heads.
+    """As `gemm.portable` would; `hidden` is what "heads_gelu" and "heads_swiglu" write behind the heads.
 
     Raises:
         ValueError: what this kernel was not built for.
@@ -206,18 +206,18 @@ def _sums(inner: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _programs(device: torch.device) -> int:
     """One for each SM, in pairs."""
-    return cuda.processors(device) // 2 * 2
+    return nvrtc.processors(device) // 2 * 2
 
 
 @cache
-def _kernel(ending: str) -> cuda.Kernel:
+def _kernel(ending: str) -> nvrtc.Kernel:
     ending = "heads_gelu" if ending == "heads" else ending
-    return cuda.load(_SOURCE, _name(ending), _defines(ending), _THREADS, _SHARED + _spare_bytes(ending))
+    return nvrtc.load(_SOURCE, _name(ending), _defines(ending), _THREADS, _SHARED + _spare_bytes(ending))
 
 
 def compiling(pool: Executor) -> list[Future[bytes]]:
     """Every ending that is not kept yet is compiled on a thread of its own: NVRTC lets go of Python's lock."""
-    return [pool.submit(cuda.compiled, _SOURCE, _defines(ending)) for ending in ENDINGS]
+    return [pool.submit(nvrtc.compiled, _SOURCE, _defines(ending)) for ending in ENDINGS]
 
 
 def _name(ending: str) -> str:

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxserve.kernels.activations import gelu_tanh
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, SMALLEST_AMAX, cast, quantise_rows
+from fluxserve.kernels.gemm.activations import gelu_tanh
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-// y = (x · Wᵀ) · row scale · column scale + bias and one of the endings of fluxserve/kernels/linear.py, in FP8, for sm_90a.
+// y = (x · Wᵀ) · row scale · column scale + bias and one of the endings of fluxserve/kernels/gemm/portable.py, in FP8, for sm_90a.
 //
 // Clusters of two programs share each tile of weights: either loads half of it for both (TMA multicast), so that a tile
 // of 128 × 256 costs L2 the bytes of 128 + 128 rows and not of 128 + 256. One warpgroup of three loads, the other two
@@ -6,7 +6,7 @@
 // one's operands arrive. Tiles that would leave most clusters idle in a last round are cut along K: parts of one tile's
 // sums meet in `workspace`, where the cluster of the last part adds them in their order, always the same.
 //
-// Columns of W are permuted within each 4 · RUN (see linear_hopper.py), so that the numbers which wgmma leaves in one
+// Columns of W are permuted within each 4 · RUN (see hopper.py), so that the numbers which wgmma leaves in one
 // thread are eight neighbours of a row: endings load and store 8 or 16 bytes at once, with no shared memory. What they need
 // of the columns a warp has put into shared memory by then; what they read of memory is asked for while the last products
 // are still under way.
@@ -14,9 +14,9 @@
 // ENDING: 0 out = y; 1 gelu_tanh(y) · inverse; 2 out += gate · y; 3 RMSNorm, RoPE and factors of q, k, v for the first
 // `heads` columns, and those behind them, if there are any, as 1, into `hidden`; 4 silu(gates) · values · inverse, half as
 // wide as y; 5 as 3, with 4 for 1. NAME: the kernel's. VECTOR, SPARE_BYTES, SAMPLE: as
-// linear_hopper.py says.
+// hopper.py says.
 //
-// Two of the loading warpgroup's warps are free: linear_hopper_spare.cuh says what they do meanwhile.
+// Two of the loading warpgroup's warps are free: hopper_spare.cuh says what they do meanwhile.
 
 #define ROWS 128
 #define COLUMNS 256
@@ -41,9 +41,9 @@
 #endif
 static_assert(128 * FEW + 256 * MANY <= 384 * 168, "registers of a block");
 
-#include "hopper.cuh"
+#include "sm90.cuh"
 
-// How the mean of v leaves attention's input and comes back behind it; see linear_hopper_spare.cuh. mean: null if it stays.
+// How the mean of v leaves attention's input and comes back behind it; see hopper_spare.cuh. mean: null if it stays.
 struct Centre {
   const int *due;
   const char *x, *w, *back;
@@ -156,8 +156,8 @@ template <int LEFT> __device__ __forceinline__ void multiply_wait(float (&d)[128
   for (int i = 0; i < 128; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#include "linear_hopper_endings.cuh"
-#include "linear_hopper_spare.cuh"
+#include "hopper_epilogues.cuh"
+#include "hopper_spare.cuh"
 
 // --- the kernel ---------------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fluxserve.kernels import ahead, plans
+from fluxserve.kernels.attention import plan_cache, plan_worker
+from fluxserve.kernels.attention.plan_cache import At, Form
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, cast
-from fluxserve.kernels.plans import At, Form
 
 Scales = Tensor
 """float32 [4]: s_q, s_k, s_v, 1 / s_out."""
@@ -23,7 +23,7 @@ Scales = Tensor
 
 def padded(rows: int, dtype: torch.dtype) -> int:
     """Rows of memory that attention of so many rows takes: in E4M3 whole tiles."""
-    return plans.padded(rows) if dtype == E4M3 else rows
+    return plan_cache.padded(rows) if dtype == E4M3 else rows
 
 
 def attention(qkv: Tensor, rows: int, heads: int, scales: Scales, out: Tensor) -> None:
@@ -40,14 +40,14 @@ def attention(qkv: Tensor, rows: int, heads: int, scales: Scales, out: Tensor) -
     _plan(_form(qkv, rows, heads, out), qkv.device).run(qkv, rows, scales, out)
 
 
-def attention_ahead(qkv: Tensor, usual: int, heads: int, out: Tensor) -> ahead.Ahead:
+def attention_ahead(qkv: Tensor, usual: int, heads: int, out: Tensor) -> plan_worker.Ahead:
     """Have plans built for every number of rows up to those of qkv and out, the usual first; close it at the end.
 
     For E4M3 on a GPU: in another dtype each number of rows has a plan of its own, too many to build.
     """
     planned = qkv.is_cuda and qkv.dtype == E4M3
-    wanted = ahead.forms(_form(qkv, len(qkv), heads, out), len(qkv), usual) if planned else []
-    return ahead.Ahead(wanted, qkv.device)
+    wanted = plan_worker.forms(_form(qkv, len(qkv), heads, out), len(qkv), usual) if planned else []
+    return plan_worker.Ahead(wanted, qkv.device)
 
 
 def _form(qkv: Tensor, rows: int, heads: int, out: Tensor) -> Form:
@@ -59,7 +59,7 @@ class _Plan:
     """A plan on one device. Its workspace is its own; `run` never waits, and allocates at a number of rows' first."""
 
     def __init__(self, form: Form, device: torch.device) -> None:
-        self._form, self._handle, self._graph = form, plans.handle(device), plans.opened(form, device)
+        self._form, self._handle, self._graph = form, plan_cache.handle(device), plan_cache.opened(form, device)
         self._workspace = torch.empty(self._graph.get_workspace_size(), dtype=torch.uint8, device=device)
         self._weights = torch.tensor([1 / E4M3_MAX, E4M3_MAX], dtype=torch.float32, device=device)
 
@@ -71,7 +71,7 @@ class _Plan:
             given |= {At.WEIGHT_SCALE: self._weights, At.INVERSE_WEIGHT_SCALE: self._weights[1:]}
         if self._form.told:
             given[At.LENGTH] = _length(rows, qkv.device)
-        plans.library().set_stream(handle=self._handle, stream=torch.cuda.current_stream().cuda_stream)
+        plan_cache.library().set_stream(handle=self._handle, stream=torch.cuda.current_stream().cuda_stream)
         addresses = {int(at): value.data_ptr() for at, value in given.items()}
         self._graph.execute(addresses, self._workspace, handle=self._handle)
 
