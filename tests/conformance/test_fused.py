@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks import random_weights
 from export.calibrate import watched
 from export.fp8 import simulated
-from fluxserve import checkpoint, flow, settings
+from fluxserve import checkpoint, settings
 from fluxserve.artifact import Scales
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
@@ -28,6 +28,7 @@ from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Precision, Reader
 from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
 from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
+from fluxserve.families.flux import tokens
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.operations import Operations, as_they_are
 from fluxserve.spec import FLUX1_DEV
@@ -63,7 +64,7 @@ def inputs_of(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(DEVICE)
 
-    image = np.concatenate([flow.image_ids(*size, axes), flow.reference_ids(references, axes)])
+    image = np.concatenate([tokens.image_ids(*size, axes), tokens.reference_ids(references, axes)])
     inputs = {
         "hidden_states": draw(rows, len(image), spec.in_channels),
         "encoder_hidden_states": draw(rows, TEXT, spec.joint_attention_dim),
@@ -71,7 +72,7 @@ def inputs_of(
         "timestep": torch.linspace(0.5, 0.25, rows).to(DEVICE),
         "guidance": torch.full((rows,), 4.0, device=DEVICE),
         "img_ids": torch.from_numpy(image).to(DEVICE),
-        "txt_ids": torch.from_numpy(flow.text_ids(TEXT, axes)).to(DEVICE),
+        "txt_ids": torch.from_numpy(tokens.text_ids(TEXT, axes)).to(DEVICE),
     }
     return {tensor.name: inputs[tensor.name] for tensor in signatures.transformer(folder.spec).inputs}
 
@@ -85,10 +86,10 @@ def foreseen(engine: FusedTransformer, inputs: dict[str, Tensor], timesteps: Ten
     """Velocities of these steps, told ahead."""
     bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
     write(bound, inputs)
-    bound.prepare(timesteps)
+    bound.begin(timesteps)
     seen = []
-    for _ in timesteps:
-        bound.run()
+    for step in range(len(timesteps)):
+        bound.run_step(step)
         seen.append(bound.outputs["velocity"].float().clone())
     return seen
 
@@ -240,9 +241,9 @@ def test_what_lies_behind_the_rows_does_not_count(tiny: Judge) -> None:
     bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
     whole.fill_(0xFF)
     write(bound, inputs)
-    bound.prepare(inputs["timestep"])
+    bound.begin(inputs["timestep"])
     assert not bound._b.linear.qkv_padded[len(bound._b.residual) :].view(torch.uint8).any()
-    bound.run()
+    bound.run_step(0)
     assert torch.equal(bound.outputs["velocity"].float(), before)
 
 

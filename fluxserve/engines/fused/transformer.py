@@ -26,6 +26,8 @@ from fluxserve.spec import ModelSpec
 KEPT = "kept_"
 """Before the names of buffers of blocks that stay in the compute dtype."""
 
+_NO_BATCH = -1
+
 
 class Weights:
     """Everything that is read of the folder `transformer`, on the device.
@@ -145,7 +147,7 @@ class FusedTransformer:
 
 
 class FusedBound:
-    """A Bound that foresees its steps; see engines.base. Its buffers are the arena's, valid until another runs."""
+    """A Bound and a Denoiser; see engines.base. Its buffers are the arena's, valid until another runs."""
 
     def __init__(
         self, engine: FusedTransformer, weights: Weights, buffers: Mapping[str, Tensor], sizes: Shapes
@@ -164,19 +166,33 @@ class FusedBound:
             restored=buffers["restored"][0],
         )
         self._step = Replayed(self._launch, buffers["residual"].device)
-        self._timesteps: Tensor | None = None
-        self._next = self._ready = 0
+        self._timesteps = buffers["ahead"].new_empty(0, self._images)
+        self._batch = _NO_BATCH
         self._every = 1
 
     @torch.inference_mode()
-    def prepare(self, timesteps: Tensor) -> None:
-        """Compute what does not depend on latents; the next len(timesteps) runs take these steps, in their order."""
-        self._timesteps = timesteps[:, None].expand(-1, self._images)
-        self._next = self._ready = 0
-        self._every = self._engine.steps_between_means(len(timesteps), len(self._b.residual))
-        self._prepare_inputs()
+    def begin(self, timesteps: Tensor) -> None:
+        """Compute what does not depend on latents, for the steps of one loop."""
+        self._begin(timesteps[:, None].expand(-1, self._images))
 
-    def _prepare_inputs(self) -> None:
+    @torch.inference_mode()
+    def run_step(self, step: int) -> None:
+        """Enqueue one pass at timesteps[step]; the means of values are computed anew at some steps."""
+        row = self._modulated(step)
+        self._buffers["now"].copy_(self._buffers["ahead"][row : row + self._images])
+        self._b.due.fill_(step % self._every == 0)
+        self._step()
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Enqueue one pass at the timesteps that the input `timestep` has."""
+        self._begin(self.inputs["timestep"][None])
+        self.run_step(0)
+
+    def _begin(self, timesteps: Tensor) -> None:
+        """timesteps: [steps, images]."""
+        self._timesteps, self._batch = timesteps, _NO_BATCH
+        self._every = self._engine.steps_between_means(len(timesteps), len(self._b.residual))
         b, given = self._buffers, self.inputs
         for text, states in zip(b["text"], given["encoder_hidden_states"], strict=True):
             _linear_into(text, states, self._weights.text)
@@ -186,10 +202,10 @@ class FusedBound:
         self._b.linear.qkv_padded[len(self._b.residual) :].zero_()
 
     def _fill(self, timesteps: Tensor) -> None:
-        """Modulation of as many steps [steps, images] as there is room for.
+        """Compute the modulation of a batch of timesteps [steps, images].
 
-        Always of so many rows, the last repeated: products of another height may round differently, and a step must be
-        the same whether it comes first or last, alone or among others.
+        The batch is always padded to the buffer's rows by repeating the last: a product of another height may round
+        differently, and a step's result must not depend on its neighbours.
         """
         out = self._buffers["ahead"]
         steps = torch.arange(len(out), device=out.device).div(self._images, rounding_mode="floor")
@@ -198,31 +214,14 @@ class FusedBound:
         given = {name: value[images] for name, value in self.inputs.items() if name in steering}
         self._weights.modulation(self._engine.run, timesteps[steps, images], given, out)
 
-    @torch.inference_mode()
-    def run(self) -> None:
-        """One step: the next of those that `prepare` was given, or the one that the input `timestep` says."""
-        if self._timesteps is not None and self._next == len(self._timesteps):
-            self._timesteps = None
-        if self._timesteps is None:
-            self._prepare_inputs()
-            self._fill(self.inputs["timestep"][None])
-            row = 0
-        else:
-            row = self._foreseen(self._timesteps)
-        self._buffers["now"].copy_(self._buffers["ahead"][row : row + self._images])
-        self._b.due.fill_(self._timesteps is None or (self._next - 1) % self._every == 0)
-        self._step()
-
-    def _foreseen(self, timesteps: Tensor) -> int:
-        """The first row of this step's modulation; a new batch of steps is computed when the last is used up."""
-        held = max(1, AHEAD // self._images)
-        if self._next == self._ready:
-            batch = timesteps[self._next : self._next + held]
-            self._fill(batch)
-            self._ready += len(batch)
-        row = (self._next % held) * self._images
-        self._next += 1
-        return row
+    def _modulated(self, step: int) -> int:
+        """Return the first row of this step's modulation, after computing that of its batch of steps if need be."""
+        steps = max(1, AHEAD // self._images)
+        batch, place = divmod(step, steps)
+        if batch != self._batch:
+            self._fill(self._timesteps[batch * steps : (batch + 1) * steps])
+            self._batch = batch
+        return place * self._images
 
     def _launch(self) -> None:
         for image in range(self._images):
