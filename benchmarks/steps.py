@@ -30,9 +30,9 @@ from benchmarks.pictures import sides
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import milliseconds, summary
 from fluxserve.artifact import Scales
-from fluxserve.engines.fused.open import BF16, FP8
+from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
 from fluxserve.engines.fused.transformer import FusedBound, FusedTransformer
-from fluxserve.engines.fused.weights import Precision, Reader
+from fluxserve.engines.fused.weights import Reader
 from fluxserve.families.flux import tokens
 from fluxserve.kernels.operations import LAUNCHED, as_they_are
 from fluxserve.spec import FLUX1_DEV, ModelSpec, TransformerSpec
@@ -122,7 +122,7 @@ class Contender:
         begun, before = time.perf_counter(), torch.cuda.memory_allocated()
         scales = usual_scales(spec.transformer) if precision.quantised else None
         most = (sum(spec.image_tokens(*size) for size in sizes), spec.text.sequence.tokens, 1)
-        engine = FusedTransformer(spec, RandomReader(spec), _DEVICE, precision, scales, SETS[name], most)
+        engine = FusedTransformer(spec, Build(RandomReader(spec), precision, SETS[name], scales), most)
         torch.cuda.synchronize()
         self.name, self.steps, self.spent = name, steps, list[float]()
         self._about = {

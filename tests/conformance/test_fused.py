@@ -24,12 +24,11 @@ from fluxserve.engines import signatures
 from fluxserve.engines.base import Bound
 from fluxserve.engines.fused import clip, t5, vae
 from fluxserve.engines.fused.arena import Buffer
+from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
 from fluxserve.engines.fused.transformer import FusedTransformer
-from fluxserve.engines.fused.weights import Precision, Reader
 from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
 from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
 from fluxserve.families.flux import tokens
-from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.operations import Operations, as_they_are
 from fluxserve.spec import FLUX1_DEV
 from tests.support.fused import KERNELS
@@ -39,8 +38,6 @@ DEVICE = torch.device("cuda:0" if GPU else "cpu")
 SETS = {"served": KERNELS}
 if GPU:
     SETS["Triton"] = replace(KERNELS, arrange=as_they_are)
-BF16 = Precision(torch.bfloat16, torch.bfloat16)
-FP8 = Precision(torch.bfloat16, E4M3)
 TEXT = 32
 
 pytestmark = pytest.mark.xdist_group("fused")
@@ -112,8 +109,12 @@ def transformer(
     most: tuple[int, int, int],
     run: Operations = KERNELS,
 ) -> FusedTransformer:
-    read = Reader(folder.weights("transformer"), DEVICE)
-    return FusedTransformer(folder.spec, read, DEVICE, precision, scales, run, most)
+    build = Build.of(folder.weights("transformer"), DEVICE, precision, run, scales)
+    return FusedTransformer(folder.spec, build, most)
+
+
+def built(folder: Checkpoint, component: str, precision: Precision = BF16, run: Operations = KERNELS) -> Build:
+    return Build.of(folder.weights(component), DEVICE, precision, run)
 
 
 class Judge:
@@ -288,10 +289,10 @@ def test_weights_that_are_others_are_refused(tmp_path: Path, tiny: Judge, change
 
 OPENED = {
     "transformer": lambda folder: transformer(folder, BF16, None, (64, TEXT, 1)),
-    "text_encoder": lambda folder: clip.FusedClip(folder, DEVICE, BF16),
-    "text_encoder_2": lambda folder: t5.FusedT5(folder, DEVICE, BF16, KERNELS),
-    "decoder": lambda folder: vae.decoder(folder, DEVICE, BF16, KERNELS),
-    "encoder": lambda folder: vae.encoder(folder, DEVICE, BF16, KERNELS),
+    "text_encoder": lambda folder: clip.FusedClip(folder, built(folder, "text_encoder")),
+    "text_encoder_2": lambda folder: t5.FusedT5(folder, built(folder, "text_encoder_2")),
+    "decoder": lambda folder: vae.decoder(folder, built(folder, "vae")),
+    "encoder": lambda folder: vae.encoder(folder, built(folder, "vae")),
 }
 
 

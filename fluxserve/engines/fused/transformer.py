@@ -9,18 +9,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fluxserve.artifact import Scales
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Shapes
 from fluxserve.engines.fused import modulation as modulations
 from fluxserve.engines.fused.arena import Arena, Buffer, Layout, size
-from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Making, Rows, SingleBlock
+from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Rows, SingleBlock
+from fluxserve.engines.fused.build import Build, Dense
 from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.engines.fused.modulation import AHEAD, Modulation
-from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
 from fluxserve.kernels.attention.fused import attention_ahead, padded
 from fluxserve.kernels.attention.plan_worker import Ahead
-from fluxserve.kernels.operations import Operations
 from fluxserve.spec import ModelSpec
 
 KEPT = "kept_"
@@ -37,53 +35,39 @@ class Weights:
         ArtifactError: the scales are of another model.
     """
 
-    def __init__(
-        self, read: Reader, spec: ModelSpec, precision: Precision, found: Scales | None, run: Operations
-    ) -> None:
+    def __init__(self, build: Build, spec: ModelSpec) -> None:
         shape = spec.transformer
-        assert precision.quantised == (found is not None), "scales are for E4M3, and E4M3 needs them"
+        assert build.precision.quantised == (build.ranges is not None), "ranges are for E4M3, and E4M3 needs them"
         d = shape.hidden_size
-        self.image = dense(read, "x_embedder", precision, shape.in_channels, d, shape.biased)
-        self.text = dense(read, "context_embedder", precision, shape.joint_attention_dim, d, shape.biased)
-        self.modulation = Modulation(read, shape, precision)
-        made = Making(precision, found, run)
-        self.double = [DoubleBlock(read, i, shape, made) for i in range(shape.num_layers)]
-        self.single = [SingleBlock(read, i, shape, made) for i in range(shape.num_single_layers)]
-        self.out = dense(read, "proj_out", precision, d, shape.in_channels, shape.biased)
-        read.finish()
+        self.image = build.dense("x_embedder", shape.in_channels, d, shape.biased)
+        self.text = build.dense("context_embedder", shape.joint_attention_dim, d, shape.biased)
+        self.modulation = Modulation(build, shape)
+        self.double = [DoubleBlock(build, i, shape) for i in range(shape.num_layers)]
+        self.single = [SingleBlock(build, i, shape) for i in range(shape.num_single_layers)]
+        self.out = build.dense("proj_out", d, shape.in_channels, shape.biased)
+        build.read.finish()
 
 
 class FusedTransformer:
     """An Engine; see engines.base.
 
     Args:
-        read: the folder `transformer`.
-        found: the transformer's scales, for E4M3 linears and only for them.
-        run: the kernels, or their plain references.
+        build: of the folder `transformer`; with ranges exactly if its linears are E4M3.
         most: image tokens with those of references, text tokens and images at once that the arena is sized for.
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        read: Reader,
-        device: torch.device,
-        precision: Precision,
-        found: Scales | None,
-        run: Operations,
-        most: tuple[int, int, int],
-    ) -> None:
+    def __init__(self, spec: ModelSpec, build: Build, most: tuple[int, int, int]) -> None:
         image, text, rows = most
         ranges = {"rows": (1, rows), "image_tokens": (1, image), "text_tokens": (1, text)}
         self.signature = signatures.transformer(spec).narrowed(ranges)
-        self.spec, self.precision, self.run = spec.transformer, precision, run
-        self.kept = bool(found and found.kept)
+        self.spec, self.precision, self.kernels = spec.transformer, build.precision, build.kernels
+        self.kept = bool(build.ranges and build.ranges.kept)
         self.steps_between_means = steps_between_means
         self._largest = self.layout(self.signature.at({s: r[1] for s, r in ranges.items()}))
-        self.arena = Arena(size(self._largest), device)
-        self.weights: Weights | None = Weights(read, spec, precision, found, run)
+        self.arena = Arena(size(self._largest), build.device)
+        self.weights: Weights | None = Weights(build, spec)
         blocks = self.spec.num_layers + self.spec.num_single_layers
-        self.counts = torch.zeros(blocks, 2, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(blocks, 2, dtype=torch.int64, device=build.device)
         self._usual = spec.text.sequence.tokens + spec.image_tokens(spec.defaults.side, spec.defaults.side)
         self._ahead: Ahead | None = None
 
@@ -212,7 +196,7 @@ class FusedBound:
         steps, images = steps.clamp(max=len(timesteps) - 1), torch.arange(len(out), device=out.device) % self._images
         steering = ("guidance", "pooled_projections")
         given = {name: value[images] for name, value in self.inputs.items() if name in steering}
-        self._weights.modulation(self._engine.run, timesteps[steps, images], given, out)
+        self._weights.modulation(self._engine.kernels, timesteps[steps, images], given, out)
 
     def _modulated(self, step: int) -> int:
         """Return the first row of this step's modulation, after computing that of its batch of steps if need be."""
@@ -228,18 +212,18 @@ class FusedBound:
             self._draw(image)
 
     def _draw(self, image: int) -> None:
-        run, w = self._engine.run, self._weights
+        kernels, w = self._engine.kernels, self._weights
         b = replace(self._b, means=self._buffers["means"][image], restored=self._buffers["restored"][image])
         double, single, final = w.modulation.split(self._buffers["now"][image])
         b.residual[: self._text].copy_(self._buffers["text"][image])
         _linear_into(b.residual[self._text :], self.inputs["hidden_states"][image], w.image)
         counts = iter(self._engine.counts)
         for block, steering in zip(w.double, double, strict=True):
-            block(run, b, steering, next(counts))
+            block(kernels, b, steering, next(counts))
         for i, (single_block, steering) in enumerate(zip(w.single, single, strict=True), 1):
-            single_block(run, b, steering, next(counts), wanted=self._text if i == len(w.single) else 0)
+            single_block(kernels, b, steering, next(counts), wanted=self._text if i == len(w.single) else 0)
         scale, shift = final
-        run.norm(b.residual[self._text :], shift, scale, 0, self._buffers["final"], None)
+        kernels.norm(b.residual[self._text :], shift, scale, 0, self._buffers["final"], None)
         _linear_into(self.outputs["velocity"][image], self._buffers["final"], w.out)
 
 
