@@ -194,7 +194,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
     made = Compiler()
     monkeypatch.setattr(nvrtc, "_compile", made)
     monkeypatch.setattr(nvrtc, "version", lambda: made.version)
-    monkeypatch.setattr(disk_cache, "FOLDER", tmp_path / "cache")
+    monkeypatch.setenv("FLUXSERVE_CACHE", str(tmp_path / "cache"))
     return made
 
 
@@ -209,7 +209,7 @@ def test_a_kernel_is_compiled_once(compiler: Compiler, source: Path) -> None:
     first = nvrtc.compiled(source, ["D=1"])
     assert nvrtc.compiled(source, ["D=1"]) == first
     assert compiler.calls == 1
-    (file,) = disk_cache.FOLDER.iterdir()
+    (file,) = disk_cache.folder(disk_cache.KERNELS).iterdir()
     assert file.read_bytes() == first
 
 
@@ -248,7 +248,7 @@ def test_another_option_is_another_kernel(compiler: Compiler, source: Path) -> N
 def test_a_cache_that_can_not_be_written_costs_a_line_in_the_log(
     compiler: Compiler, source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(disk_cache, "FOLDER", source / "cache")  # below a file
+    monkeypatch.setenv("FLUXSERVE_CACHE", str(source / "cache"))  # below a file
     with caplog.at_level(logging.WARNING):
         assert nvrtc.compiled(source, []) == nvrtc.compiled(source, [])
     assert compiler.calls == 2

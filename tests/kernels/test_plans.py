@@ -98,7 +98,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "library"), *sys.path]))
     monkeypatch.syspath_prepend(tmp_path / "library")
     monkeypatch.delitem(sys.modules, "cudnn", raising=False)
-    monkeypatch.setattr(disk_cache, "FOLDER", tmp_path / ".cache" / "fluxserve" / "kernels")
+    monkeypatch.setenv("FLUXSERVE_CACHE", "")
     monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
     monkeypatch.setattr(plan_cache, "handle", lambda _: "handle")
     described(monkeypatch, seconds=0)
@@ -197,8 +197,8 @@ def test_a_damaged_file_that_stays_is_no_reason_to_fail(
 def test_what_can_not_be_written_leaves_nothing_behind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OSError, match="no space left"):
-        disk_cache.write(disk_cache.FOLDER / "x.plan", b"x")
-    assert list(disk_cache.FOLDER.iterdir()) == []
+        disk_cache.write(disk_cache.folder(disk_cache.KERNELS) / "x.plan", b"x")
+    assert list(disk_cache.folder(disk_cache.KERNELS).iterdir()) == []
 
 
 def test_what_can_not_be_built_is_told_in_the_librarys_words(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What was compiled, kept on disk: a file each, named by everything that it was made of.
+"""Compiled code, kept on disk: a file each, named by everything that it was made of.
 
 A folder that can't be read or written costs the compiling at every start, and a line in the log.
 """
@@ -9,15 +9,22 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fluxserve import settings
+
 log = logging.getLogger(__name__)
 
-FOLDER = Path.home() / ".cache" / "fluxserve" / "kernels"
+KERNELS = "kernels"
+
+
+def folder(kind: str) -> Path:
+    """Return where one kind of compiled code is kept."""
+    return settings.cache_folder() / kind
 
 
 def place(stem: str, suffix: str, made_of: Sequence[bytes]) -> Path:
     """Where what is made of these parts is kept; parts that only look alike when put together have other places."""
     digest = hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in made_of)).hexdigest()
-    return FOLDER / f"{stem}-{digest}{suffix}"
+    return folder(KERNELS) / f"{stem}-{digest}{suffix}"
 
 
 def once(file: Path, make: Callable[[], bytes]) -> bytes:
