@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from fluxserve.kernels.attention import Scales
+from fluxserve.kernels.attention.fused import Scales
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, cast
 
 FRACTION_BITS, INNER = 13, 32
@@ -30,7 +30,7 @@ def accumulated(left: Tensor, right: Tensor) -> Tensor:
 
 
 def emulated_attention(qkv: Tensor, rows: int, heads: int, scales: Scales, out: Tensor, queries: Tensor) -> None:
-    """`kernels.attention` in E4M3 for some rows of queries, int64 [n]; other rows of `out` are left alone."""
+    """`kernels.attention.fused` in E4M3 for some rows of queries, int64 [n]; other rows of `out` are left alone."""
     assert qkv.dtype == E4M3, qkv.dtype
     s, dim = scales.tolist(), out.shape[1] // heads
     q, k, v = (part.double() for part in qkv[:rows].chunk(3, dim=1))

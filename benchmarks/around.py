@@ -25,10 +25,10 @@ from benchmarks.timing import milliseconds, summary
 from fluxserve import checkpoint, imaging
 from fluxserve.engines.base import Bound, Engine
 from fluxserve.engines.fused import vae
+from fluxserve.engines.fused.build import Build, Precision
 from fluxserve.engines.fused.clip import FusedClip
 from fluxserve.engines.fused.qwen3 import FusedQwen3
 from fluxserve.engines.fused.t5 import FusedT5
-from fluxserve.engines.fused.weights import Precision
 from fluxserve.kernels.operations import LAUNCHED
 from fluxserve.spec import EncoderSpec
 
@@ -44,18 +44,22 @@ def components(folder: checkpoint.Checkpoint, precision: str, size: tuple[int, i
     texts: dict[str, Made] = {e.name: partial(_encoder, folder, e, p) for e in reversed(spec.text.encoders)}
     return {
         **texts,
-        "vae decoder": lambda: vae.decoder(folder, _DEVICE, p, LAUNCHED).bind({"latents": latents}),
-        "vae encoder": lambda: vae.encoder(folder, _DEVICE, p, LAUNCHED).bind({"pixels": pixels}),
+        "vae decoder": lambda: vae.decoder(folder, _build(folder, vae.FOLDER, p)).bind({"latents": latents}),
+        "vae encoder": lambda: vae.encoder(folder, _build(folder, vae.FOLDER, p)).bind({"pixels": pixels}),
     }
+
+
+def _build(folder: checkpoint.Checkpoint, component: str, p: Precision) -> Build:
+    return Build.of(folder.weights(component), _DEVICE, p, LAUNCHED)
 
 
 def _encoder(folder: checkpoint.Checkpoint, encoder: EncoderSpec, p: Precision) -> Bound:
-    made: dict[str, Callable[[], Engine]] = {
-        "t5": lambda: FusedT5(folder, _DEVICE, p, LAUNCHED),
-        "clip": lambda: FusedClip(folder, _DEVICE, p),
-        "qwen3": lambda: FusedQwen3(folder, _DEVICE, p, LAUNCHED),
+    engines: dict[str, Callable[[checkpoint.Checkpoint, Build], Engine]] = {
+        "t5": FusedT5,
+        "clip": FusedClip,
+        "qwen3": FusedQwen3,
     }
-    engine = made[encoder.name]()
+    engine = engines[encoder.name](folder, _build(folder, encoder.folder, p))
     return engine.bind({tensor.name: (1, encoder.tokens) for tensor in engine.signature.inputs})
 
 

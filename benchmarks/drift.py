@@ -26,11 +26,11 @@ from fluxserve import artifact as artifacts
 from fluxserve.artifact import Artifact, Scales
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Components
-from fluxserve.engines.fused.open import BF16, FP8, assemble, operations_on
+from fluxserve.engines.fused.build import BF16, FP8, Build
+from fluxserve.engines.fused.open import assemble, operations_on
 from fluxserve.engines.fused.transformer import FusedTransformer
-from fluxserve.engines.fused.weights import Reader
 from fluxserve.job import Job, plan
-from fluxserve.kernels.layers import Heads
+from fluxserve.kernels.gemm.layers import Heads
 from fluxserve.kernels.operations import Operations
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
@@ -77,7 +77,7 @@ def transformers(artifact: Artifact, served: FusedTransformer, device: torch.dev
     spec, scales = artifact.spec, artifact.scales("transformer")
     signature = signatures.transformer(spec)
     most = (signature.most("image_tokens"), signature.most("text_tokens"), 1)
-    kernels = served.run
+    kernels = served.kernels
     ways = {
         "bf16": (BF16, None, kernels),
         "fp8, mean left in": (FP8, with_the_means_range(scales), leaving_the_mean_in(kernels)),
@@ -85,8 +85,8 @@ def transformers(artifact: Artifact, served: FusedTransformer, device: torch.dev
     }
     weights = artifact.checkpoint.weights("transformer")
     made = {
-        name: FusedTransformer(spec, Reader(weights, device), device, precision, found, run, most)
-        for name, (precision, found, run) in ways.items()
+        name: FusedTransformer(spec, Build.of(weights, device, precision, kernels, ranges), most)
+        for name, (precision, ranges, kernels) in ways.items()
     }
     made["fp8, mean of every step"].steps_between_means = lambda *_: 1
     return {**made, "fp8": served}

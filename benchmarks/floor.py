@@ -22,7 +22,7 @@ from benchmarks.pictures import sides
 from benchmarks.published import MODELS
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import captured, milliseconds
-from fluxserve.kernels.attention import attention, padded
+from fluxserve.kernels.attention.fused import attention, padded
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.spec import FLUX1_DEV, TransformerSpec
 

@@ -21,14 +21,14 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.command import report
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import replayed
-from fluxserve.kernels import linear as linears
-from fluxserve.kernels.attention import attention, padded
+from fluxserve.kernels.attention.fused import attention, padded
 from fluxserve.kernels.fp8 import E4M3
-from fluxserve.kernels.group_norm import group_norm
-from fluxserve.kernels.layers import Heads, Linear
-from fluxserve.kernels.linear import Tiling
-from fluxserve.kernels.modulation import modulation
-from fluxserve.kernels.norm import norm
+from fluxserve.kernels.gemm import portable as linears
+from fluxserve.kernels.gemm.adaln import modulation
+from fluxserve.kernels.gemm.layers import Heads, Linear
+from fluxserve.kernels.gemm.portable import Tiling
+from fluxserve.kernels.image.group import group_norm
+from fluxserve.kernels.norm.modulated import norm
 from fluxserve.kernels.operations import LAUNCHED
 from fluxserve.spec import FLUX1_DEV
 

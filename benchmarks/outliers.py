@@ -10,7 +10,7 @@ Attention: q and k of RMSNorm with weights such that scores have a spread of `pe
 headroom of 2, against float64; v is exact. The error is relative to attention's distance from the mean of v, as export
 measures it. One row of numbers is for norms whose weights are equal, another for weights that differ by channel.
 
-Accumulator: a product of E4M3's values, added up as Hopper's tensor cores do (accumulator.py) and as linear_hopper has
+Accumulator: a product of E4M3's values, added up as Hopper's tensor cores do (accumulator.py) and as gemm.hopper has
 them do, against its exact sum. Inputs are behind GELU, with outliers of 1 or 100; each row of weights has a mean of
 `mean` of its spread, and all have the same sign.
 

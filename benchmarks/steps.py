@@ -29,11 +29,11 @@ from benchmarks.drift import leaving_the_mean_in
 from benchmarks.pictures import sides
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import milliseconds, summary
-from fluxserve import flow
 from fluxserve.artifact import Scales
-from fluxserve.engines.fused.open import BF16, FP8
+from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
 from fluxserve.engines.fused.transformer import FusedBound, FusedTransformer
-from fluxserve.engines.fused.weights import Precision, Reader
+from fluxserve.engines.fused.weights import Reader
+from fluxserve.families.flux import tokens
 from fluxserve.kernels.operations import LAUNCHED, as_they_are
 from fluxserve.spec import FLUX1_DEV, ModelSpec, TransformerSpec
 
@@ -88,8 +88,8 @@ def inputs_of(spec: ModelSpec, taken: Iterable[str], sizes: Sizes) -> dict[str, 
     """One image's random inputs, of those that are taken."""
     generator, shape = torch.Generator(_DEVICE).manual_seed(0), spec.transformer
     axes, (latents, *references) = len(shape.axes_dims_rope), [spec.latent_size(*size) for size in sizes]
-    image = torch.from_numpy(np.concatenate([flow.image_ids(*latents, axes), flow.reference_ids(references, axes)]))
-    text = torch.from_numpy(flow.text_ids(spec.text.sequence.tokens, axes))
+    image = torch.from_numpy(np.concatenate([tokens.image_ids(*latents, axes), tokens.reference_ids(references, axes)]))
+    text = torch.from_numpy(tokens.text_ids(spec.text.sequence.tokens, axes))
 
     def draw(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator, device=_DEVICE)
@@ -122,7 +122,7 @@ class Contender:
         begun, before = time.perf_counter(), torch.cuda.memory_allocated()
         scales = usual_scales(spec.transformer) if precision.quantised else None
         most = (sum(spec.image_tokens(*size) for size in sizes), spec.text.sequence.tokens, 1)
-        engine = FusedTransformer(spec, RandomReader(spec), _DEVICE, precision, scales, SETS[name], most)
+        engine = FusedTransformer(spec, Build(RandomReader(spec), precision, SETS[name], scales), most)
         torch.cuda.synchronize()
         self.name, self.steps, self.spent = name, steps, list[float]()
         self._about = {
@@ -132,15 +132,15 @@ class Contender:
         }
         self._bound = bound_of(engine, spec, sizes)
         self._times = torch.linspace(1, 1 / steps, steps, device=_DEVICE).to(torch.bfloat16)
-        self._bound.prepare(self._times)
-        self._bound.run()
+        self._bound.begin(self._times)
+        self._bound.run_step(0)
         self.velocity = self._bound.outputs["velocity"].float().clone()
         self.loop()  # captured by now
 
     def loop(self) -> None:
-        self._bound.prepare(self._times)
-        for _ in range(self.steps):
-            self._bound.run()
+        self._bound.begin(self._times)
+        for step in range(self.steps):
+            self._bound.run_step(step)
 
     def summary(self, first: Tensor, floor_ms: float) -> dict[str, Any]:
         """Milliseconds, memory, and how far the first velocity is from that of the first set."""

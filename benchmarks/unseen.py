@@ -28,12 +28,13 @@ from fluxserve import artifact as artifacts
 from fluxserve.artifact import Artifact, Scales
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Components
-from fluxserve.engines.fused.open import FP8, operations_on
+from fluxserve.engines.fused.build import FP8, Build
+from fluxserve.engines.fused.open import operations_on
 from fluxserve.engines.fused.scales import HEADROOM
 from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Reader
 from fluxserve.job import plan
-from fluxserve.kernels.layers import SAMPLE
+from fluxserve.kernels.gemm.layers import SAMPLE
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.text import Tokenizers
@@ -115,7 +116,8 @@ def _counts(engine: FusedTransformer) -> Tensor:
 def transformer(artifact: Artifact, read: Reader, scales: Scales) -> FusedTransformer:
     signature = signatures.transformer(artifact.spec)
     most = (signature.most("image_tokens"), signature.most("text_tokens"), 1)
-    return FusedTransformer(artifact.spec, read, read.device, FP8, scales, operations_on(str(read.device)), most)
+    build = Build(read, FP8, operations_on(str(read.device)), scales)
+    return FusedTransformer(artifact.spec, build, most)
 
 
 def measured(artifact: Artifact, components: Components, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -28,9 +28,9 @@ from torch import Tensor
 from benchmarks.accumulator import emulated_attention
 from benchmarks.command import report
 from benchmarks.surroundings import surroundings
-from fluxserve.kernels.attention import Scales, attention, padded
+from fluxserve.kernels.attention.fused import Scales, attention, padded
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, cast, quantise_rows
-from fluxserve.kernels.layers import Centre, Heads, Linear
+from fluxserve.kernels.gemm.layers import Centre, Heads, Linear
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
 
 HEADS, DIM, INNER = 2, 128, 512

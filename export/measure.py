@@ -31,6 +31,7 @@ from export.metrics import relative_error
 from fluxserve.artifact import Scales
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.fused.blocks import DoubleBlock, SingleBlock
+from fluxserve.engines.fused.build import FP8, Build
 from fluxserve.engines.fused.probe import Image, Kept, Probe
 from fluxserve.engines.fused.weights import Reader
 from fluxserve.engines.torch_eager import architectures
@@ -97,7 +98,8 @@ def measure(
         CheckpointError, ArtifactError: weights or scales are of another model.
     """
     weights, place = checkpoint.weights(architectures(checkpoint.spec)[COMPONENT].folder), torch.device(device)
-    probe, reference = Probe(checkpoint.spec, weights, place, scales, run), _Reference(checkpoint, weights, place)
+    build = Build.of(weights, place, FP8, run)
+    probe, reference = Probe(checkpoint.spec, build, scales), _Reference(checkpoint, weights, place)
     found: list[Measured] = []
     for given in inputs:
         judge, total = _Judge(probe, probe.images(given)), len(reference.blocks) * len(inputs)

@@ -13,7 +13,7 @@ from fluxserve.artifact import REFERENCE, Artifact
 from fluxserve.engines.base import Components, Saturating
 from fluxserve.engines.open import CPU_ONLY, open_artifact
 from fluxserve.errors import ArtifactError
-from fluxserve.kernels.layers import SAMPLE
+from fluxserve.kernels.gemm.layers import SAMPLE
 from fluxserve.pipeline import Pipeline
 from fluxserve.text import Tokenizers
 

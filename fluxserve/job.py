@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from fluxserve import flow, imaging
+from fluxserve import imaging
 from fluxserve.errors import InvalidRequest
 from fluxserve.imaging import Fit, Pixels
 from fluxserve.request import Request, numbered
+from fluxserve.sampling import schedule
 from fluxserve.spec import ModelSpec
 from fluxserve.text import Tokenizers
 
@@ -151,12 +152,12 @@ def plan(request: Request, spec: ModelSpec, tokenizers: Tokenizers, decode: Deco
     words = tokenizers(request.prompt)
     tokens = [words[encoder.name] for encoder in spec.text.encoders]
     image_tokens = spec.image_tokens(request.height, request.width)
-    sigmas = flow.sigmas(request.num_inference_steps, image_tokens, spec.schedule)
+    sigmas = schedule.sigmas(request.num_inference_steps, image_tokens, spec.schedule)
     pixels = np.empty((request.height, request.width, TEXT_TO_IMAGE_CHANNELS), dtype=np.uint8)
     images = _decoded(request, spec, decode)
     if request.strength is not None:
         (pixels,) = images
-        start = flow.image_to_image_start(request.num_inference_steps, request.strength)
+        start = schedule.image_to_image_start(request.num_inference_steps, request.strength)
         sigmas = sigmas[min(start, request.num_inference_steps - 1) :]
     return Job(
         token_ids=tokens[0].ids,

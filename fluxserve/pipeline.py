@@ -16,12 +16,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fluxserve import flow
 from fluxserve.device import DeviceClock, Pacer, sent
-from fluxserve.engines.base import Bound, Components, Engine, Foreseeing, Saturating, Shapes
+from fluxserve.engines.base import Bound, Components, Engine, Saturating, Shapes, denoiser
 from fluxserve.errors import NotFinite, SettingsError
+from fluxserve.families.flux import tokens
 from fluxserve.imaging import Pixels
 from fluxserve.job import RGB_CHANNELS, TEXT_TO_IMAGE_CHANNELS, Job
+from fluxserve.sampling import loop
+from fluxserve.sampling.guidance import OnePass
+from fluxserve.sampling.solvers import Euler
 from fluxserve.spec import PATCH, ModelSpec
 
 Watch = Callable[[int], bool]
@@ -202,7 +205,7 @@ class Pipeline:
             outputs |= {name: value.clone() for name, value in bound.outputs.items()}
         guidance = torch.full((1,), job.guidance, dtype=torch.float32, device=self.device)
         references = [torch.empty(1, 0, self.spec.transformer.in_channels, device=self.device)]
-        references += [flow.pack(self._encode_pixels(pixels)) for pixels in job.references]
+        references += [tokens.pack(self._encode_pixels(pixels)) for pixels in job.references]
         sizes = tuple(self.spec.latent_size(*pixels.shape[:2]) for pixels in job.references)
         return Conditioning(outputs.get("pooled"), outputs["sequence"], guidance, torch.cat(references, dim=1), sizes)
 
@@ -223,11 +226,11 @@ class Pipeline:
             return sent(torch.randn(shape, generator=generator, dtype=torch.float32, pin_memory=pinned), self.device)
 
         if folded:
-            return flow.pack(draw(), patch=1)
+            return tokens.pack(draw(), patch=1)
         if not job.is_image_to_image:
-            return flow.pack(draw())
+            return tokens.pack(draw())
         clean = self._encode_pixels(job.pixels, draw())
-        return flow.pack(flow.blend_(clean, draw(), float(job.sigmas[0])))
+        return tokens.pack(tokens.blend_(clean, draw(), float(job.sigmas[0])))
 
     def _encode_pixels(self, image: Pixels, sample: Tensor | None = None) -> Tensor:
         """An image as latents, float32 [1, C, h, w]: mean + std·sample, or the mean alone, shifted and scaled."""
@@ -246,43 +249,30 @@ class Pipeline:
         sigmas: npt.NDArray[np.float32],
         size: tuple[int, int],
     ) -> Iterator[Tensor]:
-        """Euler steps along `sigmas`; yields the latents after each of them (the same tensor, updated in place).
+        """Take Euler steps along `sigmas`; yield the latents after each of them (the same tensor, updated in place).
 
         Args:
             latents: packed, float32 [rows, image_tokens, C]; overwritten.
             size: height and width in latent pixels.
         """
         bound, own = self._bind_transformer(latents, conditioning, size), latents.shape[1]
-        x, timestep, velocity = (
-            bound.inputs["hidden_states"][:, :own],
-            bound.inputs["timestep"],
-            bound.outputs["velocity"][:, :own],
-        )
+        window, velocity = bound.inputs["hidden_states"][:, :own], bound.outputs["velocity"][:, :own]
         levels = sent(torch.tensor(sigmas), self.device)
-        times = flow.timesteps(levels, self.spec.schedule, timestep.dtype)
-        dsigmas = levels.diff()[:, None, None, None]
-        if isinstance(bound, Foreseeing):
-            bound.prepare(times[:-1])
-        pacer = Pacer(self.device)
-        for step in range(len(sigmas) - 1):
-            x.copy_(latents)
-            timestep.copy_(times[step].expand_as(timestep))
-            bound.run()
-            flow.euler_step_(latents, velocity, dsigmas[step])
-            pacer.step()
-            yield latents
+        timesteps = tokens.timesteps(levels[:-1], self.spec.schedule, bound.inputs["timestep"].dtype)
+        solver, pacer = Euler(levels, timesteps), Pacer(self.device)
+        return loop.denoise(denoiser(bound), window, velocity, latents, solver, OnePass(), pacer.step)
 
     def _bind_transformer(self, latents: Tensor, conditioning: Conditioning, size: tuple[int, int]) -> Bound:
         """Bind for these rows and write everything that stays the same from step to step."""
         engine, axes = self._engines.transformer, len(self.spec.transformer.axes_dims_rope)
         references = conditioning.references
-        ids = [flow.image_ids(*size, axes), flow.reference_ids(conditioning.reference_sizes, axes)]
+        ids = [tokens.image_ids(*size, axes), tokens.reference_ids(conditioning.reference_sizes, axes)]
         known = {
             "encoder_hidden_states": conditioning.sequence,
             "pooled_projections": conditioning.pooled,
             "guidance": conditioning.guidance,
             "img_ids": sent(torch.from_numpy(np.concatenate(ids)), self.device),
-            "txt_ids": sent(torch.from_numpy(flow.text_ids(conditioning.sequence.shape[1], axes)), self.device),
+            "txt_ids": sent(torch.from_numpy(tokens.text_ids(conditioning.sequence.shape[1], axes)), self.device),
         }
         taken = {tensor.name for tensor in engine.signature.inputs}
         fixed = {name: value for name, value in known.items() if name in taken and value is not None}
@@ -301,7 +291,7 @@ class Pipeline:
 
     def _decoded(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Packed latents → what the VAE makes of them, [rows, 3, height, width]; overwritten by the next call."""
-        z = flow.unpack(latents, *self.spec.latent_size(height, width))
+        z = tokens.unpack(latents, *self.spec.latent_size(height, width))
         bound = self._bind(self._engines.vae_decoder, {"latents": tuple(z.shape)})
         bound.inputs["latents"].copy_(z / self.spec.vae.scaling_factor + self.spec.vae.shift_factor)
         bound.run()

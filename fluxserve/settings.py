@@ -41,6 +41,8 @@ class Settings:
     """CPU threads of the GPU worker's process; 0: as many as there are cores."""
     max_rows: int = 1
     """Images that go through the transformer together; 1 keeps an image's bytes the same alone and in a batch."""
+    cache: str = ""
+    """Where compiled kernels and attention plans are kept between starts; empty: ~/.cache/fluxserve."""
     inflight: str = ""
     """The in-flight table's file; empty: one for each tritonserver process, in shared memory."""
 
@@ -124,6 +126,17 @@ _MALLOC = {
 # Weights pass through larger buffers on their way to the GPU. PyTorch's pool gives memory back in the pieces that it
 # asked for, and a gibibyte of those stayed, each with a little in use. Mapped page by page, what is free is given back.
 _CUDA = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+def cache_folder() -> Path:
+    """Return the folder of what was compiled; FLUXSERVE_CACHE says it for every process of a server."""
+    return Path(os.environ.get(f"{_PREFIX}CACHE") or "~/.cache/fluxserve").expanduser()
+
+
+def keep_cache_in(folder: str) -> None:
+    """Have this process and its children keep what they compile in a folder; an empty one changes nothing."""
+    if folder:
+        os.environ[f"{_PREFIX}CACHE"] = folder
 
 
 def let_threads_sleep() -> None:

@@ -122,12 +122,37 @@ class Bound(Protocol):
 
 
 @runtime_checkable
-class Foreseeing(Protocol):
-    """A bound transformer that computes ahead what depends on steps and conditioning, but not on latents."""
+class Denoiser(Protocol):
+    """A bound transformer, run for the steps of a loop."""
 
-    def prepare(self, timesteps: "Tensor") -> None:
-        """Called before a loop, with the timesteps [steps] of its runs, once all other inputs but the latents are
-        written. The input `timestep` is not read by those runs."""
+    def begin(self, timesteps: "Tensor") -> None:
+        """Compute ahead what depends on timesteps [steps] and conditioning, but not on latents.
+
+        All inputs but the latents and the timestep must be written.
+        """
+
+    def run_step(self, step: int) -> None:
+        """Enqueue one pass at timesteps[step]."""
+
+
+class _OneByOne:
+    """A Denoiser of a bound transformer that reads each timestep from its input."""
+
+    def __init__(self, bound: Bound) -> None:
+        self._bound = bound
+
+    def begin(self, timesteps: "Tensor") -> None:
+        self._timesteps = timesteps
+
+    def run_step(self, step: int) -> None:
+        timestep = self._bound.inputs["timestep"]
+        timestep.copy_(self._timesteps[step].expand_as(timestep))
+        self._bound.run()
+
+
+def denoiser(bound: Bound) -> Denoiser:
+    """Return a bound transformer as a Denoiser."""
+    return bound if isinstance(bound, Denoiser) else _OneByOne(bound)
 
 
 @runtime_checkable

@@ -28,11 +28,12 @@ from fluxserve.engines import signatures, tensorrt_library
 from fluxserve.engines.base import FLOATING, Components, Dim, Shapes, Signature, TensorSpec
 from fluxserve.engines.tensorrt_library import Library
 from fluxserve.errors import ArtifactError, ArtifactUnsuited, LibraryRefused
+from fluxserve.kernels.jit import disk_cache
 
 log = logging.getLogger(__name__)
 
-CACHE_FOLDER = Path("~/.cache/fluxserve/tensorrt-rtx")
-"""Where TensorRT-RTX's compiled kernels are kept, a file for each engine, unless the caller says otherwise."""
+_CACHE = "tensorrt-rtx"
+"""The cache's subfolder of TensorRT-RTX's compiled kernels, a file for each engine."""
 
 _PROFILE = 0  # a plan has one optimisation profile: the artifact's shapes
 _ALIGNMENT = 256  # bytes; what set_device_memory asks for
@@ -248,11 +249,11 @@ class TensorRTBound:
         self._replay()
 
 
-def open_artifact(artifact: Artifact, device: str, cache_folder: Path = CACHE_FOLDER) -> Components:
+def open_artifact(artifact: Artifact, device: str, cache_folder: Path | None = None) -> Components:
     """Load all five components; see engines.open.open_artifact.
 
     Args:
-        cache_folder: where TensorRT-RTX keeps what it compiles; made when it is first written to.
+        cache_folder: where TensorRT-RTX keeps what it compiles, made when it is first written to; None: the cache.
     """
     if torch.device(device).type != "cuda":
         raise ArtifactUnsuited(f"{artifact.path}: {artifact.engine} runs it on a GPU; got the device {device}")
@@ -269,7 +270,7 @@ def open_artifact(artifact: Artifact, device: str, cache_folder: Path = CACHE_FO
             plan = deserialise(library, runtime, artifact.file(file))
             signature = signatures.exported(component, artifact.spec)
             check_plan(library, plan, signature, component.compute_dtype, artifact.path / file)
-            cache_file = cache_folder.expanduser() / artifact.manifest["files"][file]["sha256"]
+            cache_file = (cache_folder or disk_cache.folder(_CACHE)) / artifact.manifest["files"][file]["sha256"]
             opened.append((component, plan, signature, cache_file))
         scratch = Scratch(cuda, max(plan.device_memory_size_v2 for _, plan, _, _ in opened))
         engines = {

@@ -1,7 +1,7 @@
 """A picture on a GPU → a PNG file: one block of deflate, with a Huffman code made for this picture (RFC 1951, 3.2.7).
 
-The GPU filters, counts and packs (kernels/png.py); the host makes the code from 300 counts in between. What crosses
-over is the file, half as large as the picture or less, and no thread of the CPU has to deflate it.
+The GPU filters, counts and packs (kernels/image/png_stream.py); the host makes the code from 300 counts in between.
+Only the file crosses over, half as large as the picture or less, and no thread of the CPU has to deflate it.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fluxserve.kernels.png import LENGTH_SHIFT, RUN, SYMBOLS, pack, symbols_of
+from fluxserve.kernels.image.png_stream import LENGTH_SHIFT, RUN, SYMBOLS, pack, symbols_of
 from fluxserve.png import huffman
 from fluxserve.png.container import SIGNATURE, ZLIB_HEAD, chunk, end, header
 

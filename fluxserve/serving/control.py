@@ -3,6 +3,7 @@
 It exists because an ensemble can't cancel a step that runs, and HTTP can't cancel at all.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,34 @@ from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
 from fluxserve.serving.inflight import Status, checked_id
 from fluxserve.serving.lifecycle import ServedModel
+from fluxserve.serving.metrics import QueueMetrics
+from fluxserve.settings import Settings
+
+_LOOK_S = 0.5
+"""Between two looks at the table: far more often than metrics are read."""
 
 
 class ControlModel(ServedModel):
     """What Triton calls."""
 
     name = "control"
+
+    def load(self, config: Settings, args: dict[str, str]) -> None:  # noqa: ARG002 (Triton's; not needed here)
+        self._metrics, self._ended = QueueMetrics(), threading.Event()
+        self._gauges = threading.Thread(target=self._watch, name="gauges", daemon=True)
+        self._gauges.start()
+
+    def unload(self) -> None:
+        self._ended.set()
+        self._gauges.join()
+
+    def _watch(self) -> None:
+        """Show how many requests are in flight, whenever that has changed."""
+        shown = None
+        while not self._ended.wait(_LOOK_S):
+            if (counts := self._table.counts()) != shown:
+                self._metrics.see(*counts)
+                shown = counts
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return [self._answer(r) for r in requests]

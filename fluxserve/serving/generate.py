@@ -150,24 +150,29 @@ class GenerateModel(ServedModel):
         self._pace.draw()
         try:
             drawings = self._pipeline.draw([a.job for a in started], lambda index: self._stepped(started[index]))
-            done = [self._table.progress(asked.ticket).step for asked in started]
         except Exception as error:  # noqa: BLE001 (the border: Triton would answer a raise with a bare traceback)
+            self._metrics.stepped(sum(self._given_back(started)))
             for asked in started:
                 tensors.send(asked.sender, self._refusal(error))
             return
-        finally:
-            for asked in started:
-                self._table.release(asked.ticket)
+        done = self._given_back(started)
         for asked, seconds, drawing, steps in zip(started, waited, drawings, done, strict=True):
             if drawing is None:
+                self._metrics.stepped(steps)
                 tensors.send(asked.sender, self._refusal(Cancelled(asked.request.request_id(), steps, asked.steps)))
             else:
                 self._hand_over(asked, drawing, {"queue": 1000 * seconds, **drawing.timings})
         self._metrics.saturated(self._pipeline.saturated())
 
+    def _given_back(self, started: Sequence[_Asked]) -> list[int]:
+        """Release the slots of requests that are over; return how many steps each has done."""
+        done = [self._table.progress(asked.ticket).step for asked in started]
+        for asked in started:
+            self._table.release(asked.ticket)
+        return done
+
     def _stepped(self, asked: _Asked) -> bool:
         """Note a step; False once the request was cancelled, through `control` or (called directly) through gRPC."""
-        self._metrics.stepped()
         wanted = self._table.advance(asked.ticket)
         self._pace.step(last=self._table.progress(asked.ticket).step % asked.job.steps == 0)
         return wanted and not asked.request.is_cancelled()
@@ -194,9 +199,11 @@ class GenerateModel(ServedModel):
             written = self._answer(asked, finish, size, timings)
         finally:
             self._pace.end()
-        if written:
+        if not written:
+            self._metrics.stepped(asked.steps)
+        else:
             images = len(asked.job.noise_seeds)
-            self._metrics.drawn(images, images * math.prod(size), timings)
+            self._metrics.drawn(images, images * math.prod(size), asked.steps, timings)
 
     def _answer(self, asked: _Asked, finish: Finish, size: tuple[int, ...], timings: dict[str, float]) -> bool:
         """Send the files, or why there are none; return whether they could be written."""

@@ -25,6 +25,7 @@ noting the step and looking at the cancel flag, are single aligned words and tak
 """
 
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -42,6 +43,8 @@ from fluxserve.serving.shared_file import SharedFile
 FREE, CLAIMED, QUEUED, RUNNING = 0, 1, 2, 3
 CAPACITY = 256
 """Slots. A power of two: a ticket's lowest bits are its slot's number."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 _RANDOM_BITS = 63 - (CAPACITY - 1).bit_length()
 """Of a ticket, which must fit into an INT64."""
@@ -79,10 +82,12 @@ _SLOT = np.dtype(
 
 
 def checked_id(request_id: str) -> str:
-    """A request id that the table can hold, empty or not. Raises InvalidRequest."""
-    size = len(request_id.encode())
-    if size > MAX_ID_BYTES or "\x00" in request_id:
-        raise InvalidRequest("request_id", f"{size} bytes", f"at most {MAX_ID_BYTES} bytes of UTF-8 without NUL")
+    """Return a request id that the table can hold and a log can show, empty or not. Raises InvalidRequest."""
+    size, allowed = len(request_id.encode()), f"at most {MAX_ID_BYTES} bytes of UTF-8 without control characters"
+    if size > MAX_ID_BYTES:
+        raise InvalidRequest("request_id", f"{size} bytes", allowed)
+    if _CONTROL.search(request_id):
+        raise InvalidRequest("request_id", repr(request_id), allowed)
     return request_id
 
 
@@ -221,6 +226,11 @@ class InflightTable:
         slots = self._slots[self._slots["state"] != FREE]
         order = np.argsort(slots["claimed_ns"], kind="stable")
         return [(_id(slots[i]), _status(slots[i])) for i in order]
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many requests wait, those that are decoded included, and how many run. Takes no lock."""
+        states = self._slots["state"].copy()
+        return int(np.isin(states, (CLAIMED, QUEUED)).sum()), int((states == RUNNING).sum())
 
     @property
     def drawing(self) -> bool:

@@ -23,6 +23,7 @@ class ServedModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         config = settings.load(json.loads(args["model_config"])["parameters"])
+        settings.keep_cache_in(config.cache)
         self._table = InflightTable(config.inflight_path)
         self._heartbeat = Heartbeat(ProcessTable.beside(config.inflight_path), self.name)
         try:

@@ -12,6 +12,25 @@ def _counter(name: str, description: str) -> Any:
     return pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
 
 
+def _gauge(name: str, description: str) -> Any:
+    return pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.GAUGE)
+
+
+class QueueMetrics:
+    """`control`: requests in flight, as the table has them."""
+
+    def __init__(self) -> None:
+        self._families = (
+            _gauge("fluxserve_waiting_requests", "Requests that were admitted and wait for the GPU"),
+            _gauge("fluxserve_running_requests", "Requests that are drawn"),
+        )
+        self._waiting, self._running = (family.Metric(labels={}) for family in self._families)
+
+    def see(self, waiting: int, running: int) -> None:
+        self._waiting.set(waiting)
+        self._running.set(running)
+
+
 class RefusalMetrics:
     """`prepare`: requests that never reached the GPU, by reason."""
 
@@ -64,8 +83,10 @@ class DrawingMetrics:
         self._families = (*families.values(), stage)
         self._saturated = 0
 
-    def stepped(self) -> None:
-        self._counters["steps"].increment(1)
+    def stepped(self, steps: int) -> None:
+        """Count the steps of a request that is over, or of several: one message to Triton, which waits for a reply."""
+        if steps:
+            self._counters["steps"].increment(steps)
 
     def cancelled(self) -> None:
         self._counters["cancellations"].increment(1)
@@ -79,7 +100,8 @@ class DrawingMetrics:
             self._counters["saturated"].increment(total - self._saturated)
             self._saturated = total
 
-    def drawn(self, images: int, pixels: int, milliseconds: Mapping[str, float]) -> None:
+    def drawn(self, images: int, pixels: int, steps: int, milliseconds: Mapping[str, float]) -> None:
+        self.stepped(steps)
         self._counters["images"].increment(images)
         self._counters["pixels"].increment(pixels)
         for stage, spent in milliseconds.items():

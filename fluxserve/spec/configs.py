@@ -78,7 +78,7 @@ def _transformer(config: Mapping[str, Any]) -> TransformerSpec:
     return replace(TransformerSpec(**_pick(TransformerSpec, {**usual, **config})), generation=generation)
 
 
-# Options of FlowMatchEulerDiscreteScheduler that FLUX does not use and flow.py lacks, and their neutral values.
+# Options of FlowMatchEulerDiscreteScheduler that FLUX does not use and sampling/schedule.py lacks: neutral values.
 _NOT_IMPLEMENTED = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,

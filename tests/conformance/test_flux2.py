@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxserve import flow
 from fluxserve.engines.open import open_components
+from fluxserve.families.flux import tokens
 from fluxserve.imaging import write_image
 from fluxserve.job import Job, plan
 from fluxserve.pipeline import Pipeline
@@ -232,7 +232,7 @@ def test_the_judge_sees_a_wrong_time(monkeypatch: pytest.MonkeyPatch) -> None:
     klein, images = random_flux2.klein(), random_flux2.pictures((64, 64))
     job = job_of(klein, images=images)
     theirs, _ = their_run(klein, job, 4, images=images)
-    monkeypatch.setattr(flow, "_REFERENCE_TIME", 11)
+    monkeypatch.setattr(tokens, "_REFERENCE_TIME", 11)
     assert relative(parity.our_steps(opened(klein), job)[-1], theirs[-1]) > RELATIVE
 
 

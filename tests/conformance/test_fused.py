@@ -17,18 +17,18 @@ from torch import Tensor
 from benchmarks import random_weights
 from export.calibrate import watched
 from export.fp8 import simulated
-from fluxserve import checkpoint, flow, settings
+from fluxserve import checkpoint, settings
 from fluxserve.artifact import Scales
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Bound
 from fluxserve.engines.fused import clip, t5, vae
 from fluxserve.engines.fused.arena import Buffer
+from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
 from fluxserve.engines.fused.transformer import FusedTransformer
-from fluxserve.engines.fused.weights import Precision, Reader
 from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
 from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
-from fluxserve.kernels.fp8 import E4M3
+from fluxserve.families.flux import tokens
 from fluxserve.kernels.operations import Operations, as_they_are
 from fluxserve.spec import FLUX1_DEV
 from tests.support.fused import KERNELS
@@ -38,8 +38,6 @@ DEVICE = torch.device("cuda:0" if GPU else "cpu")
 SETS = {"served": KERNELS}
 if GPU:
     SETS["Triton"] = replace(KERNELS, arrange=as_they_are)
-BF16 = Precision(torch.bfloat16, torch.bfloat16)
-FP8 = Precision(torch.bfloat16, E4M3)
 TEXT = 32
 
 pytestmark = pytest.mark.xdist_group("fused")
@@ -63,7 +61,7 @@ def inputs_of(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(DEVICE)
 
-    image = np.concatenate([flow.image_ids(*size, axes), flow.reference_ids(references, axes)])
+    image = np.concatenate([tokens.image_ids(*size, axes), tokens.reference_ids(references, axes)])
     inputs = {
         "hidden_states": draw(rows, len(image), spec.in_channels),
         "encoder_hidden_states": draw(rows, TEXT, spec.joint_attention_dim),
@@ -71,7 +69,7 @@ def inputs_of(
         "timestep": torch.linspace(0.5, 0.25, rows).to(DEVICE),
         "guidance": torch.full((rows,), 4.0, device=DEVICE),
         "img_ids": torch.from_numpy(image).to(DEVICE),
-        "txt_ids": torch.from_numpy(flow.text_ids(TEXT, axes)).to(DEVICE),
+        "txt_ids": torch.from_numpy(tokens.text_ids(TEXT, axes)).to(DEVICE),
     }
     return {tensor.name: inputs[tensor.name] for tensor in signatures.transformer(folder.spec).inputs}
 
@@ -85,10 +83,10 @@ def foreseen(engine: FusedTransformer, inputs: dict[str, Tensor], timesteps: Ten
     """Velocities of these steps, told ahead."""
     bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
     write(bound, inputs)
-    bound.prepare(timesteps)
+    bound.begin(timesteps)
     seen = []
-    for _ in timesteps:
-        bound.run()
+    for step in range(len(timesteps)):
+        bound.run_step(step)
         seen.append(bound.outputs["velocity"].float().clone())
     return seen
 
@@ -111,8 +109,12 @@ def transformer(
     most: tuple[int, int, int],
     run: Operations = KERNELS,
 ) -> FusedTransformer:
-    read = Reader(folder.weights("transformer"), DEVICE)
-    return FusedTransformer(folder.spec, read, DEVICE, precision, scales, run, most)
+    build = Build.of(folder.weights("transformer"), DEVICE, precision, run, scales)
+    return FusedTransformer(folder.spec, build, most)
+
+
+def built(folder: Checkpoint, component: str, precision: Precision = BF16, run: Operations = KERNELS) -> Build:
+    return Build.of(folder.weights(component), DEVICE, precision, run)
 
 
 class Judge:
@@ -240,9 +242,9 @@ def test_what_lies_behind_the_rows_does_not_count(tiny: Judge) -> None:
     bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
     whole.fill_(0xFF)
     write(bound, inputs)
-    bound.prepare(inputs["timestep"])
+    bound.begin(inputs["timestep"])
     assert not bound._b.linear.qkv_padded[len(bound._b.residual) :].view(torch.uint8).any()
-    bound.run()
+    bound.run_step(0)
     assert torch.equal(bound.outputs["velocity"].float(), before)
 
 
@@ -287,10 +289,10 @@ def test_weights_that_are_others_are_refused(tmp_path: Path, tiny: Judge, change
 
 OPENED = {
     "transformer": lambda folder: transformer(folder, BF16, None, (64, TEXT, 1)),
-    "text_encoder": lambda folder: clip.FusedClip(folder, DEVICE, BF16),
-    "text_encoder_2": lambda folder: t5.FusedT5(folder, DEVICE, BF16, KERNELS),
-    "decoder": lambda folder: vae.decoder(folder, DEVICE, BF16, KERNELS),
-    "encoder": lambda folder: vae.encoder(folder, DEVICE, BF16, KERNELS),
+    "text_encoder": lambda folder: clip.FusedClip(folder, built(folder, "text_encoder")),
+    "text_encoder_2": lambda folder: t5.FusedT5(folder, built(folder, "text_encoder_2")),
+    "decoder": lambda folder: vae.decoder(folder, built(folder, "vae")),
+    "encoder": lambda folder: vae.encoder(folder, built(folder, "vae")),
 }
 
 

@@ -11,8 +11,8 @@ from export.calibrate import watched
 from fluxserve.artifact import Scales
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Components
-from fluxserve.engines.fused.open import BF16, FP8, assemble
-from fluxserve.engines.fused.weights import Precision
+from fluxserve.engines.fused.build import BF16, FP8, Precision
+from fluxserve.engines.fused.open import assemble
 from fluxserve.engines.open import open_components
 from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
 from fluxserve.job import Job

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
+from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
 from fluxserve.engines.fused.qwen3 import FusedQwen3
-from fluxserve.engines.fused.weights import Precision
 from fluxserve.engines.torch_eager import LanguageModel, TorchEngine, load_module
 from fluxserve.errors import CheckpointError, UnsupportedArchitecture
 from fluxserve.kernels.fp8 import E4M3
@@ -31,8 +31,6 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
 KERNELS = LAUNCHED if GPU else PLAIN
 EXACT = Precision(torch.float32, torch.float32)
-BF16 = Precision(torch.bfloat16, torch.bfloat16)
-FP8 = Precision(torch.bfloat16, E4M3)
 TOKENS = 24
 RELATIVE = 1e-4
 
@@ -65,7 +63,7 @@ def eager(folder: Checkpoint, dtype: torch.dtype = torch.float32) -> tuple[Torch
 def fused(folder: Checkpoint, precision: Precision = EXACT, operations: Operations | None = None) -> FusedQwen3:
     """In float32 plainly everywhere: on a GPU the kernels' products of it would be TF32's."""
     usual = PLAIN if precision.compute == torch.float32 else KERNELS
-    return FusedQwen3(folder, DEVICE, precision, operations or usual)
+    return FusedQwen3(folder, Build.of(folder.weights("text_encoder"), DEVICE, precision, operations or usual))
 
 
 def by_state(got: Tensor, expected: Tensor) -> list[float]:

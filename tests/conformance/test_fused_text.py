@@ -10,11 +10,10 @@ from torch import Tensor
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Engine
+from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
 from fluxserve.engines.fused.clip import FusedClip
 from fluxserve.engines.fused.t5 import FusedT5
-from fluxserve.engines.fused.weights import Precision
 from fluxserve.engines.torch_eager import T5, Clip, TorchEngine, load_module
-from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
 from tests.support import random_flux
 from tests.support.parity import RELATIVE, relative
@@ -24,8 +23,6 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
 KERNELS = LAUNCHED if GPU else PLAIN
 EXACT = Precision(torch.float32, torch.float32)
-BF16 = Precision(torch.bfloat16, torch.bfloat16)
-FP8 = Precision(torch.bfloat16, E4M3)
 LENGTHS = {"t5": 24, "clip": 77}
 
 pytestmark = pytest.mark.xdist_group("fused")
@@ -57,8 +54,9 @@ def eager(folder: Checkpoint, name: str, dtype: torch.dtype = torch.float32) -> 
 def fused(folder: Checkpoint, name: str, precision: Precision, operations: Operations | None = None) -> Engine:
     """In float32 plainly everywhere: on a GPU the kernels' products of it would be TF32's."""
     if name == "clip":
-        return FusedClip(folder, DEVICE, precision)
-    return FusedT5(folder, DEVICE, precision, operations or (PLAIN if precision is EXACT else KERNELS))
+        return FusedClip(folder, Build.of(folder.weights("text_encoder"), DEVICE, precision, PLAIN))
+    kernels = operations or (PLAIN if precision is EXACT else KERNELS)
+    return FusedT5(folder, Build.of(folder.weights("text_encoder_2"), DEVICE, precision, kernels))
 
 
 @pytest.mark.parametrize("tokens", [1, 17, None])

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.fused import vae
-from fluxserve.engines.fused.weights import Precision
+from fluxserve.engines.fused.build import BF16, Build, Precision
 from fluxserve.engines.torch_eager import architectures
 from fluxserve.errors import CheckpointError
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
@@ -31,7 +31,6 @@ GPU = torch.cuda.is_available()
 KERNELS = LAUNCHED if GPU else PLAIN
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
 EXACT = Precision(torch.float32, torch.float32)
-BF16 = Precision(torch.bfloat16, torch.bfloat16)
 RELATIVE = 1e-4
 
 pytestmark = pytest.mark.xdist_group("fused")
@@ -107,15 +106,20 @@ def folder(judges: Callable[[str], Judge]) -> Checkpoint:
     return judges("flux1").folder
 
 
+def opened(way: str, folder: Checkpoint, run: Operations = PLAIN, precision: Precision = EXACT) -> vae.FusedVae:
+    engine: vae.FusedVae = getattr(vae, way)(folder, Build.of(folder.weights("vae"), DEVICE, precision, run))
+    return engine
+
+
 def decoded(folder: Checkpoint, latents: Tensor, run: Operations, precision: Precision = EXACT) -> Tensor:
-    bound = vae.decoder(folder, DEVICE, precision, run).bind({"latents": tuple(latents.shape)})
+    bound = opened("decoder", folder, run, precision).bind({"latents": tuple(latents.shape)})
     bound.inputs["latents"].copy_(latents)
     bound.run()
     return bound.outputs["pixels"].float()
 
 
 def encoded(folder: Checkpoint, pixels: Tensor, run: Operations, precision: Precision = EXACT) -> tuple[Tensor, Tensor]:
-    bound = vae.encoder(folder, DEVICE, precision, run).bind({"pixels": tuple(pixels.shape)})
+    bound = opened("encoder", folder, run, precision).bind({"pixels": tuple(pixels.shape)})
     bound.inputs["pixels"].copy_(pixels)
     bound.run()
     return bound.outputs["mean"].float(), bound.outputs["std"].float()
@@ -225,7 +229,7 @@ def test_what_lies_beside_the_networks_is_all_there_and_all_used(
     change(weights)
     save_file(weights, tmp_path / "vae" / FILE)
     with pytest.raises(CheckpointError, match=says):
-        getattr(vae, way)(Checkpoint(tmp_path, whole.spec), DEVICE, EXACT, PLAIN)
+        opened(way, Checkpoint(tmp_path, whole.spec))
 
 
 def test_weights_that_the_configuration_denies_are_refused(judges: Callable[[str], Judge], tmp_path: Path) -> None:
@@ -235,7 +239,7 @@ def test_weights_that_the_configuration_denies_are_refused(judges: Callable[[str
     denying = Checkpoint(tmp_path, judges("flux1").folder.spec)
     for way in ("decoder", "encoder"):
         with pytest.raises(CheckpointError, match=r"does not read: post_quant_conv\.bias, "):
-            getattr(vae, way)(denying, DEVICE, EXACT, PLAIN)
+            opened(way, denying)
 
 
 @pytest.mark.parametrize("way", ["decoder", "encoder"])
@@ -246,7 +250,7 @@ def test_peak_is_what_a_picture_takes_at_most(folder: Checkpoint, way: str, monk
     limits = replace(folder.spec.limits, max_pixels=side * side)
     limited = Checkpoint(folder.path, replace(folder.spec, limits=limits))
     sizes = {"decoder": {"latents": (1, 16, side // 8, side // 8)}, "encoder": {"pixels": (1, 3, side, side)}}
-    bound = getattr(vae, way)(limited, DEVICE, EXACT, LAUNCHED).bind(sizes[way])
+    bound = opened(way, limited, LAUNCHED).bind(sizes[way])
     with Live() as live:
         bound.run()
     assert vae.peak(limited, torch.float32) >= live.most

@@ -9,10 +9,10 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
-from fluxserve import flow
 from fluxserve.engines.base import Components
 from fluxserve.job import Job
 from fluxserve.pipeline import Pipeline
+from fluxserve.sampling import schedule
 from fluxserve.spec import ModelSpec
 from tests.support import exports, parity, random_flux
 from tests.support.fused import FusedOf
@@ -36,11 +36,11 @@ def job_of(
     rng = np.random.default_rng(prompt_seed)
     clip_ids = rng.integers(0, random_flux.VOCABULARY - 2, spec.text.named("clip").tokens)
     clip_ids[20:] = random_flux.VOCABULARY - 1
-    sigmas = flow.sigmas(steps, spec.image_tokens(*size), spec.schedule)
+    sigmas = schedule.sigmas(steps, spec.image_tokens(*size), spec.schedule)
     pixels = np.empty((*size, 0), dtype=np.uint8)
     if image is not None:
         pixels = image
-        sigmas = sigmas[flow.image_to_image_start(steps, strength) :]
+        sigmas = sigmas[schedule.image_to_image_start(steps, strength) :]
     t5_ids = rng.integers(0, random_flux.VOCABULARY, spec.text.sequence.tokens)
     return Job(clip_ids, t5_ids, pixels, sigmas, guidance, tuple(seeds))
 

@@ -17,19 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from fluxserve.kernels import (
-    add,
-    centre,
-    group_norm,
-    layers,
-    linear,
-    modulation,
-    rows,
-    saturation,
-    softmax,
-    statistics,
-    turn,
-)
+from fluxserve.kernels.attention import qk_rope, row_softmax
+from fluxserve.kernels.gemm import adaln, layers, portable, saturation, value_means
+from fluxserve.kernels.image import group, moments, residual
+from fluxserve.kernels.norm import rms
 
 TARGET = GPUTarget("cuda", 90, 32)
 FLOAT = {"e4m3": "fp8e4nv", "bf16": "bf16", "fp32": "fp32"}
@@ -63,13 +54,13 @@ BYTES = {"e4m3": 1, "bf16": 2, "fp32": 4}
 
 def linear_kernel(ending: str, dtype: str, out: str, size: tuple[int, int], bare: bool = False) -> dict[str, Any]:
     """`bare`: without gate and bias, as T5 calls it."""
-    t = linear.tiling(*size, BYTES[dtype], BYTES[out])
+    t = portable.tiling(*size, BYTES[dtype], BYTES[out])
     constants = {
         "ENDING": ending,
         "BM": t.rows,
         "BN": t.columns,
         "BK": t.inner,
-        "PARTS": linear.parts(t, ending, BYTES[out]),
+        "PARTS": portable.parts(t, ending, BYTES[out]),
         "GROUP": 8,
         "HEAD": 128,
         "GATES": layers.GATES,
@@ -93,7 +84,7 @@ def linear_kernel(ending: str, dtype: str, out: str, size: tuple[int, int], bare
         constants[name] = None
     for name in ("factors", "cos", "sin") if ending != "heads" else ():
         constants[name] = None
-    return compiled(linear._linear_kernel, types, constants, num_warps=t.warps, num_stages=t.stages)
+    return compiled(portable._linear_kernel, types, constants, num_warps=t.warps, num_stages=t.stages)
 
 
 def _split(launched: dict[str, int]) -> dict[str, Any]:
@@ -121,36 +112,36 @@ def main() -> None:
             | {"INTERPRETED": False, "GATE": gate, "BLOCK": 16384 if gate else 4096}
             | ({"weight": None} if gate else {})
         )
-        found[f"rows gate={gate}"] = compiled(rows._rows_kernel, pointers | floats, own, num_warps=8)
+        found[f"rows gate={gate}"] = compiled(rms._rows_kernel, pointers | floats, own, num_warps=8)
     turned = {"x": "*bf16", "epsilon": "fp32", **dict.fromkeys(("weights", "cos", "sin"), "*fp32")}
     own = {"QUERIES": 32, "HEADS": 40, "PADDED": 64, "HALF": 64}
-    found["turn"] = compiled(turn._turn_kernel, turned, own, num_warps=8)
+    found["turn"] = compiled(qk_rope._turn_kernel, turned, own, num_warps=8)
     own = {"BM": 32, "BN": 64, "BK": 128, "WIDEN": False}
     weights = {"x": "*bf16", "w": "*i8", "w_scale": "*fp32", "bias": "*fp32", "out": "*fp32"}
-    found["modulation"] = compiled(modulation._modulation_kernel, weights, own, num_warps=4, num_stages=4)
+    found["modulation"] = compiled(adaln._modulation_kernel, weights, own, num_warps=4, num_stages=4)
     pictures = {"x": "*bf16", "y": "*bf16", "out": "*bf16", "epsilon": "fp32", **floats}
     for channels in (128, 512):
-        shared = statistics.constants_of(channels, 32, statistics._TILE)
-        found[f"statistics {channels}"] = compiled(statistics._statistics_kernel, pictures, **_split(shared))
-        shared = statistics.constants_of(channels, 32, group_norm._TILE) | {"SILU": True}
-        found[f"group_norm {channels}"] = compiled(group_norm._apply_kernel, pictures, **_split(shared))
-        shared = statistics.constants_of(channels, 32, add._TILE)
-        found[f"add {channels}"] = compiled(add._add_kernel, pictures, **_split(shared))
-        own = {"CHANNELS": channels, "PADDED": channels, "ROWS": add._TILE // channels}
-        found[f"add_upsampled {channels}"] = compiled(add._upsampled_kernel, pictures, own, num_warps=8)
+        shared = moments.constants_of(channels, 32, moments._TILE)
+        found[f"statistics {channels}"] = compiled(moments._statistics_kernel, pictures, **_split(shared))
+        shared = moments.constants_of(channels, 32, group._TILE) | {"SILU": True}
+        found[f"group_norm {channels}"] = compiled(group._apply_kernel, pictures, **_split(shared))
+        shared = moments.constants_of(channels, 32, residual._TILE)
+        found[f"add {channels}"] = compiled(residual._add_kernel, pictures, **_split(shared))
+        own = {"CHANNELS": channels, "PADDED": channels, "ROWS": residual._TILE // channels}
+        found[f"add_upsampled {channels}"] = compiled(residual._upsampled_kernel, pictures, own, num_warps=8)
     means = {
         "x": "*fp8e4nv",
         "w": "*fp8e4nv",
         **dict.fromkeys(("x_scale", "sums", "vector", "w_scale", "bias", "out"), "*fp32"),
         "due": "*i32",
     }
-    found["sums"] = compiled(centre._sums_kernel, means, {"ROWS": 32, "COLUMNS": 128}, num_warps=4)
+    found["sums"] = compiled(value_means._sums_kernel, means, {"ROWS": 32, "COLUMNS": 128}, num_warps=4)
     own = {"STREAMS": 2, "OUTPUTS": 16, "COLUMNS": 128}
-    found["products"] = compiled(centre._products_kernel, means | {"factor": "fp32"}, own, num_warps=4)
+    found["products"] = compiled(value_means._products_kernel, means | {"factor": "fp32"}, own, num_warps=4)
     own = {"SAMPLE": layers.SAMPLE, "LIMIT": saturation._LIMIT, "BLOCK": 1024}
     found["saturation"] = compiled(saturation._count_kernel, {"x": "*u8", "counts": "*i64"}, own, num_warps=4)
     scores = {"scores": "*fp32", "weights": "*bf16", "factor": "fp32"}
-    found["softmax"] = compiled(softmax._softmax_kernel, scores, {"BLOCK": softmax._BLOCK}, num_warps=8)
+    found["softmax"] = compiled(row_softmax._softmax_kernel, scores, {"BLOCK": row_softmax._BLOCK}, num_warps=8)
     print(json.dumps(found))
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxserve.kernels import add as kernels
-from fluxserve.kernels.group_norm import group_norm, plain_group_norm
+from fluxserve.kernels.image import residual as kernels
+from fluxserve.kernels.image.group import group_norm, plain_group_norm
 from tests.kernels.judge import DEVICE, INTERPRETED, random, same
 
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16

@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from fluxserve.errors import LibraryRefused
-from fluxserve.kernels import plans
-from fluxserve.kernels.attention import attention, padded, plain_attention
+from fluxserve.kernels.attention import plan_cache
+from fluxserve.kernels.attention.fused import attention, padded, plain_attention
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, cast
 from tests.kernels.judge import DEVICE, INTERPRETED, random, relative
 
@@ -135,7 +135,7 @@ def test_another_cudnn_than_pytorchs_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=lambda: 91300))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     with pytest.raises(LibraryRefused, match="cudnn: got 91300 for attention; expected PyTorch's own, 91900"):
-        plans.library.__wrapped__()
+        plan_cache.library.__wrapped__()
 
 
 def test_pytorchs_own_words_about_an_older_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,4 +145,4 @@ def test_pytorchs_own_words_about_an_older_cudnn(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(backend_version=lambda: 91400))
     monkeypatch.setattr(torch.backends.cudnn, "version", version)
     with pytest.raises(LibraryRefused, match=r"cudnn: found runtime version \(9, 14, 0\)"):
-        plans.library.__wrapped__()
+        plan_cache.library.__wrapped__()

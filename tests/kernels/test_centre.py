@@ -9,12 +9,12 @@ from torch import Tensor
 
 from benchmarks import value_means
 from benchmarks.accumulator import emulated_attention
-from fluxserve.kernels import linear as kernels
-from fluxserve.kernels import linear_plain as plain
-from fluxserve.kernels.centre import centre_values, plain_centre_values
 from fluxserve.kernels.fp8 import E4M3, quantise_rows
-from fluxserve.kernels.layers import Centre, Heads, Linear
-from fluxserve.kernels.linear_hopper import arranged
+from fluxserve.kernels.gemm import plain as plain
+from fluxserve.kernels.gemm import portable as kernels
+from fluxserve.kernels.gemm.hopper import arranged
+from fluxserve.kernels.gemm.layers import Centre, Heads, Linear
+from fluxserve.kernels.gemm.value_means import centre_values, plain_centre_values
 from fluxserve.kernels.operations import LAUNCHED, PLAIN
 from tests.kernels.judge import DEVICE, INTERPRETED, of_product, poisoned, random, relative, same
 from tests.kernels.test_linear import HEAD, operands

@@ -14,7 +14,9 @@ import pytest
 from triton.backends.nvidia.compiler import get_ptxas
 
 from fluxserve.errors import LibraryMissing
-from fluxserve.kernels import cuda, kept, linear_hopper, norm
+from fluxserve.kernels.gemm import hopper
+from fluxserve.kernels.jit import disk_cache, nvrtc
+from fluxserve.kernels.norm import modulated
 from fluxserve.spec import FLUX1_DEV, FLUX2_DEV, FLUX2_KLEIN_9B, TINY
 from tests.kernels.hopper import TARGET
 from tests.kernels.test_compiled import SHARED_MEMORY
@@ -48,12 +50,12 @@ def variants() -> list[Variant]:
     """Every kernel as a model launches it; klein-4B is as wide as FLUX.1."""
     asked: list[Variant] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "load", lambda *given: asked.append(Variant(*given)))
-        for ending in linear_hopper.ENDINGS:
-            linear_hopper._kernel.__wrapped__(ending)
+        patch.setattr(nvrtc, "load", lambda *given: asked.append(Variant(*given)))
+        for ending in hopper.ENDINGS:
+            hopper._kernel.__wrapped__(ending)
         for spec in (FLUX1_DEV, FLUX2_KLEIN_9B, FLUX2_DEV, TINY):
             for quantised in (True, False):
-                norm._kernel.__wrapped__(spec.transformer.hidden_size, 2, quantised)
+                modulated._kernel.__wrapped__(spec.transformer.hidden_size, 2, quantised)
     return asked
 
 
@@ -61,33 +63,33 @@ VARIANTS = variants()
 
 
 def test_endings_are_compiled_ahead_as_they_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "compiled", lambda source, defines: (source, defines))
+    monkeypatch.setattr(nvrtc, "compiled", lambda source, defines: (source, defines))
     with ThreadPoolExecutor() as pool:
-        found = [task.result() for task in linear_hopper.compiling(pool)]
+        found = [task.result() for task in hopper.compiling(pool)]
     assert found == [(v.source, v.defines) for v in VARIANTS if v.name.startswith("linear_")]
 
 
 def test_heads_alone_are_launched_by_the_kernel_that_has_an_activation_behind_them() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "load", lambda *given: given)
-        assert linear_hopper._kernel.__wrapped__("heads") == linear_hopper._kernel.__wrapped__("heads_gelu")
+        patch.setattr(nvrtc, "load", lambda *given: given)
+        assert hopper._kernel.__wrapped__("heads") == hopper._kernel.__wrapped__("heads_gelu")
 
 
 @pytest.fixture(scope="module")
-def nvrtc() -> None:
+def compiler_library() -> None:
     try:
-        cuda._nvrtc()
+        nvrtc._nvrtc()
     except LibraryMissing as missing:
         pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="module")
-def examined(nvrtc: None) -> Callable[[Variant], tuple[bytes, str]]:
+def examined(compiler_library: None) -> Callable[[Variant], tuple[bytes, str]]:
     made: dict[str, tuple[bytes, str]] = {}
 
     def examine(variant: Variant) -> tuple[bytes, str]:
         if str(variant) not in made:
-            made[str(variant)] = cuda.examined(variant.source, variant.defines)
+            made[str(variant)] = nvrtc.examined(variant.source, variant.defines)
         return made[str(variant)]
 
     return examine
@@ -99,7 +101,7 @@ def number(pattern: str, said: str) -> int:
 
 
 def test_every_variant_is_there() -> None:
-    assert len({str(variant) for variant in VARIANTS}) == len(linear_hopper.ENDINGS) + 8
+    assert len({str(variant) for variant in VARIANTS}) == len(hopper.ENDINGS) + 8
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -115,7 +117,7 @@ def test_they_fit(variant: Variant, examined: Callable[[Variant], tuple[bytes, s
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_they_hardly_spill(variant: Variant, examined: Callable[[Variant], tuple[bytes, str]]) -> None:
     _, said = examined(variant)
-    if cuda.version() != KNOWN:
+    if nvrtc.version() != KNOWN:
         pytest.skip(f"registers were counted with NVRTC {KNOWN}")
     assert number(r"(\d+) bytes spill stores", said) <= FEW
 
@@ -132,11 +134,11 @@ def test_products_use_the_tensor_cores(
     assert set(re.findall(r"\wGMMA\S+", done.stdout)) == {"QGMMA.64x256x32.F32.E4M3.E4M3"}
 
 
-def test_what_does_not_compile_is_told_in_the_words_of_the_compiler(nvrtc: None, tmp_path: Path) -> None:
+def test_what_does_not_compile_is_told_in_the_words_of_the_compiler(compiler_library: None, tmp_path: Path) -> None:
     source = tmp_path / "wrong.cu"
     source.write_text('extern "C" __global__ void wrong() { return nothing; }')
     with pytest.raises(RuntimeError, match='identifier "nothing" is undefined'):
-        cuda.examined(source, [])
+        nvrtc.examined(source, [])
 
 
 # --- where the compiler is, and what it has made already --------------------------------------------------------------
@@ -147,10 +149,10 @@ def refuse(name: str) -> None:
 
 
 def test_without_a_compiler_it_says_what_brings_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda.ctypes, "CDLL", refuse)
-    monkeypatch.setattr(cuda, "find_spec", lambda _: None)
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(nvrtc, "find_spec", lambda _: None)
     with pytest.raises(LibraryMissing, match="a CUDA build of PyTorch, or the wheel nvidia-cuda-nvrtc"):
-        cuda._nvrtc.__wrapped__()
+        nvrtc._nvrtc.__wrapped__()
 
 
 def test_the_wheels_compiler_is_found_and_its_built_ins_are_loaded_first(
@@ -169,10 +171,10 @@ def test_the_wheels_compiler_is_found_and_its_built_ins_are_loaded_first(
             refuse(name)
         opened.append(name)
 
-    monkeypatch.setattr(cuda.torch.version, "cuda", None)
-    monkeypatch.setattr(cuda, "find_spec", lambda _: package)
-    monkeypatch.setattr(cuda.ctypes, "CDLL", open_)
-    cuda._nvrtc.__wrapped__()
+    monkeypatch.setattr(nvrtc.torch.version, "cuda", None)
+    monkeypatch.setattr(nvrtc, "find_spec", lambda _: package)
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", open_)
+    nvrtc._nvrtc.__wrapped__()
     assert opened == [str(folder / "libnvrtc-builtins.so.13.0"), str(folder / "libnvrtc.so.13")]
 
 
@@ -190,9 +192,9 @@ class Compiler:
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
     made = Compiler()
-    monkeypatch.setattr(cuda, "_compile", made)
-    monkeypatch.setattr(cuda, "version", lambda: made.version)
-    monkeypatch.setattr(kept, "FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(nvrtc, "_compile", made)
+    monkeypatch.setattr(nvrtc, "version", lambda: made.version)
+    monkeypatch.setenv("FLUXSERVE_CACHE", str(tmp_path / "cache"))
     return made
 
 
@@ -204,10 +206,10 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_a_kernel_is_compiled_once(compiler: Compiler, source: Path) -> None:
-    first = cuda.compiled(source, ["D=1"])
-    assert cuda.compiled(source, ["D=1"]) == first
+    first = nvrtc.compiled(source, ["D=1"])
+    assert nvrtc.compiled(source, ["D=1"]) == first
     assert compiler.calls == 1
-    (file,) = kept.FOLDER.iterdir()
+    (file,) = disk_cache.folder(disk_cache.KERNELS).iterdir()
     assert file.read_bytes() == first
 
 
@@ -229,26 +231,26 @@ def _version(compiler: Compiler, source: Path) -> None:
 
 @pytest.mark.parametrize("change", [_header, _another_header, _source, _version])
 def test_what_it_is_made_of_has_changed(compiler: Compiler, source: Path, change: Callable[..., Any]) -> None:
-    before = cuda.compiled(source, ["D=1"])
+    before = nvrtc.compiled(source, ["D=1"])
     change(compiler, source)
-    after = cuda.compiled(source, ["D=1"])
+    after = nvrtc.compiled(source, ["D=1"])
     assert compiler.calls == 2 and after != before
-    assert cuda.compiled(source, ["D=1"]) == after
+    assert nvrtc.compiled(source, ["D=1"]) == after
     assert compiler.calls == 2
 
 
 def test_another_option_is_another_kernel(compiler: Compiler, source: Path) -> None:
     """Also where options, put behind each other, are the same letters."""
     asked = (["D=1"], ["D=2"], ["D=1", "E=1"], ["D=1-DE=1"], [])
-    assert len({cuda.compiled(source, defines) for defines in asked}) == compiler.calls == len(asked)
+    assert len({nvrtc.compiled(source, defines) for defines in asked}) == compiler.calls == len(asked)
 
 
 def test_a_cache_that_can_not_be_written_costs_a_line_in_the_log(
     compiler: Compiler, source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(kept, "FOLDER", source / "cache")  # below a file
+    monkeypatch.setenv("FLUXSERVE_CACHE", str(source / "cache"))  # below a file
     with caplog.at_level(logging.WARNING):
-        assert cuda.compiled(source, []) == cuda.compiled(source, [])
+        assert nvrtc.compiled(source, []) == nvrtc.compiled(source, [])
     assert compiler.calls == 2
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and re.match(r"kernel-[0-9a-f]{64}\.cubin is made at every start: ", said[0])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fluxserve.kernels import statistics
-from fluxserve.kernels.group_norm import group_norm, plain_group_norm
+from fluxserve.kernels.image import moments
+from fluxserve.kernels.image.group import group_norm, plain_group_norm
 from tests.kernels.judge import INTERPRETED, RESULTS, random, relative, same
 
 SIZES = [(1, 1), (5, 7), (24, 33)] if INTERPRETED else [(1, 1), (5, 7), (128, 128), (1024, 1024), (333, 1000)]
@@ -38,9 +38,9 @@ def test_a_large_mean_costs_no_digits() -> None:
 @pytest.mark.parametrize("mean", [0, 1000])
 def test_parts_of_many_tiles(mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pixels a tile, 32 tiles a part; each part's first tile, from which its sums begin, is far from the rest."""
-    monkeypatch.setattr(statistics, "_TILE", 128)
+    monkeypatch.setattr(moments, "_TILE", 128)
     x = random(1, 64, 9, 31) / 12 + mean
-    x.view(1, 64, -1)[:, :, :: statistics.FEWEST] += 100
+    x.view(1, 64, -1)[:, :, :: moments.FEWEST] += 100
     x = x.contiguous(memory_format=torch.channels_last)
     one, zero = torch.ones(64, device=x.device), torch.zeros(64, device=x.device)
     got = group_norm(x, 8, one, zero, 1e-6, False)

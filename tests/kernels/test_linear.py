@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from fluxserve.kernels import linear as kernels
-from fluxserve.kernels import linear_plain as plain
 from fluxserve.kernels.fp8 import E4M3, quantise_rows
-from fluxserve.kernels.layers import GATES, Heads, Linear, in_turns
+from fluxserve.kernels.gemm import plain as plain
+from fluxserve.kernels.gemm import portable as kernels
+from fluxserve.kernels.gemm.layers import GATES, Heads, Linear, in_turns
 from tests.kernels.judge import DEVICE, INTERPRETED, RESULTS, of_product, poisoned, random, relative, same
 
 HEAD = 128

@@ -1,12 +1,12 @@
-"""linear_hopper: what it is launched with anywhere, what it computes on a GPU."""
+"""gemm.hopper: what it is launched with anywhere, what it computes on a GPU."""
 
 import pytest
 import torch
 
-from fluxserve.kernels import linear as kernels
-from fluxserve.kernels import linear_hopper as hopper
-from fluxserve.kernels import linear_plain as plain
 from fluxserve.kernels.fp8 import E4M3
+from fluxserve.kernels.gemm import hopper as hopper
+from fluxserve.kernels.gemm import plain as plain
+from fluxserve.kernels.gemm import portable as kernels
 from fluxserve.spec import FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from tests.kernels.judge import DEVICE, INTERPRETED, of_product, poisoned, random, same
 from tests.kernels.test_linear import HEAD, extremes, heads_of, operands, row_by_row

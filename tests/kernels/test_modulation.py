@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fluxserve.kernels.fp8 import quantise_rows
-from fluxserve.kernels.modulation import modulation, plain_modulation, quantise_channels
+from fluxserve.kernels.gemm.adaln import modulation, plain_modulation, quantise_channels
 from tests.kernels.judge import DEVICE, INTERPRETED, poisoned, random, relative, same
 
 

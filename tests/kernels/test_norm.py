@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fluxserve.kernels import norm as kernels
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, SMALLEST_AMAX
-from fluxserve.kernels.norm import plain_norm
+from fluxserve.kernels.norm import modulated as kernels
+from fluxserve.kernels.norm.modulated import plain_norm
 from tests.kernels.judge import DEVICE, INTERPRETED, poisoned, random, same
 
 norm = plain_norm if INTERPRETED else kernels.norm

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxserve.kernels.png import NONE, RUN, SYMBOLS, pack, plain_pack, plain_symbols_of, symbols_of
+from fluxserve.kernels.image.png_stream import NONE, RUN, SYMBOLS, pack, plain_pack, plain_symbols_of, symbols_of
 from fluxserve.png import gpu, huffman, strips
 from tests.kernels.judge import DEVICE
 from tests.unit.test_png import chunks

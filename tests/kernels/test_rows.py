@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fluxserve.kernels import rows as kernels
 from fluxserve.kernels.fp8 import E4M3
+from fluxserve.kernels.norm import rms as kernels
 from tests.kernels.judge import DEVICE, INTERPRETED, RESULTS, poisoned, random, same
 
 Call = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor | None], None]

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fluxserve.kernels import linear as kernels
-from fluxserve.kernels import linear_hopper as hopper
-from fluxserve.kernels import linear_plain as plain
 from fluxserve.kernels.fp8 import E4M3
-from fluxserve.kernels.layers import SAMPLE, Watched
-from fluxserve.kernels.saturation import at_the_limit, count_saturated, plain_count_saturated
+from fluxserve.kernels.gemm import hopper as hopper
+from fluxserve.kernels.gemm import plain as plain
+from fluxserve.kernels.gemm import portable as kernels
+from fluxserve.kernels.gemm.layers import SAMPLE, Watched
+from fluxserve.kernels.gemm.saturation import at_the_limit, count_saturated, plain_count_saturated
 from tests.kernels.judge import DEVICE, INTERPRETED, random
 from tests.kernels.test_linear import operands
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fluxserve.kernels.turn import plain_turn, turn
+from fluxserve.kernels.attention.qk_rope import plain_turn, turn
 from tests.kernels.judge import DEVICE, INTERPRETED, poisoned, random, same
 
 RESULTS = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]

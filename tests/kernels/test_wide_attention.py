@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fluxserve.kernels import wide_attention as kernels
-from fluxserve.kernels.softmax import plain_softmax, softmax
+from fluxserve.kernels.attention import single_head as kernels
+from fluxserve.kernels.attention.row_softmax import plain_softmax, softmax
 from tests.kernels.judge import DEVICE, INTERPRETED, poisoned, random, relative, same
 
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16

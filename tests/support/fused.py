@@ -6,8 +6,8 @@ import torch
 
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.base import Components
+from fluxserve.engines.fused.build import Precision
 from fluxserve.engines.fused.open import assemble
-from fluxserve.engines.fused.weights import Precision
 from fluxserve.kernels.operations import LAUNCHED, PLAIN
 from tests.support.random_flux import RandomFlux
 

@@ -104,7 +104,7 @@ def test_refused_requests_take_what_one_of_them_takes(server: TritonServer) -> N
 
 
 def test_files_are_the_servers_users_alone(server: TritonServer) -> None:
-    """Triton's own regions are not: their mode is fixed in its Python backend."""
+    """The table's and the folders'; test_private_memory.py looks at Triton's own."""
     assert server.table.path.stat().st_mode & 0o777 == 0o600
     folders = list(Path(tempfile.gettempdir()).glob(f"{process.own_prefix()}*"))
     assert folders

@@ -176,3 +176,17 @@ def test_metrics(server: TritonServer) -> None:
     for stage in ("queue", "encode", "denoise", "decode", "total"):
         assert gained[f'fluxserve_stage_seconds_count{{stage="{stage}"}}'] == 1
     assert gained['fluxserve_stage_seconds_sum{stage="denoise"}'] > 0
+
+
+def test_gauges_of_requests_in_flight(server: TritonServer) -> None:
+    client = plain(server, "grpc")
+
+    def shown() -> tuple[float, float]:
+        now = counters(server)
+        return now["fluxserve_waiting_requests"], now["fluxserve_running_requests"]
+
+    with running(client, "gauged") as answer:
+        wait_for(lambda: shown() == (0, 1))
+        client.control("gauged", "cancel")
+        answer.result(PATIENCE)
+    wait_for(lambda: shown() == (0, 0))

@@ -19,10 +19,12 @@ from benchmarks.stand_in import QWEN_WORDS
 from export.calibrate import watched
 from export.fp8 import simulated, watched_attention
 from export.metrics import relative_error
-from fluxserve import checkpoint, flow, settings
+from fluxserve import checkpoint, settings
 from fluxserve import spec as specs
 from fluxserve.engines import signatures
 from fluxserve.engines.torch_eager import architectures, load_module
+from fluxserve.families.flux import tokens
+from fluxserve.sampling import schedule
 from fluxserve.spec import FLUX1_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from fluxserve.text import Tokenizers
 
@@ -124,7 +126,7 @@ class Likeness:
 
     def inputs(self, noise: float = 1.0, prompt: int = 0) -> dict[str, Tensor]:
         shape, axes = self.spec.transformer, len(self.spec.transformer.axes_dims_rope)
-        image, text = flow.image_ids(*LATENTS, axes), flow.text_ids(TEXT, axes)
+        image, text = tokens.image_ids(*LATENTS, axes), tokens.text_ids(TEXT, axes)
         picture, words = (torch.Generator().manual_seed(seed) for seed in (100, prompt))
         given = {
             "hidden_states": torch.randn(1, len(image), shape.in_channels, generator=picture),
@@ -186,7 +188,7 @@ def test_values_have_means(like: Likeness) -> None:
 def test_means_of_values_drift(like: Likeness) -> None:
     """The noise level moves them between a trajectory's ends, and the prompt moves them."""
     tokens, steps = math.prod(LATENTS) // 4, like.spec.defaults.num_inference_steps
-    last_noise = float(flow.sigmas(steps, tokens, like.spec.schedule)[-2])
+    last_noise = float(schedule.sigmas(steps, tokens, like.spec.schedule)[-2])
     last = _moved(like.first, like.see(like.inputs(noise=last_noise)))
     other = _moved(like.first, like.see(like.inputs(prompt=1)))
     assert 0.1 < np.median(last) < 0.4 and min(last) > 0.03 and max(last) < 0.5

@@ -133,8 +133,8 @@ HARMLESS = {
 @pytest.mark.parametrize("kind", HARMLESS)
 def test_what_may_be_there(folder: Path, kind: str) -> None:
     """Every engine draws the same with it as without."""
+    from fluxserve.engines.fused.build import Build, Precision
     from fluxserve.engines.fused.t5 import FusedT5
-    from fluxserve.engines.fused.weights import Precision
     from fluxserve.engines.torch_eager import load_module
     from fluxserve.kernels.operations import PLAIN
 
@@ -145,7 +145,8 @@ def test_what_may_be_there(folder: Path, kind: str) -> None:
     theirs = load_module(checkpoint.read(TINY), name, "cpu", torch.float32).state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     if name == "t5":
-        FusedT5(read, torch.device("cpu"), Precision(torch.float32, torch.float32), PLAIN).close()
+        exact = Precision(torch.float32, torch.float32)
+        FusedT5(read, Build.of(read.weights("text_encoder_2"), torch.device("cpu"), exact, PLAIN)).close()
 
 
 def test_every_engine_holds_to_the_list(folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from fluxserve import checkpoint, settings
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.fused import headroom, open, vae
-from fluxserve.engines.fused.weights import Precision
+from fluxserve.engines.fused.build import Precision
 from fluxserve.errors import OutOfMemory
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.spec import FLUX1_DEV

@@ -213,7 +213,7 @@ def test_no_id_may_be_used_many_times(table: InflightTable) -> None:
     assert all(table.start(t, 1) == 0 for t in tickets)
 
 
-@pytest.mark.parametrize("name", ["x" * MAX_ID_BYTES, "é" * (MAX_ID_BYTES // 2), "a b\n", "-", "🦊"])
+@pytest.mark.parametrize("name", ["x" * MAX_ID_BYTES, "é" * (MAX_ID_BYTES // 2), "a b ", "-", "🦊"])
 def test_ids_are_text(table: InflightTable, name: str) -> None:
     admitted(table, name)
     admitted(table, name[:-1] + "?")

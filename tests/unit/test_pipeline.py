@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from fluxserve import checkpoint, flow
+from fluxserve import checkpoint
 from fluxserve.engines.base import Bound, Shapes
 from fluxserve.errors import InvalidRequest, NotFinite
+from fluxserve.families.flux import tokens
 from fluxserve.imaging import read_image, write_image
 from fluxserve.job import Job, join, plan, split
 from fluxserve.pipeline import _BOUNDS_KEPT, Pipeline
 from fluxserve.request import Request
+from fluxserve.sampling import schedule
 from fluxserve.settings import default_checkpoint
 from fluxserve.spec import ModelSpec
 from fluxserve.text import Tokenizers
@@ -30,7 +32,7 @@ def a_job(seeds: tuple[int, ...] = (0,), steps: int = STEPS, prompt: int = 5, si
     spec = FLUX().spec
     clip_ids = np.full(spec.text.named("clip").tokens, random_flux.VOCABULARY - 1)
     clip_ids[:8] = prompt
-    sigmas = flow.sigmas(steps, spec.image_tokens(side, side), spec.schedule)
+    sigmas = schedule.sigmas(steps, spec.image_tokens(side, side), spec.schedule)
     t5_ids = np.full(spec.text.sequence.tokens, prompt)
     return Job(clip_ids, t5_ids, np.empty((side, side, 0), np.uint8), sigmas, 3.5, seeds)
 
@@ -229,7 +231,7 @@ def test_plan(tokenizers: Tokenizers) -> None:
     job = planned(tokenizers)
     assert (job.height, job.width, job.steps, job.guidance, job.noise_seeds) == (64, 64, 8, 3.5, (40, 41))
     assert not job.is_image_to_image and job.pixels.nbytes == 0
-    assert np.array_equal(job.sigmas, flow.sigmas(8, 16, FLUX().spec.schedule))
+    assert np.array_equal(job.sigmas, schedule.sigmas(8, 16, FLUX().spec.schedule))
     assert np.array_equal(job.token_ids, tokenizers("a fox")["clip"].ids)
     assert np.array_equal(job.token_ids_2, tokenizers("a fox")["t5"].ids)
 
@@ -240,7 +242,7 @@ def test_plan(tokenizers: Tokenizers) -> None:
 def test_plan_with_an_image(tokenizers: Tokenizers, strength: float, steps: int) -> None:
     job = planned(tokenizers, strength=strength)
     assert job.steps == steps, "at least one step runs"
-    assert np.array_equal(job.sigmas, flow.sigmas(8, 16, FLUX().spec.schedule)[-steps - 1 :])
+    assert np.array_equal(job.sigmas, schedule.sigmas(8, 16, FLUX().spec.schedule)[-steps - 1 :])
     assert job.is_image_to_image and np.array_equal(job.pixels, IMAGE)
 
 
@@ -275,7 +277,9 @@ def test_strength_decides_how_much_of_the_image_stays(pipeline: Pipeline) -> Non
     torch.testing.assert_close(half, (clean + noise) / 2)
     generator = torch.Generator().manual_seed(7)
     torch.randn((1, 16, 8, 8), generator=generator)
-    assert torch.equal(noise, flow.pack(torch.randn((1, 16, 8, 8), generator=generator))), "the generator's second draw"
+    assert torch.equal(noise, tokens.pack(torch.randn((1, 16, 8, 8), generator=generator))), (
+        "the generator's second draw"
+    )
 
 
 # --- what `generate` checks of a job that nobody planned -------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_refusals_are_counted_by_reason(prepare: Any, table: InflightTable) -> N
     assert Logger.lines == []
 
 
-@pytest.mark.parametrize("request_id", ["x" * (MAX_ID_BYTES + 1), "é" * MAX_ID_BYTES, "a\x00"])
+@pytest.mark.parametrize("request_id", ["x" * (MAX_ID_BYTES + 1), "é" * MAX_ID_BYTES, "a\x00", "a\nb", "\x7f", "\x9b"])
 def test_request_ids_that_are_refused(prepare: Any, table: InflightTable, request_id: str) -> None:
     status, message = refused(prepare, ask(request_id, prompt=b"x"))
     assert status == "INVALID_ARG" and message.startswith("request_id: got")

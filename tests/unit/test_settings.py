@@ -38,6 +38,7 @@ VALUES = {
     "dtype": ("float16", "bfloat16"),
     "threads": ("3", "4"),
     "max_rows": ("2", "5"),
+    "cache": ("/e", "/f"),
     "inflight": ("/x", "/y"),
 }
 
@@ -108,3 +109,15 @@ def test_a_relative_checkpoint_is_kept_as_it_is() -> None:
 def test_a_parameter_without_a_string_value() -> None:
     with pytest.raises(SettingsError, match="engine"):
         settings.load({"engine": {}})
+
+
+def test_the_cache_is_where_the_setting_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In this process and, by the environment, in its children."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("FLUXSERVE_CACHE", raising=False)
+    settings.keep_cache_in("")
+    assert settings.cache_folder() == tmp_path / ".cache" / "fluxserve"
+    monkeypatch.setenv("FLUXSERVE_CACHE", "~/elsewhere")
+    assert settings.cache_folder() == tmp_path / "elsewhere"
+    settings.keep_cache_in("/srv/cache")
+    assert settings.cache_folder() == Path("/srv/cache") and settings.environment()["FLUXSERVE_CACHE"] == "/srv/cache"

@@ -39,7 +39,8 @@ from fluxserve_client.transports.per_loop import PerLoop
 
 log = logging.getLogger("fluxserve_client")
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MAX_ID_BYTES = 128
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 ProgressCallback = Callable[[Progress], Awaitable[None] | None]
 
 _RETRY_S = 0.05  # between two tries to cancel a request that has not reached the server's table yet
@@ -170,8 +171,8 @@ class AsyncClient:
             output_format: "png" (the server's default), "jpeg", "webp" or "raw" (uint8 RGB, height × width × 3); also
                 as "JPEG", "jpg" or ".jpg".
             quality: of jpeg and webp.
-            request_id: the name of this request for `status` and `cancel`, 1 to 64 characters of A-Z a-z 0-9 . _ -,
-                unique among the requests in flight; a random one if not given.
+            request_id: the name of this request for `status` and `cancel`, 1 to 128 bytes of UTF-8 without control
+                characters, unique among the requests in flight; a random one if not given.
             timeout: seconds for the whole call; None waits for ever.
             progress: called, and awaited if it is asynchronous, on the event loop with a `Progress` at every change
                 that is seen. What it raises leaves this call, after the request is cancelled: raise from it to
@@ -366,8 +367,10 @@ async def _infer(transport: Transport, inputs: Tensors, request_id: str) -> Tens
 def _checked(request_id: str) -> str:
     if not isinstance(request_id, str):
         raise TypeError(f"request_id: got {type(request_id).__name__}, expected str")
-    if not _REQUEST_ID.fullmatch(request_id):
-        raise ValueError(f"request_id: got {request_id!r}, expected 1 to 64 characters of A-Z a-z 0-9 . _ -")
+    size = len(request_id.encode(errors="replace"))
+    if not 1 <= size <= _MAX_ID_BYTES or _NO_TEXT.search(request_id):
+        expected = f"1 to {_MAX_ID_BYTES} bytes of UTF-8 without control characters"
+        raise ValueError(f"request_id: got {request_id!r}, expected {expected}")
     return request_id
 
 

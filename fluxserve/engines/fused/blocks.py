@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fluxserve.artifact import Scales
+from fluxserve.engines.fused.build import Build, Precision
 from fluxserve.engines.fused.scales import BlockScales, of_block
-from fluxserve.engines.fused.weights import Precision, Reader, stack
-from fluxserve.kernels.layers import Centre, Heads, Linear, Watched, in_halves, in_turns
+from fluxserve.engines.fused.weights import Reader
+from fluxserve.kernels.gemm.layers import Centre, Heads, Linear, Watched, in_halves, in_turns
 from fluxserve.kernels.operations import Operations, as_they_are
 from fluxserve.spec import TransformerSpec
 
@@ -68,29 +68,25 @@ class Mode:
     quantised_attention: bool
 
 
-@dataclass(frozen=True)
-class Making:
-    """What all blocks are made with. found: what calibration measured, for E4M3 and only for it."""
+def mode_of(build: Build, block: str) -> Mode:
+    """Return how a block computes: without ranges nothing is quantised, and export may have kept some of it."""
+    if build.ranges is None:
+        return Mode(build.precision, False)
+    if block in build.ranges.kept_blocks:
+        return Mode(replace(build.precision, linear=build.precision.compute), False)
+    return Mode(build.precision, build.ranges.quantises(f"{block}.attn"))
 
-    precision: Precision
-    found: Scales | None
-    run: Operations
 
-    def mode(self, block: str) -> Mode:
-        if self.found is None:
-            return Mode(self.precision, False)
-        if block in self.found.kept_blocks:
-            return Mode(replace(self.precision, linear=self.precision.compute), False)
-        return Mode(self.precision, self.found.quantises(f"{block}.attn"))
+def _scales_of(build: Build, mode: Mode, block: str, hidden: tuple[str, ...], head_dim: int) -> BlockScales:
+    """Return a block's static scales; all 1 where it is not quantised. Raises ArtifactError."""
+    if build.ranges is None or not mode.precision.quantised:
+        return BlockScales()
+    return of_block(build.ranges, block, hidden, head_dim)
 
-    def scales(self, block: str, hidden: tuple[str, ...], head_dim: int) -> BlockScales:
-        """hidden: as `of_block` takes it. Raises ArtifactError."""
-        quantised = self.found is not None and self.mode(block).precision.quantised
-        return of_block(self.found, block, hidden, head_dim) if quantised and self.found else BlockScales()
 
-    def arrange(self, mode: Mode) -> Arrange:
-        """How weights around attention lie: the CUDA kernel writes q, k and v in E4M3 alone, Triton's writes both."""
-        return self.run.arrange if mode.quantised_attention else as_they_are
+def _arrange(build: Build, mode: Mode) -> Arrange:
+    """Return the layout of weights around attention: the CUDA kernel writes q, k and v in E4M3 alone, Triton's both."""
+    return build.kernels.arrange if mode.quantised_attention else as_they_are
 
 
 @dataclass(frozen=True)
@@ -185,11 +181,11 @@ class _Attention:
         """Where q, k and v are written."""
         return b.linear if self._mode.quantised_attention or b.compute is None else b.compute
 
-    def __call__(self, run: Operations, b: Buffers) -> None:
+    def __call__(self, kernels: Operations, b: Buffers) -> None:
         given, wanted = self.rows(b), b.rows(self._mode.precision)
-        run.attention(given.qkv_padded, len(b.residual), self._heads, self._descale, given.attended_padded)
+        kernels.attention(given.qkv_padded, len(b.residual), self._heads, self._descale, given.attended_padded)
         if given is not wanted:
-            run.rows(given.attended, wanted.attended, None)  # v was divided by its scale, so this is one rounding
+            kernels.rows(given.attended, wanted.attended, None)  # v was divided by its scale, so this is one rounding
 
     def output(self, b: Buffers) -> Tensor:
         """What attention gives, float32 [S, D], with the mean that is given back behind it."""
@@ -208,7 +204,7 @@ class _Attention:
 
 
 def _order(spec: TransformerSpec, device: torch.device) -> Tensor:
-    """Of a product's outputs: q and k with their heads in halves (see kernels.linear.in_halves), v as it is."""
+    """Of a product's outputs: q and k with their heads in halves (see kernels.gemm.layers.in_halves), v as it is."""
     d, dim = spec.hidden_size, spec.attention_head_dim
     starts = torch.arange(0, 2 * d, dim)[:, None]
     return torch.cat([(starts + in_halves(dim)).flatten(), torch.arange(2 * d, 3 * d)]).to(device)
@@ -220,12 +216,12 @@ class DoubleBlock:
     PARTS = 6
     """Of its modulation, for text and for image: shift, scale, gate before attention and before the MLP."""
 
-    def __init__(self, read: Reader, index: int, spec: TransformerSpec, made: Making) -> None:
+    def __init__(self, build: Build, index: int, spec: TransformerSpec) -> None:
         name, width, style = f"transformer_blocks.{index}", spec.hidden_size, Style.of(spec)
-        self.name, mode = name, made.mode(name)
+        self.name, self._mode = name, mode_of(build, name)
         hidden = tuple(f"{mlp}.{style.down}" for *_, mlp in _DOUBLE_STREAMS)
-        scales = made.scales(name, hidden, spec.attention_head_dim)
-        self._mode = mode
+        scales = _scales_of(build, self._mode, name, hidden, spec.attention_head_dim)
+        own, arranged = replace(build, precision=self._mode.precision), _arrange(build, self._mode)
 
         def linear(
             modules: Sequence[Sequence[str]],
@@ -233,49 +229,48 @@ class DoubleBlock:
             outputs: Sequence[int],
             factor: float = 1.0,
             order: Tensor | None = None,
-            arrange: Arrange = made.run.arrange,
+            arrange: Arrange = build.kernels.arrange,
         ) -> Linear:
-            names, factors = _of(name, modules), [factor] * len(modules)
-            return stack(read, names, inputs, outputs, mode.precision, factors, order, arrange, spec.biased)
+            factors = [factor] * len(modules)
+            return own.linear(_of(name, modules), inputs, outputs, factors, order, arrange, spec.biased)
 
         parts = [[f"attn.{q.format(part)}" for part in "qkv"] for q, *_ in _DOUBLE_STREAMS]
-        own = made.arrange(mode)
-        self._qkv = linear(parts, width, [width] * 3, order=_order(spec, read.device), arrange=own)
+        self._qkv = linear(parts, width, [width] * 3, order=_order(spec, build.device), arrange=arranged)
         norms = [f"{name}.attn.{norm}" for _, _, norm, _ in _DOUBLE_STREAMS]
-        self._attention = _Attention(spec, _norms(read, norms, spec), scales, mode, index)
+        self._attention = _Attention(spec, _norms(build.read, norms, spec), scales, self._mode, index)
         outs = [[f"attn.{out}"] for _, out, _, _ in _DOUBLE_STREAMS]
-        self._out = linear(outs, width, [width], scales.out, arrange=own)
+        self._out = linear(outs, width, [width], scales.out, arrange=arranged)
         up, down = ([[f"{mlp}.{part}"] for *_, mlp in _DOUBLE_STREAMS] for part in (style.up, style.down))
-        self._up = linear(up, width, [style.products(spec)], order=style.order(spec).to(read.device))
+        self._up = linear(up, width, [style.products(spec)], order=style.order(spec).to(build.device))
         self._down = linear(down, spec.mlp_width, [width], scales.hidden)
         self._inverse_hidden, self._gated = 1 / scales.hidden, style.gated
 
-    def attend(self, run: Operations, b: Buffers, modulation: Tensor) -> None:
+    def attend(self, kernels: Operations, b: Buffers, modulation: Tensor) -> None:
         """The first half: from the residual stream to attention's output, in `b.rows(…).attended`."""
         shift, scale, *_ = modulation
         rows = b.rows(self._mode.precision)
-        run.norm(b.residual, shift, scale, b.split, rows.normed, rows.row_scale)
+        kernels.norm(b.residual, shift, scale, b.split, rows.normed, rows.row_scale)
         heads, qkv = self._attention.heads(b, self._out), self._attention.rows(b).qkv
-        run.linear_heads(rows.normed, rows.row_scale, self._qkv, b.split, heads, qkv)
-        self._attention(run, b)
+        kernels.linear_heads(rows.normed, rows.row_scale, self._qkv, b.split, heads, qkv)
+        self._attention(kernels, b)
 
     def attended(self, b: Buffers) -> Tensor:
         """Attention's output after `attend`, float32 [S, D]."""
         return self._attention.output(b)
 
-    def __call__(self, run: Operations, b: Buffers, modulation: Tensor, counts: Tensor) -> None:
+    def __call__(self, kernels: Operations, b: Buffers, modulation: Tensor, counts: Tensor) -> None:
         """modulation: float32 [6, 2, D]. counts: int64 [2], saturated values of q, k, v and of the hidden layer."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
         rows = b.rows(self._mode.precision)
-        self.attend(run, b, modulation)
+        self.attend(kernels, b, modulation)
         restored = self._attention.restored(b, 2)
         watched = _watched(self._attention.watched(b), counts[:1])
-        run.linear_add(rows.attended, None, self._out, b.split, gate, b.residual, restored, watched)
-        run.norm(b.residual, mlp_shift, mlp_scale, b.split, rows.normed, rows.row_scale)
-        activated = run.linear_swiglu if self._gated else run.linear_gelu
+        kernels.linear_add(rows.attended, None, self._out, b.split, gate, b.residual, restored, watched)
+        kernels.norm(b.residual, mlp_shift, mlp_scale, b.split, rows.normed, rows.row_scale)
+        activated = kernels.linear_swiglu if self._gated else kernels.linear_gelu
         activated(rows.normed, rows.row_scale, self._up, b.split, self._inverse_hidden, rows.hidden)
         watched = _watched([rows.hidden] if self._mode.precision.quantised else [], counts[1:])
-        run.linear_add(rows.hidden, None, self._down, b.split, mlp_gate, b.residual, None, watched)
+        kernels.linear_add(rows.hidden, None, self._down, b.split, mlp_gate, b.residual, None, watched)
 
 
 class SingleBlock:
@@ -284,46 +279,46 @@ class SingleBlock:
     PARTS = 3
     """Of its modulation: shift, scale, gate."""
 
-    def __init__(self, read: Reader, index: int, spec: TransformerSpec, made: Making) -> None:
+    def __init__(self, build: Build, index: int, spec: TransformerSpec) -> None:
         name, width, style = f"single_transformer_blocks.{index}", spec.hidden_size, Style.of(spec)
-        self.name, mode = name, made.mode(name)
-        self._mode = mode
-        scales = made.scales(name, (style.back,), spec.attention_head_dim)
+        self.name, self._mode = name, mode_of(build, name)
+        scales = _scales_of(build, self._mode, name, (style.back,), spec.attention_head_dim)
+        own = replace(build, precision=self._mode.precision)
         outputs = [width, width, width, style.products(spec)]
         outputs = outputs if len(style.both) == len(outputs) else [sum(outputs)]
-        order = torch.cat([_order(spec, read.device), 3 * width + style.order(spec).to(read.device)])
-        linear = partial(stack, read, precision=mode.precision, arrange=made.arrange(mode), biased=spec.biased)
+        order = torch.cat([_order(spec, build.device), 3 * width + style.order(spec).to(build.device)])
+        linear = partial(own.linear, arrange=_arrange(build, self._mode), biased=spec.biased)
         self._in = linear(_of(name, [style.both]), width, outputs, order=order)
-        norms, place = _norms(read, [f"{name}.attn.norm_{{}}"], spec), spec.num_layers + index
-        self._attention = _Attention(spec, norms, scales, mode, place)
-        factors = torch.full((width + spec.mlp_width,), scales.hidden, device=read.device)
+        norms, place = _norms(build.read, [f"{name}.attn.norm_{{}}"], spec), spec.num_layers + index
+        self._attention = _Attention(spec, norms, scales, self._mode, place)
+        factors = torch.full((width + spec.mlp_width,), scales.hidden, device=build.device)
         factors[:width] = scales.out
         self._out = linear(_of(name, [[style.back]]), len(factors), [width], factors=[factors])
         self._inverse_hidden, self._gated = 1 / scales.hidden, style.gated
 
-    def attend(self, run: Operations, b: Buffers, modulation: Tensor) -> None:
+    def attend(self, kernels: Operations, b: Buffers, modulation: Tensor) -> None:
         """From the residual stream to attention's output and the hidden layer, side by side in `b.rows(…).wide`."""
         shift, scale, _ = modulation
         rows = b.rows(self._mode.precision)
-        run.norm(b.residual, shift, scale, 0, rows.normed, rows.row_scale)
+        kernels.norm(b.residual, shift, scale, 0, rows.normed, rows.row_scale)
         heads, inverse = self._attention.heads(b, self._out), self._inverse_hidden
-        both = run.linear_heads_swiglu if self._gated else run.linear_heads_gelu
+        both = kernels.linear_heads_swiglu if self._gated else kernels.linear_heads_gelu
         both(rows.normed, rows.row_scale, self._in, heads, self._attention.rows(b).qkv, inverse, rows.hidden)
-        self._attention(run, b)
+        self._attention(kernels, b)
 
     def attended(self, b: Buffers) -> Tensor:
         """Attention's output after `attend`, float32 [S, D]."""
         return self._attention.output(b)
 
-    def __call__(self, run: Operations, b: Buffers, modulation: Tensor, counts: Tensor, wanted: int = 0) -> None:
+    def __call__(self, kernels: Operations, b: Buffers, modulation: Tensor, counts: Tensor, wanted: int = 0) -> None:
         """modulation: float32 [3, 1, D]. counts: as a double block's. wanted: the first row of the residual stream that
         anybody reads afterwards."""
         gate, rows = modulation[2], b.rows(self._mode.precision)
-        self.attend(run, b, modulation)
+        self.attend(kernels, b, modulation)
         restored = self._attention.restored(b, 1)
         clipped = [*self._attention.watched(b), *([rows.hidden] if self._mode.precision.quantised else [])]
         watched = _watched(clipped, counts[2 - len(clipped) :])
-        run.linear_add(rows.wide[wanted:], None, self._out, 0, gate, b.residual[wanted:], restored, watched)
+        kernels.linear_add(rows.wide[wanted:], None, self._out, 0, gate, b.residual[wanted:], restored, watched)
 
 
 def _watched(rows: Sequence[Tensor], counts: Tensor) -> Watched | None:

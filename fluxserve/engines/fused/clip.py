@@ -13,8 +13,8 @@ from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Shapes
+from fluxserve.engines.fused.build import Build, Dense
 from fluxserve.engines.fused.graphs import Replayed
-from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
 from fluxserve.errors import UnsupportedArchitecture
 
 FOLDER = "text_encoder"
@@ -24,9 +24,9 @@ _OLD_END = 2
 
 
 class _Norm:
-    def __init__(self, read: Reader, name: str, config: Mapping[str, Any], precision: Precision) -> None:
-        parts = (read.shaped(f"{name}.{part}", config["hidden_size"]) for part in ("weight", "bias"))
-        self._weight, self._bias = (part.to(precision.compute) for part in parts)
+    def __init__(self, build: Build, name: str, config: Mapping[str, Any]) -> None:
+        parts = (build.read.shaped(f"{name}.{part}", config["hidden_size"]) for part in ("weight", "bias"))
+        self._weight, self._bias = (part.to(build.precision.compute) for part in parts)
         self._epsilon = config["layer_norm_eps"]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -34,16 +34,16 @@ class _Norm:
 
 
 class _Layer:
-    def __init__(self, read: Reader, name: str, config: Mapping[str, Any], precision: Precision) -> None:
+    def __init__(self, build: Build, name: str, config: Mapping[str, Any]) -> None:
         def linear(part: str, inputs: int, outputs: int) -> Dense:
-            return dense(read, f"{name}.{part}", precision, inputs, outputs)
+            return build.dense(f"{name}.{part}", inputs, outputs)
 
         width, hidden = config["hidden_size"], config["intermediate_size"]
         self._heads = config["num_attention_heads"]
-        self._norm = _Norm(read, f"{name}.layer_norm1", config, precision)
+        self._norm = _Norm(build, f"{name}.layer_norm1", config)
         self._q, self._k, self._v = (linear(f"self_attn.{part}_proj", width, width) for part in "qkv")
         self._out = linear("self_attn.out_proj", width, width)
-        self._mlp_norm = _Norm(read, f"{name}.layer_norm2", config, precision)
+        self._mlp_norm = _Norm(build, f"{name}.layer_norm2", config)
         self._up, self._down = linear("mlp.fc1", width, hidden), linear("mlp.fc2", hidden, width)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -55,24 +55,25 @@ class _Layer:
 
 
 class FusedClip:
-    """An Engine; see engines.base. precision.compute is what all of it is in."""
+    """An Engine in the compute dtype; see engines.base."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, precision: Precision) -> None:
+    def __init__(self, checkpoint: Checkpoint, build: Build) -> None:
         usual = {"layer_norm_eps": 1e-5, "hidden_act": _QUICK_GELU, "eos_token_id": _OLD_END}
         config: dict[str, Any] = {**usual, **checkpoint.config(FOLDER)}
         if config["hidden_act"] != _QUICK_GELU:
             raise UnsupportedArchitecture(f"{FOLDER}/config.json: hidden_act", config["hidden_act"], _QUICK_GELU)
         self.signature = signatures.clip(checkpoint.spec)
-        read = Reader(checkpoint.weights(FOLDER), device, "text_model.")  # transformers 5 writes none
+        build = build.below("text_model.")  # transformers 5 writes none
+        read = build.read
         self._words, self._positions = (
             read.shaped(f"embeddings.{part}_embedding.weight", config[rows], config["hidden_size"]).to(
-                precision.compute
+                build.precision.compute
             )
             for part, rows in (("token", "vocab_size"), ("position", "max_position_embeddings"))
         )
         names = [f"encoder.layers.{i}" for i in range(config["num_hidden_layers"])]
-        self._layers = [_Layer(read, name, config, precision) for name in names]
-        self._norm = _Norm(read, "final_layer_norm", config, precision)
+        self._layers = [_Layer(build, name, config) for name in names]
+        self._norm = _Norm(build, "final_layer_norm", config)
         self._end: int = config["eos_token_id"]
         read.finish()
 

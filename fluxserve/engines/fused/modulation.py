@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fluxserve.engines.fused.blocks import DoubleBlock, SingleBlock
-from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
-from fluxserve.kernels.modulation import quantise_channels
+from fluxserve.engines.fused.build import Build, Dense
+from fluxserve.engines.fused.weights import Reader
+from fluxserve.kernels.gemm.adaln import quantise_channels
 from fluxserve.kernels.operations import Operations
 from fluxserve.spec import TransformerSpec
 
@@ -62,29 +63,30 @@ class Modulation:
     and every block would be steered by the same rounding: it stays in the compute dtype.
     """
 
-    def __init__(self, read: Reader, spec: TransformerSpec, precision: Precision) -> None:
+    def __init__(self, build: Build, spec: TransformerSpec) -> None:
+        precision = build.precision
         self._spec, self._precision, self._layers = spec, precision, _layers(spec)
         inputs = {"timestep_embedder": _TIME_CHANNELS}
         if spec.pooled_projection_dim is not None:
             inputs["text_embedder"] = spec.pooled_projection_dim
         if spec.guidance_embeds:
             inputs["guidance_embedder"] = _TIME_CHANNELS
-        self._embedders = {name: self._embedder(read, name, channels) for name, channels in inputs.items()}
+        self._embedders = {name: self._embedder(build, name, channels) for name, channels in inputs.items()}
         self._quantised = precision.quantised and spec.generation == 1
         rows, dtype = width(spec), torch.int8 if self._quantised else precision.compute
-        self._weight = torch.empty(rows, spec.hidden_size, dtype=dtype, device=read.device)
-        self._scale = torch.ones(rows, dtype=torch.float32, device=read.device)
-        self._bias = torch.zeros(rows, dtype=torch.float32, device=read.device)
+        self._weight = torch.empty(rows, spec.hidden_size, dtype=dtype, device=build.device)
+        self._scale = torch.ones(rows, dtype=torch.float32, device=build.device)
+        self._bias = torch.zeros(rows, dtype=torch.float32, device=build.device)
         at = 0
         for layers in self._layers:
-            at = self._put(read, at, layers)
+            at = self._put(build.read, at, layers)
 
-    def _embedder(self, read: Reader, name: str, inputs: int) -> tuple[Dense, Dense]:
+    def _embedder(self, build: Build, name: str, inputs: int) -> tuple[Dense, Dense]:
         """The two layers that `_mlp` runs."""
-        spec, precision, d = self._spec, self._precision, self._spec.hidden_size
+        spec, d = self._spec, self._spec.hidden_size
         module = f"{'time_text_embed' if spec.generation == 1 else 'time_guidance_embed'}.{name}"
-        first = dense(read, f"{module}.linear_1", precision, inputs, d, spec.biased)
-        return first, dense(read, f"{module}.linear_2", precision, d, d, spec.biased)
+        first = build.dense(f"{module}.linear_1", inputs, d, spec.biased)
+        return first, build.dense(f"{module}.linear_2", d, d, spec.biased)
 
     def _put(self, read: Reader, at: int, layers: _Layers) -> int:
         """Write their rows as [parts, streams, D]; where the next begin."""
@@ -100,14 +102,14 @@ class Modulation:
             self._bias[at:end] = torch.stack(biases, dim=1).view(-1)
         return end
 
-    def __call__(self, run: Operations, timesteps: Tensor, given: Mapping[str, Tensor], out: Tensor) -> None:
+    def __call__(self, kernels: Operations, timesteps: Tensor, given: Mapping[str, Tensor], out: Tensor) -> None:
         """Write out, float32 [rows, width].
 
         timesteps [rows] in 0..1; given: guidance [rows] and pooled_projections [rows, ..], if the model takes them.
         """
         x = torch.nn.functional.silu(self._embed(timesteps, given))
         if self._quantised:
-            run.modulation(x, self._weight, self._scale, self._bias, out)
+            kernels.modulation(x, self._weight, self._scale, self._bias, out)
         else:
             torch.add(torch.nn.functional.linear(x, self._weight), self._bias, out=out)
 

@@ -16,31 +16,24 @@ from fluxserve.spec import ModelSpec
 
 try:
     from fluxserve.engines.fused import headroom, vae
+    from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
     from fluxserve.engines.fused.clip import FusedClip
     from fluxserve.engines.fused.probe import HOPPER
     from fluxserve.engines.fused.qwen3 import FusedQwen3
     from fluxserve.engines.fused.t5 import FusedT5
     from fluxserve.engines.fused.transformer import FusedTransformer
-    from fluxserve.engines.fused.weights import Precision, Reader
-    from fluxserve.kernels import linear_hopper
-    from fluxserve.kernels.fp8 import E4M3
+    from fluxserve.kernels.gemm import hopper
     from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
 except ModuleNotFoundError as error:
     if error.name is None or not error.name.startswith("triton"):
         raise
     raise LibraryMissing("triton", comes_with="a CUDA build of PyTorch") from error
 
-BF16 = Precision(torch.bfloat16, torch.bfloat16)
-FP8 = Precision(torch.bfloat16, E4M3)
 _ROWS = 8
 """Images that one call may hold: they take turns, so it costs no more than their inputs' memory."""
 
 
-_ENCODERS: dict[str, Callable[[Checkpoint, torch.device, Precision, Operations], Engine]] = {
-    "clip": lambda folder, device, precision, _: FusedClip(folder, device, precision),
-    "t5": FusedT5,
-    "qwen3": FusedQwen3,
-}
+_ENCODERS: dict[str, Callable[[Checkpoint, Build], Engine]] = {"clip": FusedClip, "t5": FusedT5, "qwen3": FusedQwen3}
 
 
 def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Components:
@@ -62,7 +55,7 @@ def open_artifact(artifact: Artifact, device: str) -> Components:
     with ThreadPoolExecutor() as pool:
         beside: list[Future[Any]] = [pool.submit(artifact.folder, CHECKPOINT)]
         if quantised:
-            beside += linear_hopper.compiling(pool)
+            beside += hopper.compiling(pool)
         components = assemble(folder, found, FP8 if quantised else BF16, scales, LAUNCHED)
         for task in beside:
             task.result()
@@ -77,12 +70,12 @@ def _served(components: Components) -> Components:
 
 
 def assemble(
-    checkpoint: Checkpoint, device: torch.device, precision: Precision, scales: Scales | None, run: Operations
+    checkpoint: Checkpoint, device: torch.device, precision: Precision, ranges: Scales | None, kernels: Operations
 ) -> Components:
     """Every component. The transformer first: it needs the most memory.
 
     Args:
-        scales: the transformer's; None exactly if nothing is quantised.
+        ranges: the transformer's; None exactly if nothing is quantised.
 
     Raises:
         CheckpointError, ArtifactError, OutOfMemory.
@@ -90,7 +83,7 @@ def assemble(
     """
     _check_encoders(checkpoint.spec)
     try:
-        return _load(checkpoint, device, precision, scales, run)
+        return _load(checkpoint, device, precision, ranges, kernels)
     except torch.OutOfMemoryError as error:
         needed = f"about {_weights_gb(checkpoint, precision):.0f} GB"
         raise OutOfMemory("weights", needed, f"what {device} has left ({error})") from error
@@ -122,16 +115,19 @@ def _weights_gb(checkpoint: Checkpoint, precision: Precision) -> float:
 
 
 def _load(
-    checkpoint: Checkpoint, device: torch.device, precision: Precision, scales: Scales | None, run: Operations
+    checkpoint: Checkpoint, device: torch.device, precision: Precision, ranges: Scales | None, kernels: Operations
 ) -> Components:
     spec, signature = checkpoint.spec, signatures.transformer(checkpoint.spec)
-    read = Reader(checkpoint.weights("transformer"), device)
     most = (signature.most("image_tokens"), signature.most("text_tokens"), _ROWS)
+
+    def build(folder: str) -> Build:
+        return Build.of(checkpoint.weights(folder), device, precision, kernels)
+
     components = Components(
-        transformer=FusedTransformer(spec, read, device, precision, scales, run, most),
-        text={e.name: _ENCODERS[e.name](checkpoint, device, precision, run) for e in reversed(spec.text.encoders)},
-        vae_decoder=vae.decoder(checkpoint, device, precision, run),
-        vae_encoder=vae.encoder(checkpoint, device, precision, run),
+        transformer=FusedTransformer(spec, replace(build("transformer"), ranges=ranges), most),
+        text={e.name: _ENCODERS[e.name](checkpoint, build(e.folder)) for e in reversed(spec.text.encoders)},
+        vae_decoder=vae.decoder(checkpoint, build(vae.FOLDER)),
+        vae_encoder=vae.encoder(checkpoint, build(vae.FOLDER)),
     )
     if device.type == "cuda":
         torch.cuda.empty_cache()  # a GiB that weights passed through before they were quantised

@@ -13,19 +13,16 @@ import torch
 from torch import Tensor
 
 from fluxserve.artifact import Scales
-from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Making, Rows, SingleBlock
+from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Rows, SingleBlock
+from fluxserve.engines.fused.build import FP8, Build
 from fluxserve.engines.fused.modulation import Modulation, width
 from fluxserve.engines.fused.transformer import write_rope
-from fluxserve.engines.fused.weights import Precision, Reader
-from fluxserve.kernels.attention import padded
+from fluxserve.kernels.attention.fused import padded
 from fluxserve.kernels.fp8 import E4M3
-from fluxserve.kernels.operations import Operations
 from fluxserve.spec import ModelSpec
-from fluxserve.weights import Weights
 
 HOPPER = (9, 0)
 """The compute capability that the kernels are written for."""
-_FP8 = Precision(torch.bfloat16, E4M3)
 _REPEATS = 5
 
 
@@ -64,17 +61,13 @@ class Probe:
     """Blocks of one transformer on one device.
 
     Args:
-        weights: the component's.
-        scales: of the transformer; what they keep is not regarded.
-        run: the kernels, or their definitions.
+        build: of the component, in FP8.
+        scales: the transformer's; what they keep is not regarded.
     """
 
-    def __init__(
-        self, spec: ModelSpec, weights: Weights, device: torch.device, scales: Scales, run: Operations
-    ) -> None:
-        self._spec, self._weights, self._device = spec.transformer, weights, device
-        self._scales, self._run = scales, run
-        self._modulation = Modulation(Reader(weights, device), self._spec, _FP8)
+    def __init__(self, spec: ModelSpec, build: Build, scales: Scales) -> None:
+        self._spec, self._build, self._device, self._scales = spec.transformer, build, build.device, scales
+        self._modulation = Modulation(build, self._spec)
 
     def images(self, inputs: Mapping[str, Tensor]) -> list[Image]:
         """The rows of a batch of the transformer's inputs, by the signature's names."""
@@ -82,7 +75,7 @@ class Probe:
         rows, text, _ = given["encoder_hidden_states"].shape
         steering = torch.empty(rows, width(self._spec), dtype=torch.float32, device=self._device)
         named = {name: value for name, value in given.items() if name in ("guidance", "pooled_projections")}
-        self._modulation(self._run, given["timestep"], named, steering)
+        self._modulation(self._build.kernels, given["timestep"], named, steering)
         ids = torch.cat([given["txt_ids"], given["img_ids"]])
         shape = (len(ids), self._spec.attention_head_dim // 2)
         cos, sin = (torch.empty(shape, dtype=torch.float32, device=self._device) for _ in range(2))
@@ -92,18 +85,18 @@ class Probe:
     def open(self, name: str, kept: Kept) -> DoubleBlock | SingleBlock:
         """A block by its name, with some of it in the compute dtype. Raises CheckpointError, ArtifactError."""
         kind, _, index = name.partition(".")
-        made = Making(_FP8, replace(self._scales, kept=kept.names(name)), self._run)
+        build = replace(self._build, ranges=replace(self._scales, kept=kept.names(name))).below("")
         block = DoubleBlock if kind == "transformer_blocks" else SingleBlock
-        return block(Reader(self._weights, self._device), int(index), self._spec, made)
+        return block(build, int(index), self._spec)
 
     @torch.inference_mode()
     def __call__(self, block: DoubleBlock | SingleBlock, image: Image, residual: Tensor) -> Result:
         """Run a block on the residual stream [S, D] that comes to it."""
         b, steering, counts = self._begin(block, image, residual)
-        block.attend(self._run, b, steering)
+        block.attend(self._build.kernels, b, steering)
         attended = block.attended(b)
         b.residual.copy_(residual)
-        block(self._run, b, steering, counts)
+        block(self._build.kernels, b, steering, counts)
         return Result(attended, b.residual.float())
 
     @torch.inference_mode()
@@ -114,7 +107,7 @@ class Probe:
         for _ in range(_REPEATS):
             self._wait()
             begun = time.perf_counter()
-            block(self._run, b, steering, counts)
+            block(self._build.kernels, b, steering, counts)
             self._wait()
             spent.append(1000 * (time.perf_counter() - begun))
         return min(spent)
@@ -135,7 +128,7 @@ class Probe:
         due = torch.ones(1, dtype=torch.int32, device=device)
         carried = due, torch.zeros(blocks, d, device=device), torch.zeros(blocks, 2, d, device=device)
         stream = residual.to(device, torch.bfloat16)
-        linear, compute = (self._rows(len(stream), dtype) for dtype in (_FP8.linear, _FP8.compute))
+        linear, compute = (self._rows(len(stream), dtype) for dtype in (FP8.linear, FP8.compute))
         b = Buffers(image.split, stream.clone(), linear, compute, image.cos, image.sin, *carried)
         return b, steering, torch.zeros(2, dtype=torch.int64, device=device)
 

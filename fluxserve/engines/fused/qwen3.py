@@ -17,10 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Shapes
+from fluxserve.engines.fused.build import Build
 from fluxserve.engines.fused.graphs import Replayed
-from fluxserve.engines.fused.weights import Precision, Reader, stack
 from fluxserve.errors import UnsupportedArchitecture
-from fluxserve.kernels.operations import Operations
 
 _NAME = "qwen3"
 _PREFIX = "model."
@@ -76,18 +75,19 @@ class _Shape:
 
 
 class _Layer:
-    def __init__(self, read: Reader, index: int, shape: _Shape, precision: Precision) -> None:
+    def __init__(self, build: Build, index: int, shape: _Shape) -> None:
+        read = build.read
         layer, width, hidden = f"layers.{index}", shape.width, shape.hidden
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         self.norm = read.shaped(f"{layer}.input_layernorm.weight", width).float()
         parts = [f"{attention}.{part}_proj" for part in "qkv"]
-        self.qkv = stack(read, [parts], width, [shape.inner, shape.key_inner, shape.key_inner], precision)
+        self.qkv = build.linear([parts], width, [shape.inner, shape.key_inner, shape.key_inner])
         norms = [read.shaped(f"{attention}.{part}_norm.weight", shape.head_dim).float() for part in "qk"]
         self.head_norms = torch.stack(norms)
-        self.out = stack(read, [[f"{attention}.o_proj"]], shape.inner, [width], precision)
+        self.out = build.linear([[f"{attention}.o_proj"]], shape.inner, [width])
         self.mlp_norm = read.shaped(f"{layer}.post_attention_layernorm.weight", width).float()
-        self.up = stack(read, [[f"{mlp}.gate_proj", f"{mlp}.up_proj"]], width, [hidden] * 2, precision)
-        self.down = stack(read, [[f"{mlp}.down_proj"]], hidden, [width], precision)
+        self.up = build.linear([[f"{mlp}.gate_proj", f"{mlp}.up_proj"]], width, [hidden] * 2)
+        self.down = build.linear([[f"{mlp}.down_proj"]], hidden, [width])
 
 
 class FusedQwen3:
@@ -98,15 +98,17 @@ class FusedQwen3:
         UnsupportedArchitecture.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, precision: Precision, run: Operations) -> None:
+    def __init__(self, checkpoint: Checkpoint, build: Build) -> None:
         encoder = checkpoint.spec.text.named(_NAME)
         config = checkpoint.config(encoder.folder)
-        self.shape, self.precision, self.run = _Shape.of(encoder.folder, config), precision, run
+        self.shape, self.precision = _Shape.of(encoder.folder, config), build.precision
+        self.kernels = build.kernels
         self.signature, self.taken = signatures.language_model(checkpoint.spec), encoder.layers
-        read = Reader(checkpoint.weights(encoder.folder), device, _PREFIX)
+        build = build.below(_PREFIX)
+        read = build.read
         words = read.shaped("embed_tokens.weight", self.shape.words, self.shape.width)
-        self.embedding = words.to(precision.compute)
-        self.layers: list[_Layer] = [_Layer(read, index, self.shape, precision) for index in range(max(encoder.layers))]
+        self.embedding = words.to(self.precision.compute)
+        self.layers: list[_Layer] = [_Layer(build, index, self.shape) for index in range(max(encoder.layers))]
         read.finish()
 
     def bind(self, shapes: Shapes) -> "_Bound":
@@ -165,17 +167,17 @@ class _Bound:
                     self.outputs["sequence"][row, :, at : at + width].copy_(self._residual)
 
     def _layer(self, layer: _Layer) -> None:
-        run, scale, shape = self._engine.run, self._scale, self._engine.shape
-        run.rms_rows(self._residual, layer.norm, shape.epsilon, self._normed, scale)
-        run.linear(self._normed, scale, layer.qkv, 0, self._qkv)
+        kernels, scale, shape = self._engine.kernels, self._scale, self._engine.shape
+        kernels.rms_rows(self._residual, layer.norm, shape.epsilon, self._normed, scale)
+        kernels.linear(self._normed, scale, layer.qkv, 0, self._qkv)
         turned = self._qkv[:, : shape.inner + shape.key_inner]
-        run.turn(turned, shape.heads, layer.head_norms, shape.epsilon, self._cos, self._sin)
-        run.rows(self._attend(), self._attended, scale)
-        run.linear_add(self._attended, scale, layer.out, 0, None, self._residual)
-        run.rms_rows(self._residual, layer.mlp_norm, shape.epsilon, self._normed, scale)
-        run.linear(self._normed, scale, layer.up, 0, self._up)
-        run.swiglu_rows(self._up, self._hidden, scale)
-        run.linear_add(self._hidden, scale, layer.down, 0, None, self._residual)
+        kernels.turn(turned, shape.heads, layer.head_norms, shape.epsilon, self._cos, self._sin)
+        kernels.rows(self._attend(), self._attended, scale)
+        kernels.linear_add(self._attended, scale, layer.out, 0, None, self._residual)
+        kernels.rms_rows(self._residual, layer.mlp_norm, shape.epsilon, self._normed, scale)
+        kernels.linear(self._normed, scale, layer.up, 0, self._up)
+        kernels.swiglu_rows(self._up, self._hidden, scale)
+        kernels.linear_add(self._hidden, scale, layer.down, 0, None, self._residual)
 
     def _attend(self) -> Tensor:
         """[tokens, heads · head_dim]; a few hundredths of the work, so left to PyTorch.

@@ -1,7 +1,7 @@
 """Static scales of what a block quantises before its largest value is known, from the calibration in an artifact.
 
 Only attention's q, k and v and the MLPs' hidden layers need one; everything else takes its scale from each row as it
-comes. v is quantised without its mean (kernels.layers.Centre).
+comes. v is quantised without its mean (kernels.gemm.layers.Centre).
 """
 
 from dataclasses import dataclass

@@ -17,10 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Shapes
+from fluxserve.engines.fused.build import Build
 from fluxserve.engines.fused.graphs import Replayed
-from fluxserve.engines.fused.weights import Precision, Reader, stack
 from fluxserve.errors import UnsupportedArchitecture
-from fluxserve.kernels.operations import Operations
 
 FOLDER = "text_encoder_2"
 
@@ -53,30 +52,31 @@ class _Shape:
 
 
 class _Layer:
-    def __init__(self, read: Reader, index: int, width: int, shape: _Shape, precision: Precision) -> None:
+    def __init__(self, build: Build, index: int, width: int, shape: _Shape) -> None:
+        read = build.read
         block = f"encoder.block.{index}.layer"
         attention, mlp = f"{block}.0.SelfAttention", f"{block}.1.DenseReluDense"
         self.norm = read.shaped(f"{block}.0.layer_norm.weight", width).float()
         inner, hidden = shape.inner, shape.hidden
-        self.qkv = stack(read, [[f"{attention}.{part}" for part in "qkv"]], width, [inner] * 3, precision)
-        self.out = stack(read, [[f"{attention}.o"]], inner, [width], precision)
+        self.qkv = build.linear([[f"{attention}.{part}" for part in "qkv"]], width, [inner] * 3)
+        self.out = build.linear([[f"{attention}.o"]], inner, [width])
         self.mlp_norm = read.shaped(f"{block}.1.layer_norm.weight", width).float()
-        self.up = stack(read, [[f"{mlp}.wi_0", f"{mlp}.wi_1"]], width, [hidden] * 2, precision)
-        self.down = stack(read, [[f"{mlp}.wo"]], hidden, [width], precision)
+        self.up = build.linear([[f"{mlp}.wi_0", f"{mlp}.wi_1"]], width, [hidden] * 2)
+        self.down = build.linear([[f"{mlp}.wo"]], hidden, [width])
 
 
 class FusedT5:
     """An Engine; see engines.base."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, precision: Precision, run: Operations) -> None:
-        self.shape, self.precision, self.run = _Shape.of(checkpoint.config(FOLDER)), precision, run
+    def __init__(self, checkpoint: Checkpoint, build: Build) -> None:
+        self.shape, self.precision, self.kernels = _Shape.of(checkpoint.config(FOLDER)), build.precision, build.kernels
         self.signature = signatures.t5(checkpoint.spec)
-        read = Reader(checkpoint.weights(FOLDER), device)
-        self.embedding = read.first("shared.weight", "encoder.embed_tokens.weight").to(precision.compute)
+        read = build.read
+        self.embedding = read.first("shared.weight", "encoder.embed_tokens.weight").to(self.precision.compute)
         width = self.embedding.shape[1]
         table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         self.positions = read.shaped(table, self.shape.buckets, self.shape.heads).float()
-        self.layers: list[_Layer] = [_Layer(read, i, width, self.shape, precision) for i in range(self.shape.layers)]
+        self.layers: list[_Layer] = [_Layer(build, i, width, self.shape) for i in range(self.shape.layers)]
         self.norm = read.shaped("encoder.final_layer_norm.weight", width).float()
         read.finish()
 
@@ -122,20 +122,20 @@ class _Bound:
             for layer in self._engine.layers:
                 self._layer(layer)
             shape = self._engine.shape
-            self._engine.run.rms_rows(
+            self._engine.kernels.rms_rows(
                 self._residual, self._engine.norm, shape.epsilon, self.outputs["sequence"][row], None
             )
 
     def _layer(self, layer: _Layer) -> None:
-        run, scale, epsilon = self._engine.run, self._scale, self._engine.shape.epsilon
-        run.rms_rows(self._residual, layer.norm, epsilon, self._normed, scale)
-        run.linear(self._normed, scale, layer.qkv, 0, self._qkv)
-        run.rows(self._attend(), self._attended, scale)
-        run.linear_add(self._attended, scale, layer.out, 0, None, self._residual)
-        run.rms_rows(self._residual, layer.mlp_norm, epsilon, self._normed, scale)
-        run.linear(self._normed, scale, layer.up, 0, self._up)
-        run.gated_rows(self._up, self._hidden, scale)
-        run.linear_add(self._hidden, scale, layer.down, 0, None, self._residual)
+        kernels, scale, epsilon = self._engine.kernels, self._scale, self._engine.shape.epsilon
+        kernels.rms_rows(self._residual, layer.norm, epsilon, self._normed, scale)
+        kernels.linear(self._normed, scale, layer.qkv, 0, self._qkv)
+        kernels.rows(self._attend(), self._attended, scale)
+        kernels.linear_add(self._attended, scale, layer.out, 0, None, self._residual)
+        kernels.rms_rows(self._residual, layer.mlp_norm, epsilon, self._normed, scale)
+        kernels.linear(self._normed, scale, layer.up, 0, self._up)
+        kernels.gated_rows(self._up, self._hidden, scale)
+        kernels.linear_add(self._hidden, scale, layer.down, 0, None, self._residual)
 
     def _attend(self) -> Tensor:
         """[tokens, heads · head_dim]; a hundredth of T5's time, so left to PyTorch."""

@@ -9,22 +9,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fluxserve.artifact import Scales
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Shapes
 from fluxserve.engines.fused import modulation as modulations
 from fluxserve.engines.fused.arena import Arena, Buffer, Layout, size
-from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Making, Rows, SingleBlock
+from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Rows, SingleBlock
+from fluxserve.engines.fused.build import Build, Dense
 from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.engines.fused.modulation import AHEAD, Modulation
-from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
-from fluxserve.kernels.ahead import Ahead
-from fluxserve.kernels.attention import attention_ahead, padded
-from fluxserve.kernels.operations import Operations
+from fluxserve.kernels.attention.fused import attention_ahead, padded
+from fluxserve.kernels.attention.plan_worker import Ahead
 from fluxserve.spec import ModelSpec
 
 KEPT = "kept_"
 """Before the names of buffers of blocks that stay in the compute dtype."""
+
+_NO_BATCH = -1
 
 
 class Weights:
@@ -35,53 +35,39 @@ class Weights:
         ArtifactError: the scales are of another model.
     """
 
-    def __init__(
-        self, read: Reader, spec: ModelSpec, precision: Precision, found: Scales | None, run: Operations
-    ) -> None:
+    def __init__(self, build: Build, spec: ModelSpec) -> None:
         shape = spec.transformer
-        assert precision.quantised == (found is not None), "scales are for E4M3, and E4M3 needs them"
+        assert build.precision.quantised == (build.ranges is not None), "ranges are for E4M3, and E4M3 needs them"
         d = shape.hidden_size
-        self.image = dense(read, "x_embedder", precision, shape.in_channels, d, shape.biased)
-        self.text = dense(read, "context_embedder", precision, shape.joint_attention_dim, d, shape.biased)
-        self.modulation = Modulation(read, shape, precision)
-        made = Making(precision, found, run)
-        self.double = [DoubleBlock(read, i, shape, made) for i in range(shape.num_layers)]
-        self.single = [SingleBlock(read, i, shape, made) for i in range(shape.num_single_layers)]
-        self.out = dense(read, "proj_out", precision, d, shape.in_channels, shape.biased)
-        read.finish()
+        self.image = build.dense("x_embedder", shape.in_channels, d, shape.biased)
+        self.text = build.dense("context_embedder", shape.joint_attention_dim, d, shape.biased)
+        self.modulation = Modulation(build, shape)
+        self.double = [DoubleBlock(build, i, shape) for i in range(shape.num_layers)]
+        self.single = [SingleBlock(build, i, shape) for i in range(shape.num_single_layers)]
+        self.out = build.dense("proj_out", d, shape.in_channels, shape.biased)
+        build.read.finish()
 
 
 class FusedTransformer:
     """An Engine; see engines.base.
 
     Args:
-        read: the folder `transformer`.
-        found: the transformer's scales, for E4M3 linears and only for them.
-        run: the kernels, or their plain references.
+        build: of the folder `transformer`; with ranges exactly if its linears are E4M3.
         most: image tokens with those of references, text tokens and images at once that the arena is sized for.
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        read: Reader,
-        device: torch.device,
-        precision: Precision,
-        found: Scales | None,
-        run: Operations,
-        most: tuple[int, int, int],
-    ) -> None:
+    def __init__(self, spec: ModelSpec, build: Build, most: tuple[int, int, int]) -> None:
         image, text, rows = most
         ranges = {"rows": (1, rows), "image_tokens": (1, image), "text_tokens": (1, text)}
         self.signature = signatures.transformer(spec).narrowed(ranges)
-        self.spec, self.precision, self.run = spec.transformer, precision, run
-        self.kept = bool(found and found.kept)
+        self.spec, self.precision, self.kernels = spec.transformer, build.precision, build.kernels
+        self.kept = bool(build.ranges and build.ranges.kept)
         self.steps_between_means = steps_between_means
         self._largest = self.layout(self.signature.at({s: r[1] for s, r in ranges.items()}))
-        self.arena = Arena(size(self._largest), device)
-        self.weights: Weights | None = Weights(read, spec, precision, found, run)
+        self.arena = Arena(size(self._largest), build.device)
+        self.weights: Weights | None = Weights(build, spec)
         blocks = self.spec.num_layers + self.spec.num_single_layers
-        self.counts = torch.zeros(blocks, 2, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(blocks, 2, dtype=torch.int64, device=build.device)
         self._usual = spec.text.sequence.tokens + spec.image_tokens(spec.defaults.side, spec.defaults.side)
         self._ahead: Ahead | None = None
 
@@ -145,7 +131,7 @@ class FusedTransformer:
 
 
 class FusedBound:
-    """A Bound that foresees its steps; see engines.base. Its buffers are the arena's, valid until another runs."""
+    """A Bound and a Denoiser; see engines.base. Its buffers are the arena's, valid until another runs."""
 
     def __init__(
         self, engine: FusedTransformer, weights: Weights, buffers: Mapping[str, Tensor], sizes: Shapes
@@ -164,19 +150,33 @@ class FusedBound:
             restored=buffers["restored"][0],
         )
         self._step = Replayed(self._launch, buffers["residual"].device)
-        self._timesteps: Tensor | None = None
-        self._next = self._ready = 0
+        self._timesteps = buffers["ahead"].new_empty(0, self._images)
+        self._batch = _NO_BATCH
         self._every = 1
 
     @torch.inference_mode()
-    def prepare(self, timesteps: Tensor) -> None:
-        """Compute what does not depend on latents; the next len(timesteps) runs take these steps, in their order."""
-        self._timesteps = timesteps[:, None].expand(-1, self._images)
-        self._next = self._ready = 0
-        self._every = self._engine.steps_between_means(len(timesteps), len(self._b.residual))
-        self._prepare_inputs()
+    def begin(self, timesteps: Tensor) -> None:
+        """Compute what does not depend on latents, for the steps of one loop."""
+        self._begin(timesteps[:, None].expand(-1, self._images))
 
-    def _prepare_inputs(self) -> None:
+    @torch.inference_mode()
+    def run_step(self, step: int) -> None:
+        """Enqueue one pass at timesteps[step]; the means of values are computed anew at some steps."""
+        row = self._modulated(step)
+        self._buffers["now"].copy_(self._buffers["ahead"][row : row + self._images])
+        self._b.due.fill_(step % self._every == 0)
+        self._step()
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Enqueue one pass at the timesteps that the input `timestep` has."""
+        self._begin(self.inputs["timestep"][None])
+        self.run_step(0)
+
+    def _begin(self, timesteps: Tensor) -> None:
+        """timesteps: [steps, images]."""
+        self._timesteps, self._batch = timesteps, _NO_BATCH
+        self._every = self._engine.steps_between_means(len(timesteps), len(self._b.residual))
         b, given = self._buffers, self.inputs
         for text, states in zip(b["text"], given["encoder_hidden_states"], strict=True):
             _linear_into(text, states, self._weights.text)
@@ -186,61 +186,44 @@ class FusedBound:
         self._b.linear.qkv_padded[len(self._b.residual) :].zero_()
 
     def _fill(self, timesteps: Tensor) -> None:
-        """Modulation of as many steps [steps, images] as there is room for.
+        """Compute the modulation of a batch of timesteps [steps, images].
 
-        Always of so many rows, the last repeated: products of another height may round differently, and a step must be
-        the same whether it comes first or last, alone or among others.
+        The batch is always padded to the buffer's rows by repeating the last: a product of another height may round
+        differently, and a step's result must not depend on its neighbours.
         """
         out = self._buffers["ahead"]
         steps = torch.arange(len(out), device=out.device).div(self._images, rounding_mode="floor")
         steps, images = steps.clamp(max=len(timesteps) - 1), torch.arange(len(out), device=out.device) % self._images
         steering = ("guidance", "pooled_projections")
         given = {name: value[images] for name, value in self.inputs.items() if name in steering}
-        self._weights.modulation(self._engine.run, timesteps[steps, images], given, out)
+        self._weights.modulation(self._engine.kernels, timesteps[steps, images], given, out)
 
-    @torch.inference_mode()
-    def run(self) -> None:
-        """One step: the next of those that `prepare` was given, or the one that the input `timestep` says."""
-        if self._timesteps is not None and self._next == len(self._timesteps):
-            self._timesteps = None
-        if self._timesteps is None:
-            self._prepare_inputs()
-            self._fill(self.inputs["timestep"][None])
-            row = 0
-        else:
-            row = self._foreseen(self._timesteps)
-        self._buffers["now"].copy_(self._buffers["ahead"][row : row + self._images])
-        self._b.due.fill_(self._timesteps is None or (self._next - 1) % self._every == 0)
-        self._step()
-
-    def _foreseen(self, timesteps: Tensor) -> int:
-        """The first row of this step's modulation; a new batch of steps is computed when the last is used up."""
-        held = max(1, AHEAD // self._images)
-        if self._next == self._ready:
-            batch = timesteps[self._next : self._next + held]
-            self._fill(batch)
-            self._ready += len(batch)
-        row = (self._next % held) * self._images
-        self._next += 1
-        return row
+    def _modulated(self, step: int) -> int:
+        """Return the first row of this step's modulation, after computing that of its batch of steps if need be."""
+        steps = max(1, AHEAD // self._images)
+        batch, place = divmod(step, steps)
+        if batch != self._batch:
+            self._fill(self._timesteps[batch * steps : (batch + 1) * steps])
+            self._batch = batch
+        return place * self._images
 
     def _launch(self) -> None:
         for image in range(self._images):
             self._draw(image)
 
     def _draw(self, image: int) -> None:
-        run, w = self._engine.run, self._weights
+        kernels, w = self._engine.kernels, self._weights
         b = replace(self._b, means=self._buffers["means"][image], restored=self._buffers["restored"][image])
         double, single, final = w.modulation.split(self._buffers["now"][image])
         b.residual[: self._text].copy_(self._buffers["text"][image])
         _linear_into(b.residual[self._text :], self.inputs["hidden_states"][image], w.image)
         counts = iter(self._engine.counts)
         for block, steering in zip(w.double, double, strict=True):
-            block(run, b, steering, next(counts))
+            block(kernels, b, steering, next(counts))
         for i, (single_block, steering) in enumerate(zip(w.single, single, strict=True), 1):
-            single_block(run, b, steering, next(counts), wanted=self._text if i == len(w.single) else 0)
+            single_block(kernels, b, steering, next(counts), wanted=self._text if i == len(w.single) else 0)
         scale, shift = final
-        run.norm(b.residual[self._text :], shift, scale, 0, self._buffers["final"], None)
+        kernels.norm(b.residual[self._text :], shift, scale, 0, self._buffers["final"], None)
         _linear_into(self.outputs["velocity"][image], self._buffers["final"], w.out)
 
 

@@ -19,9 +19,9 @@ from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.base import Shapes, Signature
 from fluxserve.engines.fused import latents
+from fluxserve.engines.fused.build import Build, Dense
 from fluxserve.engines.fused.latents import Pointwise, Squares, Statistics
-from fluxserve.engines.fused.weights import Dense, Precision, Reader, dense
-from fluxserve.kernels.operations import Operations
+from fluxserve.engines.fused.weights import Reader
 
 FOLDER = "vae"
 _EPSILON = 1e-6
@@ -34,12 +34,14 @@ _BESIDES = 512 * 2**20
 
 @dataclass(frozen=True)
 class _Context:
-    """What every layer is made with."""
+    """What every layer is made with; `groups` of its GroupNorms."""
 
-    read: Reader
-    precision: Precision
-    run: Operations
+    build: Build
     groups: int
+
+    @property
+    def read(self) -> Reader:
+        return self.build.read
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class _Conv:
         if then is not None:
             weight = torch.einsum("nm,mkyx->nkyx", then.weight, weight.float())
             self.bias = then(self.bias)
-        self._weight = weight.to(c.precision.compute).contiguous(memory_format=torch.channels_last)
+        self._weight = weight.to(c.build.precision.compute).contiguous(memory_format=torch.channels_last)
         self._margin = side // 2
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -92,11 +94,11 @@ class _Norm:
 
     def __init__(self, c: _Context, name: str, channels: int, offset: Tensor | None = None) -> None:
         self._weight, self._bias = (c.read.shaped(f"{name}.{part}", channels).float() for part in ("weight", "bias"))
-        self._run, self._groups, self._offset = c.run, c.groups, offset
+        self._kernels, self._groups, self._offset = c.build.kernels, c.groups, offset
 
     def __call__(self, x: _Picture, silu: bool = True) -> Tensor:
         factor, shift, offset = self._weight, self._bias, self._offset
-        return self._run.group_norm(x.pixels, self._groups, factor, shift, _EPSILON, silu, offset, x.statistics)
+        return self._kernels.group_norm(x.pixels, self._groups, factor, shift, _EPSILON, silu, offset, x.statistics)
 
 
 class _Resnet:
@@ -109,7 +111,7 @@ class _Resnet:
         self._norm2 = _Norm(c, f"{name}.norm2", outputs, self._conv1.bias)
         other_depth = inputs != outputs
         self._shortcut = _Conv(c, f"{name}.conv_shortcut", inputs, outputs, side=1) if other_depth else None
-        self._run, self._groups, self._bias = c.run, c.groups, self._conv2.bias
+        self._kernels, self._groups, self._bias = c.build.kernels, c.groups, self._conv2.bias
         if self._shortcut:
             self._bias = self._bias + self._shortcut.bias
         if offset is not None:
@@ -118,11 +120,11 @@ class _Resnet:
     def __call__(self, x: _Picture) -> _Picture:
         """x is overwritten, unless it has another depth than what comes out."""
         own, other = self._branches(x)
-        return _Picture(own, self._run.add(own, other, self._bias, self._groups))
+        return _Picture(own, self._kernels.add(own, other, self._bias, self._groups))
 
     def upsampled(self, x: _Picture) -> Tensor:
         """The same at twice the height and width; the small picture is never written."""
-        return self._run.add_upsampled(*self._branches(x), self._bias)
+        return self._kernels.add_upsampled(*self._branches(x), self._bias)
 
     def _branches(self, x: _Picture) -> tuple[Tensor, Tensor]:
         y = self._conv2(self._norm2(_Picture(self._conv1(self._norm1(x)))))
@@ -134,22 +136,23 @@ class _Attention:
 
     def __init__(self, c: _Context, name: str, channels: int) -> None:
         self._norm = _Norm(c, f"{name}.group_norm", channels)
-        parts = [dense(c.read, f"{name}.to_{part}", c.precision, channels, channels) for part in "qkv"]
+        parts = [c.build.dense(f"{name}.to_{part}", channels, channels) for part in "qkv"]
         biases = [p.bias for p in parts if p.bias is not None]
         self._qkv = Dense(torch.cat([p.weight for p in parts]), torch.cat(biases))
         out = f"{name}.to_out.0"
-        self._out = c.read.shaped(f"{out}.weight", channels, channels).to(c.precision.compute)
+        self._out = c.read.shaped(f"{out}.weight", channels, channels).to(c.build.precision.compute)
         self._bias = c.read.shaped(f"{out}.bias", channels).float()
-        self._run, self._groups = c.run, c.groups
+        self._kernels, self._groups = c.build.kernels, c.groups
 
     def __call__(self, x: _Picture) -> _Picture:
         """x is overwritten."""
         _, channels, height, width = x.pixels.shape
         pixels = self._norm(x, silu=False).permute(0, 2, 3, 1).view(height * width, channels)
         mixed = torch.empty_like(pixels)
-        self._run.wide_attention(*self._qkv(pixels).chunk(3, dim=1), mixed)
+        q, k, v = self._qkv(pixels).chunk(3, dim=1)
+        self._kernels.wide_attention(q, k, v, mixed)
         y = linear(mixed, self._out).view(1, height, width, channels).permute(0, 3, 1, 2)
-        return _Picture(x.pixels, self._run.add(x.pixels, y, self._bias, self._groups))
+        return _Picture(x.pixels, self._kernels.add(x.pixels, y, self._bias, self._groups))
 
 
 class _Middle:
@@ -288,24 +291,24 @@ class _Bound:
                 output[row : row + 1].copy_(result)
 
 
-def decoder(checkpoint: Checkpoint, device: torch.device, precision: Precision, run: Operations) -> FusedVae:
-    """Latents → pixels. Raises CheckpointError."""
-    config, beside = checkpoint.config(FOLDER), _beside(checkpoint, device, "quant_conv.")
+def decoder(checkpoint: Checkpoint, build: Build) -> FusedVae:
+    """Open the network from latents to pixels. Raises CheckpointError."""
+    config, beside = checkpoint.config(FOLDER), _beside(build, "quant_conv.")
     convolution = latents.pointwise(beside, config, "post_quant_conv", config["latent_channels"])
-    before = latents.before(convolution, latents.statistics(beside, checkpoint), precision.compute)
+    before = latents.before(convolution, latents.statistics(beside, checkpoint), build.precision.compute)
     beside.finish()
-    network = _Decoder(_context(checkpoint, device, precision, run, "decoder."), config, before)
-    return FusedVae(signatures.vae_decoder(checkpoint.spec), network, precision.compute, device)
+    network = _Decoder(_Context(build.below("decoder."), config["norm_num_groups"]), config, before)
+    return FusedVae(signatures.vae_decoder(checkpoint.spec), network, build.precision.compute, build.device)
 
 
-def encoder(checkpoint: Checkpoint, device: torch.device, precision: Precision, run: Operations) -> FusedVae:
-    """Pixels → mean and standard deviation of latents. Raises CheckpointError."""
-    config, beside = checkpoint.config(FOLDER), _beside(checkpoint, device, "post_quant_conv.")
+def encoder(checkpoint: Checkpoint, build: Build) -> FusedVae:
+    """Open the network from pixels to mean and standard deviation of latents. Raises CheckpointError."""
+    config, beside = checkpoint.config(FOLDER), _beside(build, "post_quant_conv.")
     then = latents.pointwise(beside, config, "quant_conv", 2 * config["latent_channels"])
     statistics = latents.statistics(beside, checkpoint)
     beside.finish()
-    network = _Encoder(_context(checkpoint, device, precision, run, "encoder."), config, then, statistics)
-    return FusedVae(signatures.vae_encoder(checkpoint.spec), network, precision.compute, device)
+    network = _Encoder(_Context(build.below("encoder."), config["norm_num_groups"]), config, then, statistics)
+    return FusedVae(signatures.vae_encoder(checkpoint.spec), network, build.precision.compute, build.device)
 
 
 def peak(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
@@ -325,15 +328,8 @@ def _decoder_channels(config: Mapping[str, Any]) -> list[int]:
     return channels
 
 
-def _context(
-    checkpoint: Checkpoint, device: torch.device, precision: Precision, run: Operations, part: str
-) -> _Context:
-    read = Reader(checkpoint.weights(FOLDER), device, part)
-    return _Context(read, precision, run, checkpoint.config(FOLDER)["norm_num_groups"])
-
-
-def _beside(checkpoint: Checkpoint, device: torch.device, other: str) -> Reader:
-    """What belongs to neither network. `other` is the other way's, who looks at it himself."""
-    read = Reader(checkpoint.weights(FOLDER), device)
+def _beside(build: Build, other: str) -> Reader:
+    """Return a reader of what belongs to neither network; `other` is read by the network of the other direction."""
+    read = build.read.below("")
     read.ignore_below("encoder.", "decoder.", other)
     return read

@@ -1,7 +1,5 @@
-"""Weights on their way from safetensors to the device: read one by one, put together, quantised, never held twice."""
+"""Read a component's tensors from safetensors onto the device, one by one."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +9,7 @@ from torch import Tensor
 
 from fluxserve.engines.finite import extremes, refuse_infinite
 from fluxserve.errors import CheckpointError
-from fluxserve.kernels.fp8 import E4M3, quantise_rows
-from fluxserve.kernels.layers import Linear
-from fluxserve.kernels.operations import as_they_are
 from fluxserve.weights import Weights
-
-
-@dataclass(frozen=True)
-class Precision:
-    """compute: what residual stream, embedders and unquantised products are in; linear: what blocks multiply in."""
-
-    compute: torch.dtype
-    linear: torch.dtype
-
-    @property
-    def quantised(self) -> bool:
-        return self.linear == E4M3
 
 
 class Reader:
@@ -38,7 +21,7 @@ class Reader:
     """
 
     def __init__(self, weights: Weights, device: torch.device, prefix: str = "") -> None:
-        self._folder, self._prefix, self.device = weights.folder, prefix, device
+        self._weights, self._folder, self._prefix, self.device = weights, weights.folder, prefix, device
         opened: dict[Path, Any] = {
             file: safe_open(file, framework="pt", device=str(device)) for file in weights.set.files
         }
@@ -77,6 +60,10 @@ class Reader:
             raise CheckpointError(f"{self._folder}: {name}: got {tuple(tensor.shape)}; expected {shape}")
         return tensor
 
+    def below(self, prefix: str) -> "Reader":
+        """Return a reader of the tensors whose names begin with `prefix`; of all, if none does."""
+        return Reader(self._weights, self.device, self._prefix + prefix)
+
     def ignore_below(self, *prefixes: str) -> None:
         """Weights that another part of the engine reads: all whose names begin with one of these."""
         self._unread = {name for name in self._unread if not name.startswith(prefixes)}
@@ -87,63 +74,3 @@ class Reader:
             few = ", ".join(sorted(self._unread)[:5])
             raise CheckpointError(f"{self._folder}: unexpected weights: {few} ({len(self._unread)} in all)")
         refuse_infinite(self._folder, self._extremes)
-
-
-def stack(
-    read: Reader,
-    names: Sequence[Sequence[str]],
-    inputs: int,
-    outputs: Sequence[int],
-    precision: Precision,
-    factors: Sequence[Tensor | float] = (),
-    order: Tensor | None = None,
-    arrange: Callable[[Linear], Linear] = as_they_are,
-    biased: bool = False,
-) -> Linear:
-    """Linear layers as one: outputs of several behind each other, in one or two streams.
-
-    Args:
-        names: for each stream the modules whose outputs lie behind each other.
-        inputs: features that each takes.
-        outputs: features that each module of a stream gives; every stream has the same.
-        factors: for each stream what its inputs were divided by when they were quantised with a static scale, one
-            number or one per feature; the weights are multiplied by it before they are quantised themselves.
-        order: which output comes where; None: as they are.
-        arrange: how a set of operations wants weights to lie.
-        biased: whether they have a bias, all of them.
-    """
-    weights: Tensor | None = None
-    scales, biases = [], []
-    for index, modules in enumerate(names):
-        sized = tuple(zip(modules, outputs, strict=True))
-        weight = torch.cat([read.shaped(f"{module}.weight", rows, inputs) for module, rows in sized])
-        weight = weight if order is None else weight[order]
-        if biased:
-            bias = torch.cat([read.shaped(f"{module}.bias", rows) for module, rows in sized]).float()
-            biases.append(bias if order is None else bias[order])
-        if precision.quantised:
-            weight, scale = quantise_rows(weight * factors[index] if factors else weight)
-            scales.append(scale)
-        if weights is None:
-            weights = torch.empty(len(names), *weight.shape, dtype=precision.linear, device=weight.device)
-        weights[index].copy_(weight)
-    assert weights is not None, "no streams"
-    stacked = [torch.stack(rows) if rows else None for rows in (scales, biases)]
-    return arrange(Linear(weights, *stacked))
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A linear that stays in the compute dtype, and is left to the library: weight [N, K], bias [N] or none."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight, self.bias)
-
-
-def dense(read: Reader, module: str, precision: Precision, inputs: int, outputs: int, biased: bool = True) -> Dense:
-    """Raises CheckpointError if the weight is not [outputs, inputs], or the bias not [outputs]."""
-    weight = read.shaped(f"{module}.weight", outputs, inputs).to(precision.compute)
-    return Dense(weight, read.shaped(f"{module}.bias", outputs).to(precision.compute) if biased else None)

@@ -1,0 +1,1 @@
+"""Compile kernels, keep what was compiled on disk, and launch it."""
