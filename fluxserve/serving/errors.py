@@ -45,7 +45,7 @@ def of_loading(error: Exception) -> Exception:
     The stub ends without a word where the message, or a path in the traceback, is no text. A traceback that helps is
     logged here.
     """
-    message = as_text(str(error))
+    message = as_text(" ".join(str(error).splitlines()))
     if isinstance(error, errors.FluxserveError):
         error.args = (message,)
         return error.with_traceback(None)

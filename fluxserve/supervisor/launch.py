@@ -11,6 +11,7 @@ from fluxserve import contract, settings
 from fluxserve.errors import ServerError
 from fluxserve.installation import Installation
 from fluxserve.supervisor.arguments import passed_through
+from fluxserve.supervisor.interpreter import programs
 from fluxserve.supervisor.sockets import Ports
 
 EXIT_TIMEOUT_S = 120
@@ -128,8 +129,7 @@ class Launch:
         wheel heed PYTHONPATH up to Python 3.10 only; `folder` is what all of them heed.
         """
         env = settings.environment(**self.options)
-        here = Path(sys.executable).parent
-        env["PATH"] = os.pathsep.join([str(here), env.get("PATH", "")])
+        env["PATH"] = os.pathsep.join([str(programs(self.home)), env.get("PATH", "")])
         env["PYTHONPATH"] = os.pathsep.join(
             dict.fromkeys([str(_PACKAGE.parent), *(str(Path(folder).absolute()) for folder in sys.path if folder)])
         )
