@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +62,12 @@ def fluxserve(
 
 
 def ready(started: Started) -> None:
+    url = f"http://127.0.0.1:{started.ports.http}/v2/health/ready"
+
     def is_ready() -> bool:
-        with contextlib.suppress(Exception), Client(f"grpc://127.0.0.1:{started.ports.grpc}") as client:
-            return client.ready()
+        time.sleep(0.2)
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
         return False
 
     wait_for(lambda: started.process.poll() is not None or is_ready(), READY_S)
