@@ -4,17 +4,15 @@ import argparse
 import contextlib
 import logging
 import os
-import re
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxserve import __version__, console, process, settings
+from fluxserve import __version__, console, settings
 from fluxserve.errors import FluxserveError, LibraryMissing, ServerError
 from fluxserve.folder import expanded
 from fluxserve.installation import Installation, bundled, installed_at
@@ -39,7 +37,6 @@ examples:
   fluxserve doctor                                     what this machine can run, and every setting
 """
 _REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
-_LOG_LINES = 12
 _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
@@ -197,7 +194,11 @@ def _lay_out(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     if "://" in options.server:
         return _attach(options.server)
-    return serve(options, _installation(options.server), _chosen(options), _say)
+    installation, notices = _installation(options.server), console.Notices(sys.stdout)
+    try:
+        return serve(options, installation, _chosen(options), notices)
+    finally:
+        notices.close()
 
 
 def _say(line: str) -> None:
@@ -239,24 +240,14 @@ def _client(url: str) -> "Iterator[Client]":
 def _demo(options: argparse.Namespace) -> int:
     if "://" in options.server:
         return _draw_through(options.server, options)
-    with tempfile.NamedTemporaryFile(prefix=process.own_prefix(), suffix=".log") as log:
-        server = TritonServer(options.repository, Ports.free(), _installation(options.server), log, _chosen(options))
-        with server:
-            ticker = console.Ticker("starting Triton")
-            server.start()
-            try:
-                ticker.done(server.wait_ready(progress=ticker))
-            except ServerError as error:
-                raise ServerError(f"{error}\n{_reasons(Path(log.name))}") from error
-            return _draw_through(f"grpc://{server.grpc_url}", options)
-
-
-def _reasons(log: Path) -> str:
-    """Why a server ended: what its models failed with, or else the last lines of its log."""
-    text = log.read_text(errors="replace")
-    failed = re.findall(r"failed to load '(\w+)' version \d+: Internal: (.+?)(?:\\n|$)", text, re.MULTILINE)
-    lines = [f"{model}: {reason}" for model, reason in dict.fromkeys(failed)]
-    return "\n".join(f"  {line}" for line in lines or text.splitlines()[-_LOG_LINES:])
+    with (
+        Path(os.devnull).open("wb") as log,
+        TritonServer(options.repository, Ports.free(), _installation(options.server), log, _chosen(options)) as server,
+    ):
+        ticker = console.Ticker("starting Triton")
+        server.start()
+        ticker.done(server.wait_ready(progress=ticker))
+        return _draw_through(f"grpc://{server.grpc_url}", options)
 
 
 def _show_step(progress: Any) -> None:

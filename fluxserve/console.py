@@ -8,9 +8,14 @@ import codecs
 import contextlib
 import io
 import os
+import queue
+import select
 import sys
+import threading
 from pathlib import Path
+from typing import TextIO
 
+_STANDARD_ERROR = 2
 _SPELLED_OUT = {"…": "...", "×": "x", "−": "-", "–": "-", "’": "'"}
 
 
@@ -26,7 +31,13 @@ codecs.register_error("fluxserve-spell-out", _spell_out)
 
 
 def prepare() -> None:
-    """Have characters that an encoding lacks spelled out, and a closed stream replaced by one that drops its text."""
+    """Have characters that an encoding lacks spelled out, and a closed stream replaced by one that drops its text.
+
+    The numbers of closed streams are taken, so that no file gets one and is written to by whoever means the stream.
+    """
+    while (taken := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_ERROR:
+        pass
+    os.close(taken)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -48,6 +59,63 @@ def let_go() -> None:
         except OSError:
             with contextlib.suppress(OSError), Path(os.devnull).open("w", encoding="utf-8") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())
+
+
+_PIECES = 10_000
+
+
+class Outlet:
+    """A stream whose reader may be gone, or not read for now, or a file on a full disk. A writer never waits.
+
+    A thread writes. Text that the stream does not take is dropped, and the next text that it takes says how much.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._dropped = descriptor, 0
+        self._pieces: queue.Queue[bytes | None] = queue.Queue(_PIECES)
+        self._thread: threading.Thread | None = None
+
+    def write(self, piece: bytes) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="outlet", daemon=True)
+            self._thread.start()
+        try:
+            self._pieces.put_nowait(piece)
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self, patience: float = 1.0) -> None:
+        """Wait a moment until everything is written. Nothing is written afterwards."""
+        if self._thread is not None:
+            with contextlib.suppress(queue.Full):
+                self._pieces.put(None, timeout=patience)
+            self._thread.join(patience)
+
+    def _run(self) -> None:
+        ready = select.poll()
+        ready.register(self._descriptor, select.POLLOUT)
+        while (piece := self._pieces.get()) is not None:
+            dropped, self._dropped = self._dropped, 0
+            rest = b"[fluxserve: %d lines dropped]\n%s" % (dropped, piece) if dropped else piece
+            try:
+                while rest:
+                    ready.poll()  # also where the stream is one that does not block
+                    rest = rest[os.write(self._descriptor, rest) :]
+            except OSError:
+                self._dropped += dropped + 1
+
+
+class Notices:
+    """Lines for a standard stream, one at a time, through an Outlet."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._outlet, self._encoding = Outlet(stream.fileno()), stream.encoding
+
+    def __call__(self, line: str) -> None:
+        self._outlet.write(f"{printable(line)}\n".encode(self._encoding, "fluxserve-spell-out"))
+
+    def close(self) -> None:
+        self._outlet.close()
 
 
 class Ticker:

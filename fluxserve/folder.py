@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,36 @@ def is_hidden(relative: Path) -> bool:
 
 
 def expanded(path: Path) -> Path:
-    """A path with `~` replaced by the home folder; a folder that is really called `~` stays. Raises CheckpointError."""
+    """A path with `~` replaced by the home folder; a folder that is really called `~` stays.
+
+    Raises:
+        CheckpointError: no such home, or bytes that are not UTF-8: libraries that read weights take no others.
+    """
+    if (readable := os.fsencode(path).decode(errors="backslashreplace")).encode() != os.fsencode(path):
+        raise CheckpointError(f"{readable}: a name that is not UTF-8; expected another, such as a link's")
     if path.exists():
         return path
     try:
         return path.expanduser()
     except RuntimeError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+@contextmanager
+def in_ascii(folder: Path) -> Iterator[Path]:
+    """A path of ASCII letters to a folder, for libraries that take text and no bytes.
+
+    In a process whose file system encoding is ASCII, as that of Triton's stubs is, other letters of a path are lone
+    surrogates, and no text.
+    """
+    if str(folder).isascii():
+        yield folder
+        return
+    descriptor = os.open(folder, os.O_PATH)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def locate(path: Path) -> Path:

@@ -14,7 +14,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--http-port", type=_port, default=Ports.http, help="default: %(default)s")
     parser.add_argument("--grpc-port", type=_port, default=Ports.grpc, help="default: %(default)s")
     parser.add_argument("--metrics-port", type=_port, default=Ports.metrics, help="default: %(default)s")
-    parser.add_argument("--address", default=LOOPBACK, help="default: %(default)s, this machine only")
+    parser.add_argument(
+        "--address", default=LOOPBACK, help="an address or a name of this machine; default: %(default)s"
+    )
     parser.add_argument(
         "--drain-timeout", type=float, default=DRAIN_TIMEOUT_S, metavar="S", help="default: %(default)s s"
     )
@@ -55,13 +57,14 @@ def _port(text: str) -> int:
 def serve(
     options: argparse.Namespace, installation: Installation, settings: Mapping[str, str], say: Callable[[str], None]
 ) -> int:
-    """Run a server until SIGINT or SIGTERM; returns the exit status.
+    """Run a server until SIGINT, SIGTERM, or the end of its terminal (SIGHUP, unless ignored); returns the status.
 
     Raises:
         ServerError: it did not start, or died too often.
     """
     signals: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    hang_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)  # ignored: by nohup
+    for number in (signal.SIGINT, signal.SIGTERM, *hang_up):
         signal.signal(number, lambda number, _: signals.append(number))
     ports = Ports(options.http_port, options.grpc_port, options.metrics_port)
     traced = tracing(options.trace, options.trace_rate) if options.trace else []

@@ -15,6 +15,7 @@ from fluxserve.errors import SettingsError
 from fluxserve.spec import FAMILY
 
 _PREFIX = "FLUXSERVE_"
+_PATHS = ("checkpoint", "artifact", "inflight")
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -94,7 +95,8 @@ def _raw(name: str, parameters: Mapping[str, Any]) -> str | None:
         parameter = parameters[name]
         if not isinstance(parameter, Mapping) or "string_value" not in parameter:
             raise SettingsError(name, parameter, "a parameter with a string_value")
-        return str(parameter["string_value"])
+        text = str(parameter["string_value"])
+        return os.fsdecode(text.encode(errors="surrogateescape"))  # as this process writes paths, in UTF-8 or in ASCII
     return os.environ.get(_PREFIX + name.upper())
 
 
@@ -158,5 +160,14 @@ def as_served() -> None:
 
 
 def environment(**values: str) -> dict[str, str]:
-    """The process environment with the given settings in it: what a server is started with."""
-    return {**_OPENMP, **_MALLOC, **_CUDA, **os.environ, **{_PREFIX + k.upper(): v for k, v in values.items()}}
+    """The process environment with the given settings in it: what a server is started with, in any folder.
+
+    Collectors of traces on this machine are reached without a proxy.
+    """
+    env = {**_OPENMP, **_MALLOC, **_CUDA, **os.environ, **{_PREFIX + k.upper(): v for k, v in values.items()}}
+    for name in (_PREFIX + setting.upper() for setting in _PATHS):
+        if name in env and Path(env[name]).exists():
+            env[name] = str(Path(env[name]).absolute())
+    for name in ("no_proxy", "NO_PROXY"):
+        env[name] = ",".join([*filter(None, [env.get(name)]), "localhost", "127.0.0.1", "::1"])
+    return env

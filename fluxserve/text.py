@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from fluxserve import foreign, spiece
 from fluxserve.checkpoint import Checkpoint
 from fluxserve.errors import CheckpointError, UnsupportedArchitecture
-from fluxserve.folder import read_json, visible
+from fluxserve.folder import in_ascii, read_json, visible
 from fluxserve.spec import EncoderSpec
 
 _PROCESSOR, _IMAGE = "PixtralProcessor", "[IMG]"
@@ -93,7 +93,8 @@ def _open(folder: Path, class_name: str) -> Any:
     try:
         if (folder / spiece.NAME).is_file() and not (folder / "tokenizer.json").is_file():
             return _of_pieces(folder)
-        return getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
+        with in_ascii(folder) as path:
+            return getattr(transformers, class_name).from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # the libraries' own: OSError, ValueError, or a bare Exception out of Rust
         raise CheckpointError(f"{folder}: no usable tokenizer ({_first_line(error)})") from error
 

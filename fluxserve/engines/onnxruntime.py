@@ -5,6 +5,7 @@ Q/DQ take FP8 pairs for theirs and fail (1.31: MatMulIntegerToFloat of float8), 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fluxserve.artifact import ANYWHERE, Artifact, Component
 from fluxserve.engines import signatures
 from fluxserve.engines.base import FLOATING, Components, Shapes, Signature, TensorSpec
 from fluxserve.errors import ArtifactError, ArtifactUnsuited, LibraryMissing, LibraryRefused
+from fluxserve.folder import in_ascii
 
 try:
     import onnxruntime as ort
@@ -103,6 +105,7 @@ def open_session(file: str) -> "ort.InferenceSession":
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
-        return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        with in_ascii(Path(file).parent) as folder:
+            return ort.InferenceSession(str(folder / Path(file).name), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library's errors share no class but this
         raise LibraryRefused(f"onnxruntime: {file}: {error}") from error

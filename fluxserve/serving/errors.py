@@ -29,9 +29,28 @@ def code(error: Exception) -> str:
     return next((name for cls, name in _CODES if isinstance(error, cls)), "INTERNAL")
 
 
+def as_text(words: str) -> str:
+    """What Triton takes: UTF-8. Of bytes that are no text, as a path may have them, their numbers."""
+    return words.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def log(error: BaseException) -> None:
     """With its traceback, in Triton's log."""
-    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+    pb_utils.Logger.log_error(as_text("".join(traceback.format_exception(error))))
+
+
+def of_loading(error: Exception) -> Exception:
+    """An error that Triton's stub can report as the reason why a model did not load.
+
+    The stub ends without a word where the message, or a path in the traceback, is no text. A traceback that helps is
+    logged here.
+    """
+    message = as_text(" ".join(str(error).splitlines()))
+    if isinstance(error, errors.FluxserveError):
+        error.args = (message,)
+        return error.with_traceback(None)
+    log(error)
+    return errors.ServerError(f"{type(error).__name__}: {message}")
 
 
 def report(finished: "Future[None]") -> None:
@@ -48,4 +67,5 @@ def response(error: Exception) -> Any:
         message = f"internal error: {type(error).__name__}: {error}"
     else:
         message = f"[{name}] {error}" if name in _UNKNOWN_TO_HTTP else str(error)
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, name)))
+    code_of = getattr(pb_utils.TritonError, name)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(as_text(message), code_of))

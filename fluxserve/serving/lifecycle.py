@@ -5,6 +5,7 @@ import json
 from typing import ClassVar
 
 from fluxserve import settings
+from fluxserve.serving import errors
 from fluxserve.serving.inflight import InflightTable
 from fluxserve.serving.processes import Heartbeat, ProcessTable
 from fluxserve.settings import Settings
@@ -22,6 +23,15 @@ class ServedModel:
     _heartbeat: Heartbeat
 
     def initialize(self, args: dict[str, str]) -> None:
+        try:
+            self._initialize(args)
+        except Exception as error:  # noqa: BLE001 (the border: what the stub can't print would end it without a reason)
+            reason = errors.of_loading(error)
+        else:
+            return
+        raise reason  # from nothing: the stub would walk through the other's traceback
+
+    def _initialize(self, args: dict[str, str]) -> None:
         config = settings.load(json.loads(args["model_config"])["parameters"])
         settings.keep_cache_in(config.cache)
         self._table = InflightTable(config.inflight_path)

@@ -1,6 +1,7 @@
 """Arguments of tritonserver that a user chooses: tracing, and whatever else is passed through."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from fluxserve.errors import ServerError
@@ -43,7 +44,27 @@ def passed_through(given: Sequence[str], own: Iterable[str]) -> list[str]:
         if name.startswith(_GROUPS) and name in seen:
             raise ServerError(f"--triton-arg: got {argument!r} twice; expected each setting once")
         seen.add(name)
-    return list(given)
+    return [_from_here(argument) for argument in given]
+
+
+def _from_here(argument: str) -> str:
+    """The same argument with the path of a file made absolute: Triton runs in a folder of its own."""
+    name, equals, value = argument.partition("=")
+    if equals and value and any(file.startswith(name) for file in _FILES):
+        return f"{name}={Path(value).absolute()}"
+    kind, comma, file = value.partition(",file=")
+    return f"{name}={kind}{comma}{Path(file).absolute()}" if comma and name == "--trace-config" else argument
+
+
+_FILES = (
+    "--log-file",
+    "--grpc-server-cert",
+    "--grpc-server-key",
+    "--grpc-root-cert",
+    "--cache-directory",
+    "--repoagent-directory",
+)
+"""Arguments whose value is a path."""
 
 
 _GROUPS = ("--backend-config", "--trace-config")

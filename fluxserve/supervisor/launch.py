@@ -11,12 +11,18 @@ from fluxserve import contract, settings
 from fluxserve.errors import ServerError
 from fluxserve.installation import Installation
 from fluxserve.supervisor.arguments import passed_through
+from fluxserve.supervisor.interpreter import programs
 from fluxserve.supervisor.sockets import Ports
 
 EXIT_TIMEOUT_S = 120
 """How long Triton itself may wait for HTTP connections after SIGTERM. The supervisor ends it long before, as soon as
 no answer is left in a connection: Triton would wait for a client that only keeps its connection open."""
 
+PINGS_MS = 1000
+"""How often a gRPC client may ping while its request runs. By gRPC's default the third ping within five minutes ends
+the connection, and with it the request."""
+
+_PACKAGE = Path(__file__).resolve().parents[1]
 _SHUT_APIS = "model-repository,shared-memory,trace,logging"
 _SHUT_NAME = "fluxserve: NO HEADER HAS THIS NAME"
 
@@ -43,10 +49,23 @@ class Launch:
             ServerError: the repository lacks a model, or an argument of the user's contradicts one of ours.
         """
         own = self._own_arguments()
-        return [str(self.installation.binary), *own, *passed_through(self.arguments, own)]
+        return [str(self.installation.binary.absolute()), *own, *passed_through(self.arguments, own)]
+
+    def folder(self) -> Path:
+        """The folder that Triton is started in, which holds this very package and nothing else. Makes it.
+
+        It is the first place where the stubs look for modules. In a folder of the user's, a checkout or a stray
+        `json.py` would go before what is installed.
+        """
+        folder = self.home / "modules"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / _PACKAGE.name).symlink_to(_PACKAGE)
+        return folder
 
     def _own_arguments(self) -> list[str]:
-        listen = [f"--{p}-address={self.address}" for p in ("http", "grpc", "metrics")]
+        evhtp, grpc = (f"ipv6:{self.address}", f"[{self.address}]") if ":" in self.address else (self.address,) * 2
+        listen = [f"--http-address={evhtp}", f"--grpc-address={grpc}", f"--metrics-address={evhtp}"]
         ports = [f"--{p}-port={getattr(self.ports, p)}" for p in ("http", "grpc", "metrics")]
         backends = [f"--backend-directory={self._backends()}"] if self.installation.backends else []
         return [
@@ -54,6 +73,7 @@ class Launch:
             "--model-control-mode=none",
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            f"--grpc-http2-min-recv-ping-interval-without-data={PINGS_MS}",
             *shut(),
             f"--backend-config=python,shm-region-prefix-name={self.prefix}",
             *backends,
@@ -64,14 +84,13 @@ class Launch:
     def _repository(self) -> Path:
         """The contract's models, and nothing else that lies beside them, by links in a folder of ours.
 
-        Triton splits the command lines of its stubs at blanks, so that the repository's own path can't be used.
+        Triton ends over a `lost+found` or a `.git`, and splits the command lines of its stubs at blanks.
         """
         folder = self.home / "model_repository"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         for name in contract.MODELS:
-            if not (self.repository / name / "config.pbtxt").is_file():
-                raise ServerError(f"{self.repository}: no {name}/config.pbtxt; expected fluxserve's model repository")
+            _refuse_foreign(self.repository / name)
             (folder / name).symlink_to((self.repository / name).resolve())
         return folder
 
@@ -106,19 +125,36 @@ class Launch:
     def environment(self) -> dict[str, str]:
         """This process's environment with the models' settings, and the libraries of the server for it alone.
 
-        The stubs embed Python and find its home, and with it the packages, through the `python` on PATH. PYTHONPATH
-        comes on top: some of the wheel's stubs heed it (Python 3.11), some do not (3.12).
+        The stubs embed Python and find its home, and with it the packages, through the `python` on PATH. Those of the
+        wheel heed PYTHONPATH up to Python 3.10 only; `folder` is what all of them heed.
         """
         env = settings.environment(**self.options)
-        here = Path(sys.executable).parent
-        env["PATH"] = os.pathsep.join([str(here), env.get("PATH", "")])
+        env["PATH"] = os.pathsep.join([str(programs(self.home)), env.get("PATH", "")])
         env["PYTHONPATH"] = os.pathsep.join(
-            dict.fromkeys([str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)])
+            dict.fromkeys([str(_PACKAGE.parent), *(str(Path(folder).absolute()) for folder in sys.path if folder)])
         )
         env.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
         if libraries := self._libraries():
             env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
         return env
+
+
+def _refuse_foreign(model: Path) -> None:
+    """Raise ServerError for a folder that is not one of fluxserve's models, as far as its files can be read and say."""
+    wiring = model.name == contract.FLUX.name
+    signs = (
+        {"config.pbtxt": "ensemble_scheduling"} if wiring else {"config.pbtxt": "", "1/model.py": "fluxserve.serving"}
+    )
+    expected = f"expected `{model.name}` of fluxserve's model repository"
+    for name, sign in signs.items():
+        try:
+            text = (model / name).read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise ServerError(f"{model / name}: {error.strerror}; {expected}") from error
+        if sign not in text:
+            raise ServerError(f"{model / name}: another model's; {expected}")
+    if not (model / "1").is_dir():
+        raise ServerError(f"{model}: no folder `1` for its version; {expected}")
 
 
 def shut() -> list[str]:

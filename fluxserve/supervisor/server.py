@@ -25,14 +25,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from fluxserve import launcher, process
+from fluxserve import contract, launcher, process
 from fluxserve.errors import ServerError
 from fluxserve.installation import Installation
 from fluxserve.serving.inflight import InflightTable
 from fluxserve.serving.processes import STOPPED_SILENCE_S, ProcessTable
 from fluxserve.supervisor import memory
 from fluxserve.supervisor.launch import Launch
-from fluxserve.supervisor.sockets import LOOPBACK, Ports
+from fluxserve.supervisor.log import Log
+from fluxserve.supervisor.sockets import LOOPBACK, Ports, reached, resolved
 
 READY_TIMEOUT_S = 600.0
 DRAIN_TIMEOUT_S = 120.0
@@ -47,6 +48,7 @@ _GAP_S = 2.0
 """Between two looks of a supervisor that runs. After a longer gap it was paused itself, perhaps with everybody else."""
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where Triton's Python backend puts its regions)
+_STANDARD_ERROR = 2
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks the server itself: a proxy of the environment has no business between the two."""
 
@@ -66,15 +68,20 @@ class TritonServer:
     ) -> None:
         """
         Args:
-            log: where the server's output goes; None: to this process's.
+            log: where the server's output goes; None: to standard error.
             options: settings of the models by field name of settings.Settings, as text.
-            address: what to listen on. Anything but loopback is the caller's explicit choice.
+            address: what to listen on, an address or a name. Anything but loopback is the caller's explicit choice.
             arguments: of tritonserver, beside those that are ours.
+
+        Raises:
+            ServerError: an address that is none of this machine's, or no room for the tables.
         """
-        self.repository, self.ports, self._log, self._address = repository, ports, log, address
-        process.remove_leftovers(_SHARED_MEMORY, Path(tempfile.gettempdir()))
+        self.repository, self.ports, self._address = repository, ports, resolved(address)
+        self._log = Log(log.fileno() if log else _STANDARD_ERROR)
+        process.remove_leftovers(_SHARED_MEMORY)
         self._prefix = f"{process.own_prefix()}{secrets.token_hex(3)}-"
-        self._home = Path(tempfile.mkdtemp(prefix=self._prefix))
+        # Triton splits its stubs' command lines at blanks, so that no path of the user's may be in one.
+        self._home = Path(tempfile.mkdtemp(prefix=f"{self._prefix}home-", dir=_SHARED_MEMORY))
         table = str(_SHARED_MEMORY / f"{self._prefix}inflight")
         self._options = {"inflight": table, **(options or {})}
         self._installation, self._arguments = installation, arguments
@@ -99,10 +106,8 @@ class TritonServer:
 
     @property
     def _host(self) -> str:
-        """Where this machine reaches the server: loopback, if it listens everywhere."""
-        if self._address in ("0.0.0.0", "::"):  # noqa: S104 (compared, not bound)
-            return LOOPBACK
-        return f"[{self._address}]" if ":" in self._address else self._address
+        ip = reached(self._address)
+        return f"[{ip}]" if ":" in ip else ip
 
     @property
     def launch(self) -> Launch:
@@ -137,13 +142,16 @@ class TritonServer:
         self.ports.refuse_taken(self._address)
         self._process = subprocess.Popen(
             launcher.command(command),
+            cwd=self.launch.folder(),
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT if self._log else None,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for us to handle: the server would drop what waits in its queues
         )
         self._guard = process.guard(self._process.pid)
+        assert self._process.stdout is not None
+        self._log.read(self._process.stdout)
 
     def wait_ready(
         self,
@@ -154,17 +162,33 @@ class TritonServer:
         """Wait until every model is ready, or `stopping` says not to; returns the seconds it took.
 
         Raises:
-            ServerError: a process ended (a model did not load: its log says why) or hangs, or time ran out.
+            ServerError: a process ended or hangs, or time ran out; with the reason that the log gives.
         """
         begin = time.monotonic()
         while (spent := time.monotonic() - begin) < timeout:
             if trouble := self.trouble():
-                raise ServerError(f"{trouble} before it was ready")
+                raise ServerError(f"{trouble} before it was ready{self.why()}")
             if stopping() or self.is_up():
                 return spent
             progress(spent)
             time.sleep(POLL_S)
-        raise ServerError(f"tritonserver was not ready within {timeout:.0f} s")
+        raise ServerError(self.late(timeout))
+
+    def why(self) -> str:
+        """The reason in the log of a server that has ended, to stand behind what happened; nothing if it runs."""
+        if self.exit_status() is None:
+            return ""
+        reason = self._log.ended()
+        return f": {reason}" if reason else ""
+
+    def late(self, seconds: float) -> str:
+        """What is still waited for, where the server is not ready after so long."""
+        absent = [name for name in contract.MODELS if name != contract.FLUX.name and not self.processes.pids(name)]
+        waited = f"{', '.join(absent)} did not load" if absent else f"nobody says ready at http://{self.http_url}"
+        last = self._log.last()
+        return f"tritonserver was not ready within {seconds:.0f} s: {waited}" + (
+            f"; its last words: {last}" if last else ""
+        )
 
     def is_up(self) -> bool:
         """Whether every model is loaded. The bundled server's memory is limited from then on."""
@@ -212,15 +236,15 @@ class TritonServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._log.forget()
         deadline = time.monotonic() + _GONE_TIMEOUT_S
         while not self.processes.gone() and time.monotonic() < deadline and not hurry():
             time.sleep(POLL_S / 10)
         self.table.reset()
         self.processes.reset()
         self._stopped_ns = 0
-        for left in _SHARED_MEMORY.glob(f"{self._prefix}*"):
-            if left not in (self.table.path, self.processes.path):
-                left.unlink(missing_ok=True)
+        for left in self._left() - {self.table.path, self.processes.path}:
+            left.unlink(missing_ok=True)
 
     def exit_status(self) -> int | None:
         return self._process.poll() if self._process else None
@@ -278,11 +302,14 @@ class TritonServer:
             return None
 
     def _clean(self) -> None:
+        self._log.close()
         shutil.rmtree(self._home, ignore_errors=True)
-        for left in _SHARED_MEMORY.glob(f"{self._prefix}*"):
+        for left in self._left() | {self.table.path, self.processes.path}:
             left.unlink(missing_ok=True)
-        self.table.path.unlink(missing_ok=True)
-        self.processes.path.unlink(missing_ok=True)
+
+    def _left(self) -> set[Path]:
+        """This server's files in shared memory."""
+        return set(_SHARED_MEMORY.glob(f"{self._prefix}*")) - {self._home}
 
 
 def _status(status: int) -> str:

@@ -67,11 +67,13 @@ class Watch:
 
     def _overdue(self) -> str | None:
         loading = self._do == self._while_loading and time.monotonic() - self._since > READY_TIMEOUT_S
-        return f"tritonserver was not ready within {READY_TIMEOUT_S:.0f} s" if loading else None
+        return self._server.late(READY_TIMEOUT_S) if loading else None
 
     def _mourn(self, trouble: str) -> None:
         now = time.monotonic()
         lost = _named(self._server)
+        if self._do == self._while_loading:
+            trouble += self._server.why()
         if len(self._deaths) == MAX_RESTARTS and now - self._deaths[0] < RESTARTS_WITHIN_S:
             spent = now - self._deaths[0]
             raise ServerError(f"{trouble}, the {MAX_RESTARTS + 1}th death in {spent:.0f} s; giving up{lost}")

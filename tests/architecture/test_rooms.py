@@ -71,7 +71,7 @@ LAYERS = (
     ("foreign",),
     ("errors", "launcher", "process", "console"),
 )
-ENGINES_MAY_IMPORT = {"spec", "errors", "artifact", "kernels", "checkpoint", "weights", "engines"}
+ENGINES_MAY_IMPORT = {"spec", "errors", "artifact", "kernels", "checkpoint", "weights", "engines", "folder"}
 
 
 @cache

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from fluxserve import contract
+from fluxserve.errors import ServerError
 from fluxserve.png import strips
 from fluxserve.serving import files
 from fluxserve.serving.inflight import InflightTable
@@ -396,6 +397,6 @@ def test_the_gpu_that_was_given_is_the_current_one(
     monkeypatch.setattr("fluxserve.source.Source.open_components", opened)
     parameters = {"inflight": {"string_value": str(tmp_path / "table")}}
     args = {"model_config": json.dumps({"parameters": parameters}), "model_instance_kind": "GPU"}
-    with pytest.raises(Opened):
+    with pytest.raises(ServerError, match="Opened: "):
         serving["generate"].GenerateModel().initialize({**args, "model_instance_device_id": "1"})
     assert chosen == ["cuda:1", "cuda:1"]

@@ -1,15 +1,17 @@
 """The supervisor without a server: what is found, what is refused, how it is started, what is removed."""
 
 import contextlib
+import errno
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
 import sysconfig
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import pytest
 from fluxserve import contract, installation, process, supervisor
 from fluxserve.errors import ServerError
 from fluxserve.installation import Installation, bundled, installed_at
-from fluxserve.supervisor import Ports, TritonServer, arguments, server
+from fluxserve.supervisor import Ports, TritonServer, arguments, server, sockets
 from fluxserve.supervisor import memory as memories
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -111,8 +113,9 @@ def made(tmp_path: Path, **options: str) -> TritonServer:
     (backends / "python" / "libtriton_python.so").touch()
     (tmp_path / "stub").touch()
     for name in contract.MODELS:
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "config.pbtxt").touch()
+        (tmp_path / name / "1").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "config.pbtxt").write_text("ensemble_scheduling")
+        (tmp_path / name / "1" / "model.py").write_text("import fluxserve.serving")
     folders, libpython = (Path("/one"), Path("/two")), Path("/lib/libpython.so")
     installation = Installation(tmp_path / "none", backends, folders, libpython, tmp_path / "stub")
     return TritonServer(tmp_path, Ports(1, 2, 3), installation, options=options)
@@ -279,7 +282,7 @@ def test_what_is_not_there(tmp_path: Path, memory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "host"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "[::1]"), ("box", "box")]
+    ("address", "host"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("localhost", "127.0.0.1")]
 )
 def test_urls(tmp_path: Path, memory: Path, address: str, host: str) -> None:
     with TritonServer(tmp_path, Ports(1, 2, 3), Installation(tmp_path), address=address) as running:
@@ -287,24 +290,178 @@ def test_urls(tmp_path: Path, memory: Path, address: str, host: str) -> None:
         assert urls == (f"{host}:1", f"{host}:2", f"http://{host}:3/metrics")
 
 
+NO_ADDRESS = ("", " ", "box.invalid", "256.1.1.1", "192.0.2.1", "255.255.255.255", "224.0.0.1", "fe80::1%lo", "::1%lo")
+
+
+@pytest.mark.parametrize("address", [*NO_ADDRESS, "[::1]", "127.0.0.1:80", "http://127.0.0.1", "2001:db8::1", "a" * 70])
+def test_an_address_that_cannot_work_is_refused(tmp_path: Path, memory: Path, address: str) -> None:
+    with pytest.raises(ServerError) as refused:
+        TritonServer(tmp_path, Ports(1, 2, 3), Installation(tmp_path), address=address)
+    said = str(refused.value)
+    assert said.startswith(f"--address: got {address!r}; expected an IP address of this machine") and "\n" not in said
+    assert list(memory.iterdir()) == [], "before anything is made"
+
+
+def test_an_address_in_ipv6(tmp_path: Path, memory: Path) -> None:
+    if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists():
+        pytest.skip("no IPv6")
+    with made(tmp_path) as running:
+        running._address = "::1"
+        assert {"--http-address=ipv6:::1", "--grpc-address=[::1]", "--metrics-address=ipv6:::1"} < set(
+            running.launch.command()
+        )
+        assert running.grpc_url == "[::1]:2"
+    assert [sockets.resolved(address) for address in ("::1", "0:0::1", "::", "127.1")] == [
+        "::1",
+        "::1",
+        "::",
+        "127.0.0.1",
+    ]
+
+
+def test_a_port_given_twice() -> None:
+    with pytest.raises(
+        ServerError, match=r"--http-port 80, --grpc-port 80, --metrics-port 3; expected a different one"
+    ):
+        Ports(80, 80, 3).refuse_taken("127.0.0.1")
+
+
+def test_who_has_a_port_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        who = rf"--grpc-port: 127.0.0.1:{port} can't be had \(Address already in use; .*, process {os.getpid()}\)"
+        with pytest.raises(ServerError, match=who):
+            Ports(Ports.free().http, port, 1023).refuse_taken("127.0.0.1")
+
+
+def test_a_port_of_roots(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> socket.socket:
+        raise PermissionError(errno.EACCES, "Permission denied (while attempting to bind)")
+
+    monkeypatch.setattr(socket, "create_server", refused)
+    with pytest.raises(ServerError, match=r"--http-port: 127.0.0.1:80 can't be had \(Permission denied\)$"):
+        Ports(80, 2, 3).refuse_taken("127.0.0.1")
+
+
+def no_config(model: Path) -> str:
+    (model / "config.pbtxt").unlink()
+    return "generate/config.pbtxt: No such file or directory"
+
+
+def dangling(model: Path) -> str:
+    shutil.rmtree(model)
+    model.symlink_to("nowhere")
+    return "generate/config.pbtxt: No such file or directory"
+
+
+def no_version(model: Path) -> str:
+    (model / "1" / "model.py").rename(model / "model.py")
+    return "generate/1/model.py: No such file or directory"
+
+
+def a_file(model: Path) -> str:
+    shutil.rmtree(model)
+    model.touch()
+    return "generate/config.pbtxt: Not a directory"
+
+
+def somebody_elses(model: Path) -> str:
+    (model / "1" / "model.py").write_text("import vllm")
+    return "generate/1/model.py: another model's"
+
+
+def endless(model: Path) -> str:
+    shutil.rmtree(model)
+    model.symlink_to(model)
+    return "generate/config.pbtxt: Too many levels of symbolic links"
+
+
+@pytest.mark.parametrize("damage", [no_config, dangling, no_version, a_file, somebody_elses, endless])
+def test_a_model_that_is_not_ours_is_refused_by_name(
+    tmp_path: Path, memory: Path, damage: Callable[[Path], str]
+) -> None:
+    with made(tmp_path) as running:
+        message = damage(tmp_path / "generate")
+        with pytest.raises(ServerError) as refused:
+            running.start()
+        assert f"{tmp_path}/{message}; expected `generate` of fluxserve's model repository" == str(refused.value)
+        assert running.exit_status() is None, "before Triton starts"
+
+
+def test_the_ensemble_is_ours_too(tmp_path: Path, memory: Path) -> None:
+    with made(tmp_path) as running:
+        shutil.rmtree(tmp_path / "flux" / "1")
+        with pytest.raises(ServerError, match="flux: no folder `1` for its version"):
+            running.launch.command()
+        (tmp_path / "flux" / "config.pbtxt").write_text('backend: "vllm"')
+        with pytest.raises(ServerError, match=r"flux/config\.pbtxt: another model's"):
+            running.launch.command()
+
+
+def test_a_model_that_cannot_be_read(tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path, **_: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    with made(tmp_path) as running, monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", denied)
+        with pytest.raises(ServerError, match=r"flux/config\.pbtxt: Permission denied; expected `flux`"):
+            running.launch.command()
+
+
+def test_paths_are_of_the_folder_that_the_user_is_in(
+    tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton runs in a folder of its own, which holds this package and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("FLUXSERVE_ARTIFACT", "model")
+    monkeypatch.setattr("sys.path", ["", "here", *sys.path])
+    with made(tmp_path, checkpoint="model") as running:
+        running._arguments = ["--grpc-server-cert=a.pem", "--log-f=log", "--trace-config=triton,file=t", "--log-info=1"]
+        assert running.launch.command()[-4:] == [
+            f"--grpc-server-cert={tmp_path}/a.pem",
+            f"--log-f={tmp_path}/log",
+            f"--trace-config=triton,file={tmp_path}/t",
+            "--log-info=1",
+        ]
+        env = running.launch.environment()
+        assert env["FLUXSERVE_CHECKPOINT"] == env["FLUXSERVE_ARTIFACT"] == str(tmp_path / "model")
+        assert all(Path(folder).is_absolute() for folder in env["PYTHONPATH"].split(":"))
+        (package,) = running.launch.folder().iterdir()
+        assert package.resolve() == Path(supervisor.__file__).parents[1]
+    with made(tmp_path, checkpoint="black-forest-labs/FLUX.1-dev") as running:
+        assert running.launch.environment()["FLUXSERVE_CHECKPOINT"] == "black-forest-labs/FLUX.1-dev", "no path of ours"
+
+
+def test_a_collector_on_this_machine_is_reached_without_a_proxy(
+    tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "intern")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with made(tmp_path) as running:
+        env = running.launch.environment()
+        assert env["no_proxy"] == "intern,localhost,127.0.0.1,::1" and env["NO_PROXY"] == "localhost,127.0.0.1,::1"
+
+
 def test_a_server_that_ends_before_it_is_ready(tmp_path: Path, memory: Path) -> None:
     script = tmp_path / "none"
-    script.write_text("#!/bin/sh\nexit 3\n")
+    script.write_text("#!/bin/sh\necho no room; exit 3\n")
     script.chmod(0o700)
     with made(tmp_path) as running:
         running.start()
-        with pytest.raises(ServerError, match="ended with status 3 before it was ready"):
+        with pytest.raises(ServerError, match=r"ended with status 3 before it was ready: no room$"):
             running.wait_ready(20)
 
 
 def test_a_server_that_never_gets_ready(tmp_path: Path, memory: Path) -> None:
     script = tmp_path / "none"
-    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    script.write_text("#!/bin/sh\necho loading\nexec sleep 60\n")
     script.chmod(0o700)
     with made(tmp_path) as running:
         running.start()
-        with pytest.raises(ServerError, match="not ready within 0 s"):
-            running.wait_ready(0.2)
+        waited = r"prepare, generate, control did not load; its last words: loading$"
+        with pytest.raises(ServerError, match=f"not ready within 1 s: {waited}"):
+            running.wait_ready(1)
         assert running.wait_ready(5, stopping=lambda: True) < 1
     assert running.exit_status() is not None, "stopped on the way out"
 

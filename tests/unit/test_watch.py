@@ -44,6 +44,12 @@ class Server:
             self.troubles[self.now] = "tritonserver ended with SIGKILL"
             raise self.refuses.pop()
 
+    def why(self) -> str:
+        return ": its log says so"
+
+    def late(self, seconds: float) -> str:
+        return f"tritonserver was not ready within {seconds:.0f} s: generate did not load"
+
     def is_up(self) -> bool:
         return self.now - self.starts[-1] >= self.loads
 
@@ -84,8 +90,14 @@ def test_a_death_while_it_loads_is_one_of_four(server: Server) -> None:
     assert watched(server, 60)[-1] == f"tritonserver is back after {LOADS_S:.1f} s"
     assert len(server.starts) == 3
     server.troubles = {1100.0 + k: "d died" for k in range(4)}
-    with pytest.raises(ServerError, match=r"d died, the 4th death in 3 s; giving up"):
+    with pytest.raises(ServerError, match=r"d died: its log says so, the 4th death in 3 s; giving up"):
         watched(server, 60)
+
+
+def test_a_death_while_it_loads_has_the_reason_that_the_log_gives(server: Server) -> None:
+    server.troubles = {1010.0: "a died", 1011.0: "b died"}
+    first, second, _ = watched(server, 60)
+    assert first.startswith("a died; starting it again") and second.startswith("b died: its log says so; starting")
 
 
 def test_deaths_long_ago_do_not_count(server: Server) -> None:
@@ -107,7 +119,7 @@ def test_a_start_that_is_refused_is_tried_again(server: Server) -> None:
 def test_a_load_that_never_ends_is_a_death(server: Server) -> None:
     server.troubles, server.loads = {1010.0: "a died"}, 1e9
     reports = watched(server, READY_TIMEOUT_S + 60)
-    assert reports[-1].startswith("tritonserver was not ready within 600 s; starting it again")
+    assert reports[-1].startswith("tritonserver was not ready within 600 s: generate did not load")
     assert len(server.starts) == 2
 
 
