@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import socket
 import threading
@@ -37,8 +38,12 @@ def wait_for(holds: Callable[[], object], patience: float = 10.0) -> None:
 
 
 def server_of(fake: Any, url: str = "grpc://fake", ready: bool = True) -> Server:
-    """A server of the fleet that `fake` plays."""
-    transport = MockTransport(fake, ready_models=("flux", "control") if ready else ())
+    """A server of the fleet that `fake` plays. As in Triton, hanging up does not stop a request; `cancel` does."""
+
+    async def answer(model: str, inputs: Any, request_id: str) -> Any:
+        return await asyncio.shield(fake(model, inputs, request_id))
+
+    transport = MockTransport(answer, ready_models=("flux", "control") if ready else ())
     return Server(url, AsyncClient(transport=transport, poll_interval=0.01))
 
 
@@ -53,7 +58,22 @@ class Gateway:
         self.url = f"http://127.0.0.1:{self.port}"
         settings = uvicorn.Config(app, log_config=None, access_log=False, http="h11", timeout_graceful_shutdown=5)
         self._server = uvicorn.Server(settings)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        self._loop.run_until_complete(self._server.serve(sockets=[self._socket]))
+        self._loop.close()
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks the gateway's event loop has."""
+        return len(asyncio.all_tasks(self._loop))
+
+    @property
+    def connections(self) -> int:
+        """How many callers are connected, or hung up unnoticed."""
+        return len(self._server.server_state.connections)
 
     def __enter__(self) -> Self:
         self._thread.start()

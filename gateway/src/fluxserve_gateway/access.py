@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.requests import Request
 
@@ -48,16 +48,19 @@ class Access:
 
     def _check_loopback(self, request: Request) -> None:
         """Keep web pages out: a browser lets any page send forms to this machine, or rename itself to it by DNS."""
-        host = urlsplit(f"//{request.headers.get('host', '')}")
-        if _hostname(f"//{request.headers.get('host', '')}") not in _LOOPBACK_NAMES:
+        host = _parts(f"//{request.headers.get('host', '')}")
+        if host is None or host.hostname not in _LOOPBACK_NAMES:
             raise Forbidden("host: a gateway without keys answers to localhost, 127.0.0.1 and [::1] alone")
         origin = request.headers.get("origin")
-        if origin and origin not in self._config.cors_origins and urlsplit(origin).netloc != host.netloc:
+        if origin is None or origin in self._config.cors_origins:
+            return
+        page = _parts(origin)
+        if page is None or page.netloc != host.netloc:
             raise Forbidden("origin: a gateway without keys takes no requests of other web pages")
 
 
-def _hostname(url: str) -> str | None:
+def _parts(url: str) -> SplitResult | None:
     try:
-        return urlsplit(url).hostname
+        return urlsplit(url)
     except ValueError:
         return None

@@ -164,6 +164,9 @@ _FROM_CLIENT: tuple[tuple[type[FluxserveError], int, Mapping[str, Any]], ...] = 
     (FluxserveError, 500, {"code": "upstream_error"}),
 )
 
+# Of a connection that was never made: the request did not leave. Any other broken connection may have carried it.
+_NEVER_CONNECTED = re.compile(r"failed to connect|errors? resolving|resolution failed|cannot connect to host", re.I)
+
 _FIELD = re.compile(r"(?P<name>[a-z_]+(?:, [a-z_]+)*): ")
 
 
@@ -179,7 +182,8 @@ def from_client(error: FluxserveError, renamed: Mapping[str, str]) -> GatewayErr
         return _invalid(error, renamed)
     status, details = next((status, details) for kind, status, details in _FROM_CLIENT if isinstance(error, kind))
     if isinstance(error, ConnectionFailed | AccessDenied):
-        return Upstream(status, "the model's server could not be reached", **details)
+        never = {"should_retry": True} if surely_not_begun(error) else {}
+        return Upstream(status, "the model's server could not be reached", **{**details, **never})
     return Upstream(status, error.message, **details)
 
 
@@ -192,3 +196,10 @@ def _invalid(error: InvalidRequest, renamed: Mapping[str, str]) -> GatewayError:
     param = renamed.get(own, own)
     rest = error.message[field.end() :]
     return InvalidField(f"{param}: {rest}" if param == own else f"{param} ({own}): {rest}", param=param)
+
+
+def surely_not_begun(error: FluxserveError) -> bool:
+    """Whether the server cannot have begun the request: it refused it, or the connection was never made."""
+    if isinstance(error, ConnectionFailed):
+        return bool(_NEVER_CONNECTED.search(error.message))
+    return isinstance(error, Unavailable)

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fluxserve_client import AsyncClient, ConnectionFailed, FluxserveError, Result, Unavailable
 from fluxserve_client.aio import ProgressCallback
 
-from fluxserve_gateway.errors import InvalidField, ModelNotFound, Overloaded
+from fluxserve_gateway.errors import InvalidField, ModelNotFound, Overloaded, surely_not_begun
 
 log = logging.getLogger("fluxserve_gateway")
 
 _PROBE_TIMEOUT_S = 2.0
-
-# Of a connection that was never made: the request did not leave. Any other broken connection may have carried it.
-_NEVER_CONNECTED = re.compile(r"failed to connect|errors? resolving|resolution failed|cannot connect to host", re.I)
 
 
 class Server:
@@ -150,10 +146,3 @@ class Fleet:
         self._turn += 1
         chosen.turn = self._turn
         return chosen
-
-
-def surely_not_begun(error: FluxserveError) -> bool:
-    """Whether the server cannot have begun the request: it refused it, or the connection was never made."""
-    if isinstance(error, ConnectionFailed):
-        return bool(_NEVER_CONNECTED.search(error.message))
-    return isinstance(error, Unavailable)

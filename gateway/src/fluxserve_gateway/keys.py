@@ -81,7 +81,8 @@ class Keys:
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
         self._check_mode()
         try:
-            self._database = sqlite3.connect(path, timeout=5, isolation_level=None)
+            # used by one thread at a time: the event loop's, which may not be the one that opened it
+            self._database = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
             self._database.execute(_SCHEMA)
         except sqlite3.Error as error:
             raise KeysError(f"keys: {path} cannot be used: {error}") from error
