@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from fluxserve_gateway.access import Access
 from fluxserve_gateway.border import Border, Record
 from fluxserve_gateway.config import Config
-from fluxserve_gateway.documents import EDIT, GENERATION, PICTURES
+from fluxserve_gateway.documents import EDIT, GENERATION, MODEL, PICTURES, refusals
 from fluxserve_gateway.errors import ModelNotFound, NoSuchRoute
 from fluxserve_gateway.fleet import Fleet
 from fluxserve_gateway.images import Images
@@ -94,16 +94,17 @@ def _add_models(app: FastAPI, fleet: Fleet, access: Access) -> None:
     def described(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": 0, "owned_by": "fluxserve"}
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=refusals(401, 403))
     async def models(request: Request) -> JSONResponse:
         """List the models that are served."""
         access.key_of(request)
         return JSONResponse({"object": "list", "data": [described(name) for name in fleet.models]})
 
-    @app.get("/v1/models/{model:path}")
-    async def model(request: Request, model: str) -> JSONResponse:
+    @app.get("/v1/models/{model:path}", openapi_extra=MODEL, responses=refusals(401, 403, 404))
+    async def model(request: Request) -> JSONResponse:
         """Describe one model."""
         access.key_of(request)
+        model = request.path_params["model"]
         if model not in fleet.models:
             raise ModelNotFound(f"model: got {model[:60]!r}; allowed: {', '.join(fleet.models)}", param="model")
         return JSONResponse(described(model))
@@ -124,7 +125,7 @@ def _add_operations(app: FastAPI, fleet: Fleet, metrics: Metrics, access: Access
         }
         return JSONResponse({"ready": fleet.ready, "models": models}, 200 if fleet.ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses=refusals(401, 403))
     async def read_metrics(request: Request) -> Response:
         """Tell Prometheus; with keys, any of them is needed."""
         access.key_of(request)
@@ -133,4 +134,4 @@ def _add_operations(app: FastAPI, fleet: Fleet, metrics: Metrics, access: Access
 
 async def _no_such_route(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    raise NoSuchRoute(error.status_code, str(error.detail), (error.headers or {}).get("allow")) from error
+    raise NoSuchRoute(error.status_code, str(error.detail), (error.headers or {}).get("Allow")) from error

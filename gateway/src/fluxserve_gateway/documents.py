@@ -91,13 +91,19 @@ _WORDS = {
     504: "the request took too long",
 }
 
+MODEL = {"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]}
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The answers with these statuses: errors, as OpenAI writes them."""
+    content = {"application/json": {"schema": _ERROR}}
+    return {status: {"description": _WORDS[status], "content": content} for status in statuses}
+
+
 PICTURES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "the pictures, or, with `stream`, events",
         "content": {"application/json": {"schema": _ANSWER}, "text/event-stream": {}},
     },
-    **{
-        status: {"description": words, "content": {"application/json": {"schema": _ERROR}}}
-        for status, words in _WORDS.items()
-    },
+    **refusals(*_WORDS),
 }
