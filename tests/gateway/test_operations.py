@@ -25,7 +25,14 @@ def samples(gateway: Gateway) -> dict[str, float]:
     return {name.removeprefix("fluxserve_gateway_"): float(value) for name, value in lines}
 
 
-def test_metrics(gateway: Gateway, fake: FakeFlux) -> None:
+@pytest.fixture
+def fresh(fake: FakeFlux) -> Iterator[Gateway]:
+    with in_front_of(fake) as opened:
+        yield opened
+
+
+def test_metrics(fresh: Gateway, fake: FakeFlux) -> None:
+    gateway = fresh
     gateway.post(json={"prompt": "a", "n": 2})
     gateway.post(json={"prompt": "a", "n": 0})
     gateway.post(json={"prompt": "a", "model": "a caller's own words"})
@@ -162,7 +169,7 @@ def test_the_api_keeps_its_document(gateway: Gateway, mode: schemathesis.Generat
 
 
 def _judge(cases: SearchStrategy[schemathesis.Case]) -> None:
-    @settings(max_examples=15, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=10, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(cases)
     def check(case: schemathesis.Case) -> None:
         # a document cannot say all that is refused: a model that is not served, bytes that are no picture

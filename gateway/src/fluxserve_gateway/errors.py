@@ -151,11 +151,10 @@ class CallerGone(Exception):
     """The caller hung up; nothing is left to answer."""
 
 
-# The first class that fits. A cancelled request and one whose time is up must not be drawn again by a library's
-# retry; a server that cannot take a request has not begun it.
+# The first class that fits. What was cancelled, or took too long, must not be drawn again by a library's retry.
 _FROM_CLIENT: tuple[tuple[type[FluxserveError], int, Mapping[str, Any]], ...] = (
-    (QueueFull, 503, {"code": "queue_full", "retry_after": 2.0, "should_retry": True}),
-    (Unavailable, 503, {"code": "unavailable", "retry_after": 5.0, "should_retry": True}),
+    (QueueFull, 503, {"code": "queue_full", "retry_after": 2.0}),
+    (Unavailable, 503, {"code": "unavailable", "retry_after": 5.0}),
     (Cancelled, 409, {"code": "cancelled", "should_retry": False}),
     (RequestIdInUse, 409, {"code": "request_id_in_use", "should_retry": False}),
     (DeadlineExceeded, 504, {"code": "timeout", "should_retry": False}),
@@ -164,7 +163,13 @@ _FROM_CLIENT: tuple[tuple[type[FluxserveError], int, Mapping[str, Any]], ...] = 
     (FluxserveError, 500, {"code": "upstream_error"}),
 )
 
-# Of a connection that was never made: the request did not leave. Any other broken connection may have carried it.
+# A refusal before the first step, and a connection that was never made. Other words may be of a picture that was drawn,
+# as when shared memory has no room for the answer, or of a connection that broke under a running request.
+_REFUSED = re.compile(
+    r"server: it is shutting down|images: .*no more may"  # ours
+    r"|server is stopping|has stopped accepting|unknown model|is not ready",  # Triton's
+    re.IGNORECASE,
+)
 _NEVER_CONNECTED = re.compile(r"failed to connect|errors? resolving|resolution failed|cannot connect to host", re.I)
 
 _FIELD = re.compile(r"(?P<name>[a-z_]+(?:, [a-z_]+)*): ")
@@ -181,10 +186,10 @@ def from_client(error: FluxserveError, renamed: Mapping[str, str]) -> GatewayErr
     if isinstance(error, InvalidRequest):
         return _invalid(error, renamed)
     status, details = next((status, details) for kind, status, details in _FROM_CLIENT if isinstance(error, kind))
-    if isinstance(error, ConnectionFailed | AccessDenied):
-        never = {"should_retry": True} if surely_not_begun(error) else {}
-        return Upstream(status, "the model's server could not be reached", **{**details, **never})
-    return Upstream(status, error.message, **details)
+    if surely_not_begun(error):
+        details = {**details, "should_retry": True}
+    private = isinstance(error, ConnectionFailed | AccessDenied)
+    return Upstream(status, "the model's server could not be reached" if private else error.message, **details)
 
 
 def _invalid(error: InvalidRequest, renamed: Mapping[str, str]) -> GatewayError:
@@ -202,4 +207,4 @@ def surely_not_begun(error: FluxserveError) -> bool:
     """Whether the server cannot have begun the request: it refused it, or the connection was never made."""
     if isinstance(error, ConnectionFailed):
         return bool(_NEVER_CONNECTED.search(error.message))
-    return isinstance(error, Unavailable)
+    return isinstance(error, QueueFull) or (isinstance(error, Unavailable) and bool(_REFUSED.search(error.message)))

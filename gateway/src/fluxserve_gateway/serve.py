@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -84,7 +85,7 @@ def run(fleet: Fleet, config: Config, keys: Keys | None, listening: Listening) -
         raise ValueError(f"no-auth: got host {listening.host}, expected a loopback address, e.g. 127.0.0.1")
     config = replace(config, loopback_only=keys is None, https=listening.certificate is not None)
     log_as_json()
-    uvicorn.Server(
+    server = uvicorn.Server(
         uvicorn.Config(
             create_app(fleet, config=config, keys=keys),
             host=listening.host,
@@ -100,7 +101,10 @@ def run(fleet: Fleet, config: Config, keys: Keys | None, listening: Listening) -
             http="h11",
             ws="none",
         )
-    ).run()
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has drained
+        signal.signal(number, lambda *_: None)
+    server.run()
 
 
 def log_as_json() -> None:
