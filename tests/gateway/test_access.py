@@ -13,6 +13,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from fluxserve_client.errors import QueueFull
 from fluxserve_gateway import Config
 from fluxserve_gateway.keys import Keys, KeysError, Limits
 from fluxserve_gateway.limits import Bucket
@@ -79,6 +80,9 @@ def test_the_file_of_keys_is_its_owners(path: Path, tmp_path: Path) -> None:
     path.chmod(0o640)
     with pytest.raises(KeysError, match="mode 640"):
         Keys(path)
+    path.chmod(0o400)
+    Keys(path).close()  # a gateway need not be able to write
+    path.chmod(0o600)
     other = tmp_path / "text"
     other.write_text("no database " * 200)
     other.chmod(0o600)
@@ -110,6 +114,20 @@ def test_pixels_a_minute(guarded: Guarded) -> None:
         client.images.generate(prompt="a", size="64x64")
     with pytest.raises(openai.RateLimitError):
         client.images.generate(prompt="a", size="64x64", n=2)
+
+
+def test_who_hangs_up_pays_and_who_is_refused_does_not(guarded: Guarded, fake: FakeFlux) -> None:
+    _, secret = guarded.keys.create("a", Limits(pixels_per_minute=64 * 64))
+    client = guarded.gateway.sdk(api_key=secret)
+    fake.error = QueueFull("queue: 64 requests are waiting")
+    for _ in range(3):
+        with pytest.raises(openai.InternalServerError):
+            client.images.generate(prompt="a", size="64x64")
+    fake.error, fake.steps, fake.step_s = None, 1000, 0.01
+    client.images.generate(prompt="a", size="64x64", stream=True).close()
+    wait_for(lambda: fake.ended)
+    with pytest.raises(openai.RateLimitError, match="pixels a minute"):
+        client.images.generate(prompt="a", size="64x64")
 
 
 def test_requests_at_a_time(guarded: Guarded, fake: FakeFlux) -> None:

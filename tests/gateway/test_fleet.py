@@ -82,6 +82,7 @@ async def test_what_may_have_been_begun_goes_nowhere_else(error: FluxserveError)
     with pytest.raises(type(error)):
         await draw(fleet)
     assert second.requests == []
+    assert (("r0", "cancel") in first.actions) == (error is not MAYBE_BEGUN[-1])  # it may run on: it is stopped
 
 
 async def test_each_server_is_tried_once() -> None:
@@ -114,6 +115,23 @@ async def test_a_broken_connection_ends_readiness_until_the_next_probe() -> None
     fake.error = None
     await fleet.probe()
     assert fleet.ready
+
+
+async def test_a_probe_that_fails_in_its_own_way_is_followed_by_another() -> None:
+    fleet = fleet_of(FakeFlux())
+    (server,) = fleet.servers
+    ready, server.client.ready = server.client.ready, _broken  # type: ignore[method-assign]
+    watching = asyncio.create_task(fleet.watch(0.01))
+    await asyncio.sleep(0.05)
+    assert not fleet.ready
+    server.client.ready = ready  # type: ignore[method-assign]
+    await asyncio.sleep(0.1)
+    assert fleet.ready
+    watching.cancel()
+
+
+async def _broken(**_: object) -> bool:
+    raise RuntimeError("a fault of the library")
 
 
 async def test_names() -> None:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import httpx2
 import pytest
 import schemathesis
 from fluxserve_client.errors import QueueFull
@@ -135,6 +136,12 @@ def test_a_fault_of_ours_says_nothing_outside(fake: FakeFlux, lines: list[dict[s
             answer = gateway.post(json={"prompt": "a", "stream": stream})
             assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
             assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/metrics"])
+def test_balancers_may_ask_for_the_head_alone(gateway: Gateway, path: str) -> None:
+    answer = httpx2.head(gateway.url + path, verify=False)
+    assert (answer.status_code, answer.content) == (200, b"")
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/health/live", "/nothing"])

@@ -111,11 +111,13 @@ def _add_models(app: FastAPI, fleet: Fleet, access: Access) -> None:
 
 
 def _add_operations(app: FastAPI, fleet: Fleet, metrics: Metrics, access: Access) -> None:
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live")
     async def live() -> JSONResponse:
         """Tell that the gateway runs."""
         return JSONResponse({"live": True})
 
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", responses={503: {"description": "no model can be drawn now"}})
     async def ready() -> JSONResponse:
         """Tell how many servers of each model take requests."""
@@ -125,6 +127,7 @@ def _add_operations(app: FastAPI, fleet: Fleet, metrics: Metrics, access: Access
         }
         return JSONResponse({"ready": fleet.ready, "models": models}, 200 if fleet.ready else 503)
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", response_class=PlainTextResponse, responses=refusals(401, 403))
     async def read_metrics(request: Request) -> Response:
         """Tell Prometheus; with keys, any of them is needed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fluxserve_client import AsyncClient, ConnectionFailed, FluxserveError, Result, Unavailable
@@ -15,6 +16,7 @@ from fluxserve_gateway.errors import InvalidField, ModelNotFound, Overloaded, su
 log = logging.getLogger("fluxserve_gateway")
 
 _PROBE_TIMEOUT_S = 2.0
+_FORGET_TIMEOUT_S = 1.0
 
 
 class Server:
@@ -38,13 +40,18 @@ class Server:
         """Ask whether it is ready; no answer in time means no."""
         try:
             ready = await self.client.ready(timeout=_PROBE_TIMEOUT_S)
-        except FluxserveError as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, the next probe must come)
             if self.ready:
-                log.warning("server %s is not ready: %s", self.url, error.message)
+                log.warning("server %s is not ready: %s", self.url, error)
             ready = False
         if ready and not self.ready:
             log.info("server %s is ready", self.url)
         self.ready = ready
+
+    async def forget(self, request_id: str) -> None:
+        """Stop a request whose connection broke, if the server still has it; it may be gone as well."""
+        with suppress(FluxserveError):
+            await self.client.cancel(request_id, timeout=_FORGET_TIMEOUT_S)
 
 
 class Fleet:
@@ -129,6 +136,7 @@ class Fleet:
                     server.ready = False  # until a probe says otherwise
                     log.warning("server %s: %s", server.url, error.message)
                 if not surely_not_begun(error):
+                    await server.forget(request_id)
                     raise
                 failure = error
             finally:

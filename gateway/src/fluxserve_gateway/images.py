@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from fluxserve_client import FluxserveError, Progress, Result
+from fluxserve_client import Cancelled, DeadlineExceeded, FluxserveError, Progress, Result
 from fluxserve_client.aio import ProgressCallback
 from starlette.requests import Request
 from starlette.responses import Response
@@ -42,6 +42,16 @@ class Drawing:
     arguments: dict[str, Any]
     model: str
     asked: Asked
+
+
+@dataclass
+class Charge:
+    """What a request costs its key: the pixels asked for, until those that were drawn are known.
+
+    A caller who hangs up pays for what he asked for: the server has worked for him.
+    """
+
+    pixels: int
 
 
 class Images:
@@ -116,12 +126,10 @@ class Images:
 
     async def _answer(self, request: Request, key: Key, drawing: Drawing) -> Response:
         record = record_of(request)
-        drawn = self._admit(key, drawing, record)
+        charge = self._admit(key, drawing, record)
 
         async def draw(progress: ProgressCallback | None = None) -> Result:
-            result = await self._draw(drawing, record, progress)
-            drawn(result)
-            return result
+            return await self._draw(drawing, record, charge, progress)
 
         if not drawing.body.stream:
             result = await unless_gone(request.receive, draw())
@@ -131,24 +139,19 @@ class Images:
         first = await unless_gone(request.receive, _first(events))
         return EventStream(first, events, drawing.asked, record)
 
-    def _admit(self, key: Key, drawing: Drawing, record: Record) -> Callable[[Result], None]:
-        """Count the request against its key; return what is to be called with its result."""
+    def _admit(self, key: Key, drawing: Drawing, record: Record) -> Charge:
+        """Count the request against its key."""
         size = drawing.body.height_width
-        end = self._usage.admit(key, drawing.body.count * (size[0] * size[1] if size else _GUESSED_PIXELS))
-        pixels = 0
-        record.at_end(lambda: end(pixels))
+        charge = Charge(drawing.body.count * (size[0] * size[1] if size else _GUESSED_PIXELS))
+        end = self._usage.admit(key, charge.pixels)
+        record.at_end(lambda: end(charge.pixels))
+        return charge
 
-        def drawn(result: Result) -> None:
-            nonlocal pixels
-            pixels = len(result.images) * result.height * result.width
-            self._metrics.drawn(drawing.model, pixels, result.timings.queue / 1000)
-            record.fields |= {"pixels": pixels, "queue_ms": result.timings.queue, "total_ms": result.timings.total}
-
-        return drawn
-
-    async def _draw(self, drawing: Drawing, record: Record, progress: ProgressCallback | None) -> Result:
+    async def _draw(
+        self, drawing: Drawing, record: Record, charge: Charge, progress: ProgressCallback | None
+    ) -> Result:
         try:
-            return await self._fleet.draw(
+            result = await self._fleet.draw(
                 drawing.model,
                 drawing.arguments,
                 request_id=record.request_id,
@@ -156,8 +159,14 @@ class Images:
                 progress=progress,
             )
         except FluxserveError as error:
+            if not isinstance(error, Cancelled | DeadlineExceeded):
+                charge.pixels = 0
             record.fields["server_said"] = error.message[:300]
             raise from_client(error, fields.RENAMED) from error
+        charge.pixels = len(result.images) * result.height * result.width
+        self._metrics.drawn(drawing.model, charge.pixels, result.timings.queue / 1000)
+        record.fields |= {"pixels": charge.pixels, "queue_ms": result.timings.queue, "total_ms": result.timings.total}
+        return result
 
 
 async def _follow(draw: Callable[[ProgressCallback], Awaitable[Result]]) -> AsyncGenerator[Event, None]:

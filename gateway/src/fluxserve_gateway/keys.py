@@ -30,6 +30,9 @@ CREATE TABLE IF NOT EXISTS keys (
 """
 
 
+_SELECT = "SELECT id, name, created, revoked, requests_per_minute, pixels_per_minute, at_a_time FROM keys"
+
+
 class KeysError(Exception):
     """A file of keys that cannot be used, or an id that is not in it."""
 
@@ -83,7 +86,7 @@ class Keys:
         try:
             # used by one thread at a time: the event loop's, which may not be the one that opened it
             self._database = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
-            self._database.execute(_SCHEMA)
+            self._database.execute(_SCHEMA if create else f"{_SELECT} LIMIT 0")  # a gateway may be unable to write
         except sqlite3.Error as error:
             raise KeysError(f"keys: {path} cannot be used: {error}") from error
 
@@ -137,9 +140,6 @@ class Keys:
         """The key with this secret; None if there is none, or it was revoked."""
         row = self._database.execute(f"{_SELECT} WHERE hash = ? AND revoked IS NULL", (_hash(secret),)).fetchone()
         return _key(row) if row else None
-
-
-_SELECT = "SELECT id, name, created, revoked, requests_per_minute, pixels_per_minute, at_a_time FROM keys"
 
 
 def _key(row: tuple[str, str, int, int | None, int | None, int | None, int | None]) -> Key:
