@@ -222,6 +222,19 @@ def test_all_bodies_have_a_bound_together(fake: FakeFlux) -> None:
         assert gateway.post("/v1/images/edits", json=large).status_code == 200
 
 
+def test_requests_have_a_bound_together(fake: FakeFlux) -> None:
+    with in_front_of(fake, config=Config(max_requests=1)) as gateway:
+        for _ in range(3):
+            assert gateway.post(json={"prompt": "a"}).status_code == 200
+        assert gateway.post(json={"prompt": ""}).status_code == 400
+        fake.steps, fake.step_s = 1000, 0.01
+        with gateway.sdk().images.generate(prompt="a", stream=True):
+            answer = gateway.post(json={"prompt": "a"})
+            assert (answer.status_code, answer.headers["x-should-retry"]) == (503, "true")
+        fake.steps = 1
+        wait_for(lambda: gateway.post(json={"prompt": "a"}).status_code == 200)
+
+
 def _noise() -> bytes:
     import random
 

@@ -20,7 +20,7 @@ _PLACE = b'"b64_json": ""'  # no text can hold these characters once JSON has es
 
 
 @dataclass(frozen=True)
-class Asked:
+class Echo:
     """What an answer repeats of its request.
 
     Attributes:
@@ -34,24 +34,24 @@ class Asked:
     input_pixels: int
 
 
-def response(result: Result, asked: Asked) -> bytes:
+def response(result: Result, echo: Echo) -> bytes:
     """The body that answers a request without `stream`."""
     answer = {
         "created": int(time.time()),
         "background": "opaque",
         "output_format": result.format,
         "size": _size(result),
-        "safety_identifier": asked.safety_identifier,
-        "usage": _usage(result, asked, len(result.images)),
+        "safety_identifier": echo.safety_identifier,
+        "usage": _usage(result, echo, len(result.images)),
         "data": [{"b64_json": "", "seed": seed} for seed in result.seeds],
     }
     return _with_pictures(answer, result.images)
 
 
-def completed(result: Result, asked: Asked) -> Iterator[bytes]:
+def completed(result: Result, echo: Echo) -> Iterator[bytes]:
     """The events that end a stream: one for each picture, in the order of their seeds."""
     for image, seed in zip(result.images, result.seeds, strict=True):
-        name = f"{asked.operation}.completed"
+        name = f"{echo.operation}.completed"
         event = {
             "type": name,
             "b64_json": "",
@@ -60,7 +60,7 @@ def completed(result: Result, asked: Asked) -> Iterator[bytes]:
             "quality": "auto",
             "background": "opaque",
             "output_format": result.format,
-            "usage": _usage(result, asked, 1),
+            "usage": _usage(result, echo, 1),
             "seed": seed,
         }
         yield _event(name, _with_pictures(event, (image,)))
@@ -84,9 +84,9 @@ def _size(result: Result) -> str:
     return f"{result.width}x{result.height}"
 
 
-def _usage(result: Result, asked: Asked, pictures: int) -> dict[str, Any]:
+def _usage(result: Result, echo: Echo, pictures: int) -> dict[str, Any]:
     """Patches of pixels in the place of tokens; the prompt's are counted nowhere outside the server, so as none."""
-    read = asked.input_pixels // _PATCH
+    read = echo.input_pixels // _PATCH
     drawn = pictures * result.width * result.height // _PATCH
     return {
         "input_tokens": read,

@@ -85,7 +85,7 @@ class Border:
             app: the application.
             ended: called with each record and the seconds it took.
             send_timeout: seconds for which a caller may leave a part of the answer unread.
-            https: whether browsers are told to stay with TLS.
+            https: whether answers require TLS of browsers from now on (HSTS).
         """
         self._app = app
         self._send_timeout = send_timeout

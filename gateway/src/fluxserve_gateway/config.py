@@ -25,7 +25,7 @@ class Config:
         log_prompts: whether prompts are logged.
         cors_origins: web pages of other origins that may call; none by default.
         loopback_only: there are no keys, so requests of web pages, and names that are not this machine's, are refused.
-        https: whether browsers are told to use TLS from now on.
+        https: whether answers require TLS of browsers from now on (HSTS).
     """
 
     max_body: int = 64 * MIB

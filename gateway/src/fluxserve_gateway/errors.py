@@ -163,7 +163,7 @@ _FROM_CLIENT: tuple[tuple[type[FluxserveError], int, Mapping[str, Any]], ...] = 
     (FluxserveError, 500, {"code": "upstream_error"}),
 )
 
-# A refusal before the first step, and a connection that was never made. Other words may be of a picture that was drawn,
+# A refusal before the first step, and a connection that was never established. Other messages may concern a drawn picture,
 # as when shared memory has no room for the answer, or of a connection that broke under a running request.
 _REFUSED = re.compile(
     r"server: it is shutting down|images: .*no more may"  # ours
@@ -204,7 +204,7 @@ def _invalid(error: InvalidRequest, renamed: Mapping[str, str]) -> GatewayError:
 
 
 def surely_not_begun(error: FluxserveError) -> bool:
-    """Whether the server cannot have begun the request: it refused it, or the connection was never made."""
+    """Whether the server cannot have begun the request: it refused it, or the connection was never established."""
     if isinstance(error, ConnectionFailed):
         return bool(_NEVER_CONNECTED.search(error.message))
     return isinstance(error, QueueFull) or (isinstance(error, Unavailable) and bool(_REFUSED.search(error.message)))

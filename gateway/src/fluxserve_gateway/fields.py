@@ -105,7 +105,7 @@ class Generation(BaseModel):
 
     @property
     def count(self) -> int:
-        """How many pictures are asked for."""
+        """The number of pictures to draw."""
         return self.n or 1
 
     @property

@@ -115,7 +115,7 @@ class Fleet:
             model: a name that `named` returned.
             arguments: of `AsyncClient.generate`.
             request_id: the request's id on the server.
-            timeout: seconds for all of it.
+            timeout: seconds for all attempts together.
             progress: see `AsyncClient.generate`.
 
         Raises:

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from fluxserve_gateway import answers, bodies, fields
 from fluxserve_gateway.access import Access
-from fluxserve_gateway.answers import Asked, Operation
+from fluxserve_gateway.answers import Echo, Operation
 from fluxserve_gateway.border import Record, error_of, record_of
 from fluxserve_gateway.config import Config
 from fluxserve_gateway.errors import CallerGone, GatewayError, InvalidField, Overloaded, from_client
@@ -41,14 +41,14 @@ class Drawing:
     body: fields.Generation
     arguments: dict[str, Any]
     model: str
-    asked: Asked
+    echo: Echo
 
 
 @dataclass
 class Charge:
-    """What a request costs its key: the pixels asked for, until those that were drawn are known.
+    """What a request costs its key: the pixels requested, until the pixels drawn are known.
 
-    A caller who hangs up pays for what he asked for: the server has worked for him.
+    A caller who hangs up pays for the pixels requested: the server has worked for them.
     """
 
     pixels: int
@@ -121,8 +121,8 @@ class Images:
         if pictures:
             arguments["image"] = [picture.data for picture in pictures]
         echoed = body.safety_identifier or body.user
-        asked = Asked(operation, echoed or None, sum(picture.pixels for picture in pictures))
-        return Drawing(body, arguments, model, asked)
+        echo = Echo(operation, echoed or None, sum(picture.pixels for picture in pictures))
+        return Drawing(body, arguments, model, echo)
 
     async def _answer(self, request: Request, key: Key, drawing: Drawing) -> Response:
         record = record_of(request)
@@ -133,11 +133,11 @@ class Images:
 
         if not drawing.body.stream:
             result = await unless_gone(request.receive, draw())
-            return Response(answers.response(result, drawing.asked), media_type=_JSON)
+            return Response(answers.response(result, drawing.echo), media_type=_JSON)
         events = _follow(draw)
         # an answer's status is its first line: it waits for a sign that the request was admitted, or for an error
         first = await unless_gone(request.receive, _first(events))
-        return EventStream(first, events, drawing.asked, record)
+        return EventStream(first, events, drawing.echo, record)
 
     def _admit(self, key: Key, drawing: Drawing, record: Record) -> Charge:
         """Count the request against its key."""
@@ -192,11 +192,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: Event, rest: AsyncGenerator[Event, None], asked: Asked, record: Record) -> None:
+    def __init__(self, first: Event, rest: AsyncGenerator[Event, None], echo: Echo, record: Record) -> None:
         """`first` came out of `rest`, which is closed when the stream ends."""
         super().__init__(headers={"x-accel-buffering": "no"})  # a proxy passes each event on as it comes
         del self.headers["content-length"]
-        self._first, self._rest, self._asked, self._record = first, rest, asked, record
+        self._first, self._rest, self._echo, self._record = first, rest, echo, record
 
     async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest):
@@ -211,12 +211,12 @@ class EventStream(Response):
                 await self._send(event, send)
         except CallerGone:
             raise
-        except Exception as error:  # noqa: BLE001 (foreseen or not, the caller is to read of it)
+        except Exception as error:  # noqa: BLE001 (foreseen or not, the caller must learn about it)
             await self._fail(error_of(error, self._record.request_id), send)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, event: Event, send: Send) -> None:
-        chunks = (answers.progressed(event),) if isinstance(event, Progress) else answers.completed(event, self._asked)
+        chunks = (answers.progressed(event),) if isinstance(event, Progress) else answers.completed(event, self._echo)
         for chunk in chunks:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
 

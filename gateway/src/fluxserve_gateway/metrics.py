@@ -57,7 +57,7 @@ class Metrics:
         self.queue_seconds.labels(model).observe(queue_s)
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """Write all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
