@@ -163,8 +163,8 @@ _FROM_CLIENT: tuple[tuple[type[FluxserveError], int, Mapping[str, Any]], ...] = 
     (FluxserveError, 500, {"code": "upstream_error"}),
 )
 
-# A refusal before the first step, and a connection that was never established. Other messages may concern a picture that
-# was drawn, as when shared memory has no room for the answer, or a connection that broke under a running request.
+# A refusal before the first step, and a connection that was never established. Other messages may concern a picture
+# that was drawn, as when shared memory has no room for the answer, or a connection that broke under a request.
 _REFUSED = re.compile(
     r"server: it is shutting down|images: .*no more may"  # ours
     r"|server is stopping|has stopped accepting|unknown model|is not ready",  # Triton's
