@@ -145,6 +145,25 @@ def test_requests_at_a_time(guarded: Guarded, fake: FakeFlux) -> None:
     )
 
 
+def test_a_body_that_is_on_its_way_counts_as_a_request(guarded: Guarded) -> None:
+    """Or one key could hold all places of the gateway with bodies that never end."""
+    _, secret = guarded.keys.create("a", Limits(at_a_time=1))
+    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {secret}"
+    client = guarded.gateway.sdk(api_key=secret)
+    with socket.create_connection(("127.0.0.1", guarded.gateway.port)) as connection:
+        connection.sendall(f"{head}\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{{".encode())
+        wait_for(lambda: _limited(client))
+    wait_for(lambda: not _limited(client))
+
+
+def _limited(client: openai.OpenAI) -> bool:
+    try:
+        client.images.generate(prompt="a")
+    except openai.RateLimitError:
+        return True
+    return False
+
+
 def test_a_bucket_fills_evenly_and_never_over() -> None:
     now = 0.0
     bucket = Bucket(60, lambda: now)

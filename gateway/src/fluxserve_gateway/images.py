@@ -68,8 +68,7 @@ class Images:
 
     async def generations(self, request: Request) -> Response:
         """`POST /v1/images/generations`."""
-        record = self._begin(request, "image_generation")
-        key = self._access.key_of(request)
+        record, key = self._begin(request, "image_generation")
         bodies.media_type(request, _JSON)
         content = bodies.json_object(await self._bodies.read(request, record.at_end))
         body = fields.parse(fields.Generation, content, text=False)
@@ -77,8 +76,7 @@ class Images:
 
     async def edits(self, request: Request) -> Response:
         """`POST /v1/images/edits`."""
-        record = self._begin(request, "image_edit")
-        key = self._access.key_of(request)
+        record, key = self._begin(request, "image_edit")
         kind = bodies.media_type(request, _JSON, _FORM)
         content = await self._bodies.read(request, record.at_end)
         body, files, param = await (
@@ -98,14 +96,17 @@ class Images:
         given, files = await bodies.form(request, content, self._config.max_images)
         return fields.parse(fields.Edit, given, text=True), bodies.uploaded(files), "image"
 
-    def _begin(self, request: Request, operation: Operation) -> Record:
+    def _begin(self, request: Request, operation: Operation) -> tuple[Record, Key]:
+        """Let a request in, before a byte of its body is read."""
         record = record_of(request)
         record.operation = operation
+        key = self._access.key_of(request)
         if self._running >= self._config.max_requests:
             raise Overloaded(f"the gateway has {self._running} requests, as many as it may; try again later")
+        record.at_end(self._usage.enter(key))
         self._running += 1
         record.at_end(self._end)
-        return record
+        return record, key
 
     def _end(self) -> None:
         self._running -= 1

@@ -54,6 +54,23 @@ class Usage:
         self._now = now
         self._of: dict[str, _Usage] = {}
 
+    def enter(self, key: Key) -> Callable[[], None]:
+        """Count a request that begins, before its body is read; return a function to call once, at its end.
+
+        Raises:
+            RateLimited: the key has as many requests at a time as it may.
+        """
+        usage, most = self._usage(key), key.limits.at_a_time
+        if most and usage.running >= most:
+            message = f"this key has {usage.running} requests at a time; allowed: {most}"
+            raise RateLimited(message, retry_after=1.0)
+        usage.running += 1
+
+        def leave() -> None:
+            usage.running -= 1
+
+        return leave
+
     def admit(self, key: Key, pixels: int) -> Callable[[int], None]:
         """Count a request for `pixels` pixels.
 
@@ -69,10 +86,8 @@ class Usage:
             usage.requests.take(1)
         if usage.pixels:
             usage.pixels.take(pixels)
-        usage.running += 1
 
         def end(drawn: int) -> None:
-            usage.running -= 1
             if usage.pixels:
                 usage.pixels.take(drawn - pixels)
 
@@ -90,9 +105,6 @@ class Usage:
     @staticmethod
     def _check(key: Key, usage: _Usage, pixels: int) -> None:
         limits = key.limits
-        if limits.at_a_time and usage.running >= limits.at_a_time:
-            message = f"this key has {usage.running} requests at a time; allowed: {limits.at_a_time}"
-            raise RateLimited(message, retry_after=1.0)
         if limits.pixels_per_minute and pixels > limits.pixels_per_minute:
             message = f"size: got {pixels} pixels in all; allowed for this key: {limits.pixels_per_minute} a minute"
             raise RateLimited(message, param="size", should_retry=False)
