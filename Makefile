@@ -13,7 +13,7 @@ ARTIFACT ?= artifacts/tiny-$(ENGINE)-$(PRECISION)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
-INPUTS := pyproject.toml client/pyproject.toml constraints.txt
+INPUTS := pyproject.toml client/pyproject.toml gateway/pyproject.toml constraints.txt
 
 # The tiny model is exported once for ONNX Runtime; another checkpoint or engine is served as it is, another artifact too.
 ifneq ($(CHECKPOINT),)
@@ -65,8 +65,8 @@ $(VENV)/.demo: $(INPUTS) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	@$(PIP) --editable '.[server,onnxruntime,export,tensorrt-rtx,test]' --editable ./client
+	@$(PIP) --editable '.[server,onnxruntime,export,tensorrt-rtx,test]' --editable ./client --editable ./gateway
 	@touch $@
 
 clean:
-	rm -rf $(VENV) artifacts build *.egg-info client/*.egg-info .mypy_cache .ruff_cache .pytest_cache demo.png
+	rm -rf $(VENV) artifacts build *.egg-info client/*.egg-info gateway/*.egg-info .mypy_cache .ruff_cache .pytest_cache demo.png

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fluxserve"
 CODE = sorted(
     file
-    for folder in ("fluxserve", "model_repository", "export", "client/src", "benchmarks", "training")
+    for folder in ("fluxserve", "model_repository", "export", "client/src", "gateway/src", "benchmarks", "training")
     for file in (ROOT / folder).rglob("*.py")
 )
 LIBRARY = [file for file in CODE if file.is_relative_to(PACKAGE) or "model_repository" in file.parts]
@@ -32,12 +32,21 @@ IMPORTS = {
     "cudnn": ("fluxserve/kernels/",),
     "modelopt": ("export/",),
     "diffusers": ("fluxserve/engines/torch_eager.py", "export/", "training/", "benchmarks/"),
-    "fluxserve_client": ("fluxserve/cli.py", "client/", "benchmarks/"),
+    "fluxserve_client": ("fluxserve/cli.py", "client/", "gateway/", "benchmarks/"),
+    # HTTP's server side, keys and OpenAI's fields
+    "fastapi": ("gateway/",),
+    "starlette": ("gateway/",),
+    "uvicorn": ("gateway/",),
+    "pydantic": ("gateway/",),
+    "prometheus_client": ("gateway/",),
+    "sqlite3": ("gateway/",),
+    "fluxserve_gateway": ("gateway/",),
     "pickle": (),
 }
 CLIENT_CLI = ("client/src/fluxserve_client/cli.py", "client/src/fluxserve_client/show.py")
+GATEWAY_CLI = "gateway/src/fluxserve_gateway/cli.py"
 CALLS = {
-    "print": ("fluxserve/cli.py", *CLIENT_CLI, "benchmarks/", "training/", "export/"),
+    "print": ("fluxserve/cli.py", *CLIENT_CLI, GATEWAY_CLI, "benchmarks/", "training/", "export/"),
 }
 ATTRIBUTES = {
     "environ": ("fluxserve/settings.py", "benchmarks/", "client/src/fluxserve_client/cli.py"),
@@ -199,7 +208,14 @@ def test_the_loop_never_waits_for_the_host() -> None:
     assert not re.search(r"\.(item|tolist|cpu|numpy|synchronize)\(|float\(|int\(", source)
 
 
+def test_the_gateway_knows_the_client_alone() -> None:
+    """It runs where neither torch nor Triton's server is."""
+    found = {name.split(".")[0] for f in CODE if name_of(f).startswith("gateway/") for name in imported(f)}
+    assert "fluxserve_client" in found
+    assert not found & {"fluxserve", "export", "benchmarks", "torch", "numpy", "tritonclient"}
+
+
 def test_the_rooms_are_real() -> None:
     """A rule about a name that nobody uses would hold for ever."""
     used = {name.split(".")[0] for f in CODE for name in imported(f)}
-    assert {"triton_python_backend_utils", "diffusers", "fluxserve_client"} <= used
+    assert {"triton_python_backend_utils", "diffusers", "fluxserve_client", "fastapi", "sqlite3"} <= used

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from fluxserve_client import AsyncClient, ConnectionFailed, MockTransport, Resul
 from fluxserve_client.transports.endpoint import Endpoint
 
 from tests.client.fakes import FakeFlux, Wire
+from tests.support import certificates
 
 PROTOCOLS = pytest.mark.parametrize("protocol", ["grpc", "http"])
 
@@ -206,15 +205,7 @@ async def test_not_ready() -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    if not (openssl := shutil.which("openssl")):
-        pytest.skip("openssl is not installed: no certificate to test with")
-    folder = tmp_path_factory.mktemp("tls")
-    chain, key = folder / "chain.pem", folder / "key.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    command = [openssl, "req", "-x509", *kind, *subject, "-keyout", str(key), "-out", str(chain)]
-    subprocess.run(command, check=True, capture_output=True)
-    return chain, key
+    return certificates.make(tmp_path_factory.mktemp("tls"))
 
 
 @PROTOCOLS

@@ -1,0 +1,5 @@
+"""Let `python -m fluxserve_gateway` be the command `fluxserve-gateway`."""
+
+from fluxserve_gateway.cli import main
+
+main()

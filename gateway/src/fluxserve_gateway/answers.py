@@ -1,0 +1,108 @@
+"""Pictures in OpenAI's shapes: one JSON object, or server-sent events."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fluxserve_client import Progress, Result
+
+from fluxserve_gateway.errors import GatewayError
+
+Operation = Literal["image_generation", "image_edit"]
+
+_PATCH = 16 * 16  # pixels; what the models draw at once, and so the nearest thing to OpenAI's tokens
+_PLACE = b'"b64_json": ""'  # no text can hold these characters once JSON has escaped its quotes
+
+
+@dataclass(frozen=True)
+class Echo:
+    """What an answer repeats of its request.
+
+    Attributes:
+        operation: the prefix of its events.
+        safety_identifier: as OpenAI echoes it.
+        input_pixels: of all input images.
+    """
+
+    operation: Operation
+    safety_identifier: str | None
+    input_pixels: int
+
+
+def response(result: Result, echo: Echo) -> bytes:
+    """The body that answers a request without `stream`."""
+    answer = {
+        "created": int(time.time()),
+        "background": "opaque",
+        "output_format": result.format,
+        "size": _size(result),
+        "safety_identifier": echo.safety_identifier,
+        "usage": _usage(result, echo, len(result.images)),
+        "data": [{"b64_json": "", "seed": seed} for seed in result.seeds],
+    }
+    return _with_pictures(answer, result.images)
+
+
+def completed(result: Result, echo: Echo) -> Iterator[bytes]:
+    """The events that end a stream: one for each picture, in the order of their seeds."""
+    for image, seed in zip(result.images, result.seeds, strict=True):
+        name = f"{echo.operation}.completed"
+        event = {
+            "type": name,
+            "b64_json": "",
+            "created_at": int(time.time()),
+            "size": _size(result),
+            "quality": "auto",
+            "background": "opaque",
+            "output_format": result.format,
+            "usage": _usage(result, echo, 1),
+            "seed": seed,
+        }
+        yield _event(name, _with_pictures(event, (image,)))
+
+
+def progressed(progress: Progress) -> bytes:
+    """A comment, which readers of events skip: it tells a person, and a proxy, that the picture is being drawn."""
+    return f": {progress.state} {progress.step}/{progress.steps}\n\n".encode()
+
+
+def failed(error: GatewayError) -> bytes:
+    """The event that ends a stream early: OpenAI's SDK raises where an event's data has an `error`."""
+    return _event("error", json.dumps(error.body()).encode())
+
+
+def _event(name: str, data: bytes) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), data)
+
+
+def _size(result: Result) -> str:
+    return f"{result.width}x{result.height}"
+
+
+def _usage(result: Result, echo: Echo, pictures: int) -> dict[str, Any]:
+    """Patches of pixels in the place of tokens; the prompt's are counted nowhere outside the server, so as none."""
+    read = echo.input_pixels // _PATCH
+    drawn = pictures * result.width * result.height // _PATCH
+    return {
+        "input_tokens": read,
+        "input_tokens_details": {"text_tokens": 0, "image_tokens": read},
+        "output_tokens": drawn,
+        "total_tokens": read + drawn,
+    }
+
+
+def _with_pictures(answer: dict[str, Any], images: tuple[bytes, ...]) -> bytes:
+    """The JSON of `answer` with a picture in each empty `b64_json`.
+
+    A JSON writer would look through megabytes of base64 for characters to escape, of which it has none.
+    """
+    parts = json.dumps(answer).encode().split(_PLACE)
+    pieces = [parts[0]]
+    for image, rest in zip(images, parts[1:], strict=True):
+        pieces += (_PLACE[:-1], base64.b64encode(image), b'"', rest)
+    return b"".join(pieces)

@@ -1,0 +1,158 @@
+"""The outermost layer of every request: its id, its answer's headers, its errors, its log line, its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fluxserve_gateway.errors import CallerGone, GatewayError
+
+log = logging.getLogger("fluxserve_gateway")
+access = logging.getLogger("fluxserve_gateway.access")
+
+_CALLER_GONE = 499  # what proxies log where nobody was left to answer
+
+_SECURITY = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
+
+
+@dataclass
+class Record:
+    """What is known of one request; its log line, in the end.
+
+    Attributes:
+        request_id: ours; the servers know the request by it, too.
+        fields: for the log, beside those that every line has.
+        model, operation: of a request for pictures, "" until they are known.
+        outcome: "ok", or an error's code.
+        ends: closed once the answer is sent, or nobody is left to send it to.
+    """
+
+    request_id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
+    fields: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    operation: str = ""
+    outcome: str = "ok"
+    ends: ExitStack = field(default_factory=ExitStack)
+
+    def at_end(self, do: Callable[[], None]) -> None:
+        """Call `do` when the request ends, however it ends."""
+        self.ends.callback(do)
+
+
+def record_of(request: Request) -> Record:
+    """The record of the request that is being answered."""
+    record = request.scope["fluxserve.record"]
+    assert isinstance(record, Record)
+    return record
+
+
+def error_of(error: Exception, request_id: str) -> GatewayError:
+    """The error to answer; one that nobody foresaw is logged, and its words stay here."""
+    if isinstance(error, GatewayError):
+        return error
+    log.error("request %s: %s", request_id, error, exc_info=error)
+    return GatewayError(
+        "the gateway failed; its log says why, under this request's x-request-id", code="internal_error"
+    )
+
+
+class Border:
+    """ASGI middleware around everything else."""
+
+    def __init__(
+        self, app: ASGIApp, *, ended: Callable[[Record, float], None], send_timeout: float, https: bool
+    ) -> None:
+        """Wrap `app`.
+
+        Args:
+            app: the application.
+            ended: called with each record and the seconds it took.
+            send_timeout: seconds for which a caller may leave a part of the answer unread.
+            https: whether answers require TLS of browsers from now on (HSTS).
+        """
+        self._app = app
+        self._send_timeout = send_timeout
+        self._ended = ended
+        self._headers = dict(_SECURITY)
+        if https:
+            self._headers["strict-transport-security"] = "max-age=31536000"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = scope["fluxserve.record"] = Record()
+        begun = time.monotonic()
+        status = 0
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = record.request_id
+                headers["openai-processing-ms"] = str(round(1000 * (time.monotonic() - begun)))
+                for name, value in self._headers.items():
+                    headers.setdefault(name, value)
+            try:
+                async with asyncio.timeout(self._send_timeout):
+                    await send(message)
+            except TimeoutError as error:
+                raise CallerGone from error
+
+        try:
+            with record.ends:
+                await self._app(scope, receive, send_on)
+        except CallerGone:
+            status, record.outcome = _CALLER_GONE, "abandoned"
+        except Exception as error:  # noqa: BLE001 (the last place that can answer)
+            answer = error_of(error, record.request_id)
+            record.outcome = answer.code or "error"
+            if not status:
+                await _answer(answer, send_on)
+        finally:
+            seconds = time.monotonic() - begun
+            self._ended(record, seconds)
+            self._log(scope, record, status, seconds)
+
+    @staticmethod
+    def _log(scope: Scope, record: Record, status: int, seconds: float) -> None:
+        client = scope.get("client") or ("", 0)
+        line = {
+            "time": round(time.time(), 3),
+            "request_id": record.request_id,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "outcome": record.outcome,
+            "seconds": round(seconds, 4),
+            "caller": client[0],
+            **({"model": record.model} if record.model else {}),
+            **record.fields,
+        }
+        access.info("%s", json.dumps(line, ensure_ascii=True))
+
+
+async def _answer(error: GatewayError, send: Send) -> None:
+    body = json.dumps(error.body()).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers()}
+    encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})

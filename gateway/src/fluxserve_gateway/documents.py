@@ -1,0 +1,109 @@
+"""The bodies and answers of the drawing routes, for the OpenAPI document: FastAPI sees neither."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fluxserve_gateway.fields import Edit, Generation
+
+_FILE = {"type": "string", "format": "binary"}
+_REFERENCE = {
+    "type": "object",
+    "properties": {"image_url": {"type": "string", "description": "a data URL of PNG, JPEG or WebP in base64"}},
+    "required": ["image_url"],
+    "additionalProperties": False,
+}
+
+
+def _with(schema: dict[str, Any], name: str, value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **schema,
+        "properties": {**schema["properties"], name: value},
+        "required": [*schema["required"], name],
+    }
+
+
+def _body(content: dict[str, Any]) -> dict[str, Any]:
+    kinds = {kind: {"schema": schema} for kind, schema in content.items()}
+    return {"requestBody": {"required": True, "content": kinds}}
+
+
+_EDIT = Edit.model_json_schema()
+
+GENERATION = _body({"application/json": Generation.model_json_schema()})
+
+EDIT = _body(
+    {
+        "multipart/form-data": _with(_EDIT, "image", {"type": "array", "items": _FILE, "minItems": 1}),
+        "application/json": _with(_EDIT, "images", {"type": "array", "items": _REFERENCE, "minItems": 1}),
+    }
+)
+
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
+
+_PICTURE = {
+    "type": "object",
+    "properties": {"b64_json": {"type": "string"}, "seed": {"type": "integer"}},
+    "required": ["b64_json", "seed"],
+}
+_ANSWER = {
+    "type": "object",
+    "properties": {
+        "created": {"type": "integer"},
+        "background": {"const": "opaque"},
+        "output_format": {"enum": ["png", "jpeg", "webp"]},
+        "size": {"type": "string"},
+        "safety_identifier": {"type": ["string", "null"]},
+        "usage": {"type": "object"},
+        "data": {"type": "array", "items": _PICTURE, "minItems": 1},
+    },
+    "required": ["created", "data", "size", "output_format", "usage"],
+}
+
+_WORDS = {
+    400: "a field is refused; `param` names it",
+    401: "no key, or an unknown one",
+    403: "a web page's request to a gateway without keys",
+    404: "no such model",
+    408: "the body did not arrive in time",
+    409: "the request was cancelled on the server",
+    413: "the body is too large",
+    415: "another media type",
+    429: "a limit of the key",
+    500: "a fault of the server",
+    502: "the server could not be reached",
+    503: "no server can take the request now",
+    504: "the request took too long",
+}
+
+MODEL = {"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]}
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The answers with these statuses: errors, as OpenAI writes them."""
+    content = {"application/json": {"schema": _ERROR}}
+    return {status: {"description": _WORDS[status], "content": content} for status in statuses}
+
+
+PICTURES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the pictures, or, with `stream`, events",
+        "content": {"application/json": {"schema": _ANSWER}, "text/event-stream": {}},
+    },
+    **refusals(*_WORDS),
+}

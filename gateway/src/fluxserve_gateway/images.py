@@ -1,0 +1,226 @@
+"""The two routes that draw: from a request's body to a picture, or to a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fluxserve_client import Cancelled, DeadlineExceeded, FluxserveError, Progress, Result
+from fluxserve_client.aio import ProgressCallback
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fluxserve_gateway import answers, bodies, fields
+from fluxserve_gateway.access import Access
+from fluxserve_gateway.answers import Echo, Operation
+from fluxserve_gateway.border import Record, error_of, record_of
+from fluxserve_gateway.config import Config
+from fluxserve_gateway.errors import CallerGone, GatewayError, InvalidField, Overloaded, from_client
+from fluxserve_gateway.fleet import Fleet
+from fluxserve_gateway.keys import Key
+from fluxserve_gateway.leaving import unless_gone
+from fluxserve_gateway.limits import Usage
+from fluxserve_gateway.metrics import Metrics
+
+_JSON = "application/json"
+_FORM = "multipart/form-data"
+
+_GUESSED_PIXELS = 1 << 20  # of a picture whose size the model decides, until it is drawn
+
+Event = Progress | Result
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One request for pictures, checked, as it goes to a server."""
+
+    body: fields.Generation
+    arguments: dict[str, Any]
+    model: str
+    echo: Echo
+
+
+@dataclass
+class Charge:
+    """What a request costs its key: the pixels requested, until the pixels drawn are known.
+
+    A caller who hangs up pays for the pixels requested: the server has worked for them.
+    """
+
+    pixels: int
+
+
+class Images:
+    """Draws what callers ask for."""
+
+    def __init__(self, config: Config, fleet: Fleet, access: Access, metrics: Metrics) -> None:
+        self._config = config
+        self._fleet = fleet
+        self._access = access
+        self._metrics = metrics
+        self._bodies = bodies.Bodies(config)
+        self._usage = Usage()
+        self._running = 0
+
+    async def generations(self, request: Request) -> Response:
+        """`POST /v1/images/generations`."""
+        record, key = self._begin(request, "image_generation")
+        bodies.media_type(request, _JSON)
+        content = bodies.json_object(await self._bodies.read(request, record.at_end))
+        body = fields.parse(fields.Generation, content, text=False)
+        return await self._answer(request, key, self._drawing(record, body, "image_generation", ()))
+
+    async def edits(self, request: Request) -> Response:
+        """`POST /v1/images/edits`."""
+        record, key = self._begin(request, "image_edit")
+        kind = bodies.media_type(request, _JSON, _FORM)
+        content = await self._bodies.read(request, record.at_end)
+        body, files, param = await (
+            self._edit_of_json(content) if kind == _JSON else self._edit_of_form(request, content)
+        )
+        pictures = await bodies.pictures(files, param, self._config)
+        return await self._answer(request, key, self._drawing(record, body, "image_edit", pictures))
+
+    async def _edit_of_json(self, content: bytes) -> tuple[fields.Edit, list[bytes], str]:
+        given = bodies.json_object(content)
+        if "images" not in given:
+            raise InvalidField("images: got nothing; it is required", param="images", code="missing_required_parameter")
+        files = bodies.referenced(given.pop("images"))
+        return fields.parse(fields.Edit, given, text=False), files, "images"
+
+    async def _edit_of_form(self, request: Request, content: bytes) -> tuple[fields.Edit, list[bytes], str]:
+        given, files = await bodies.form(request, content, self._config.max_images)
+        return fields.parse(fields.Edit, given, text=True), bodies.uploaded(files), "image"
+
+    def _begin(self, request: Request, operation: Operation) -> tuple[Record, Key]:
+        """Let a request in, before a byte of its body is read."""
+        record = record_of(request)
+        record.operation = operation
+        key = self._access.key_of(request)
+        if self._running >= self._config.max_requests:
+            raise Overloaded(f"the gateway has {self._running} requests, as many as it may; try again later")
+        record.at_end(self._usage.enter(key))
+        self._running += 1
+        record.at_end(self._end)
+        return record, key
+
+    def _end(self) -> None:
+        self._running -= 1
+
+    def _drawing(
+        self, record: Record, body: fields.Generation, operation: Operation, pictures: tuple[bodies.Picture, ...]
+    ) -> Drawing:
+        model = record.model = self._fleet.named(body.model)
+        record.fields |= {"n": body.count, "size": body.size or "auto", "stream": bool(body.stream)}
+        if self._config.log_prompts:
+            record.fields["prompt"] = body.prompt
+        arguments = body.arguments()
+        if pictures:
+            arguments["image"] = [picture.data for picture in pictures]
+        echoed = body.safety_identifier or body.user
+        echo = Echo(operation, echoed or None, sum(picture.pixels for picture in pictures))
+        return Drawing(body, arguments, model, echo)
+
+    async def _answer(self, request: Request, key: Key, drawing: Drawing) -> Response:
+        record = record_of(request)
+        charge = self._admit(key, drawing, record)
+
+        async def draw(progress: ProgressCallback | None = None) -> Result:
+            return await self._draw(drawing, record, charge, progress)
+
+        if not drawing.body.stream:
+            result = await unless_gone(request.receive, draw())
+            return Response(answers.response(result, drawing.echo), media_type=_JSON)
+        events = _follow(draw)
+        # an answer's status is its first line: it waits for a sign that the request was admitted, or for an error
+        first = await unless_gone(request.receive, _first(events))
+        return EventStream(first, events, drawing.echo, record)
+
+    def _admit(self, key: Key, drawing: Drawing, record: Record) -> Charge:
+        """Count the request against its key."""
+        size = drawing.body.height_width
+        charge = Charge(drawing.body.count * (size[0] * size[1] if size else _GUESSED_PIXELS))
+        end = self._usage.admit(key, charge.pixels)
+        record.at_end(lambda: end(charge.pixels))
+        return charge
+
+    async def _draw(
+        self, drawing: Drawing, record: Record, charge: Charge, progress: ProgressCallback | None
+    ) -> Result:
+        try:
+            result = await self._fleet.draw(
+                drawing.model,
+                drawing.arguments,
+                request_id=record.request_id,
+                timeout=self._config.request_timeout,
+                progress=progress,
+            )
+        except FluxserveError as error:
+            if not isinstance(error, Cancelled | DeadlineExceeded):
+                charge.pixels = 0
+            record.fields["server_said"] = error.message[:300]
+            raise from_client(error, fields.RENAMED) from error
+        charge.pixels = len(result.images) * result.height * result.width
+        self._metrics.drawn(drawing.model, charge.pixels, result.timings.queue / 1000)
+        record.fields |= {"pixels": charge.pixels, "queue_ms": result.timings.queue, "total_ms": result.timings.total}
+        return result
+
+
+async def _follow(draw: Callable[[ProgressCallback], Awaitable[Result]]) -> AsyncGenerator[Event, None]:
+    """What happens to a request, as it happens, its result last. Closing this ends the request."""
+    queue: asyncio.Queue[Progress | None] = asyncio.Queue()
+    task = asyncio.ensure_future(draw(queue.put_nowait))
+    task.add_done_callback(lambda _: queue.put_nowait(None))
+    try:
+        while (event := await queue.get()) is not None:
+            yield event
+        yield task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def _first(events: AsyncGenerator[Event, None]) -> Event:
+    return await anext(events)
+
+
+class EventStream(Response):
+    """Server-sent events. A caller who hangs up ends their source at once, not at the next event."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: Event, rest: AsyncGenerator[Event, None], echo: Echo, record: Record) -> None:
+        """`first` came out of `rest`, which is closed when the stream ends."""
+        super().__init__(headers={"x-accel-buffering": "no"})  # a proxy passes each event on as it comes
+        del self.headers["content-length"]
+        self._first, self._rest, self._echo, self._record = first, rest, echo, record
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._rest):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await unless_gone(receive, self._pump(send))
+
+    async def _pump(self, send: Send) -> None:
+        """Send every event. A failure, too, is an event: the status has been sent."""
+        try:
+            await self._send(self._first, send)
+            async for event in self._rest:
+                await self._send(event, send)
+        except CallerGone:
+            raise
+        except Exception as error:  # noqa: BLE001 (foreseen or not, the caller must learn about it)
+            await self._fail(error_of(error, self._record.request_id), send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, event: Event, send: Send) -> None:
+        chunks = (answers.progressed(event),) if isinstance(event, Progress) else answers.completed(event, self._echo)
+        for chunk in chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def _fail(self, error: GatewayError, send: Send) -> None:
+        self._record.outcome = error.code or "error"
+        await send({"type": "http.response.body", "body": answers.failed(error), "more_body": True})

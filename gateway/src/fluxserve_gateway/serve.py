@@ -1,0 +1,129 @@
+"""Run the gateway: the fleet from its addresses, logs as JSON lines, uvicorn with TLS and trusted proxies."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import uvicorn
+from fluxserve_client import AsyncClient, Tls
+
+from fluxserve_gateway.app import create_app
+from fluxserve_gateway.border import access
+from fluxserve_gateway.config import Config
+from fluxserve_gateway.fleet import Fleet, Server
+from fluxserve_gateway.keys import Keys
+
+_DRAIN_S = 120
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where callers reach the gateway.
+
+    Attributes:
+        host, port: the address; port 0 takes a free one.
+        certificate, key: PEM files for TLS; both or neither.
+        proxies: addresses, or networks, whose X-Forwarded-For and -Proto are believed.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    certificate: Path | None = None
+    key: Path | None = None
+    proxies: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("tls-cert, tls-key: got one of them, expected both or neither")
+        for proxy in self.proxies:
+            ipaddress.ip_network(proxy)  # raises ValueError: a name, or "*", is no address
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine's programs reach it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+def fleet_of(named: Sequence[str], ca: Path | None = None) -> Fleet:
+    """The fleet of "MODEL=URL" pairs; a URL that is there twice is one server.
+
+    Raises:
+        ValueError: a pair, or an address, that cannot be read.
+        OSError: a certificate that cannot be read.
+    """
+    servers: dict[str, Server] = {}
+    models: dict[str, list[Server]] = {}
+    for pair in named:
+        model, equals, url = pair.partition("=")
+        if not (model and equals and url):
+            raise ValueError(f"server: got {pair!r}, expected MODEL=URL, e.g. flux.1-dev=grpc://localhost:8001")
+        secure = url.startswith(("grpcs://", "https://"))
+        if url not in servers:
+            servers[url] = Server(url, AsyncClient(url, tls=Tls(ca=ca) if ca and secure else None))
+        if servers[url] not in models.setdefault(model, []):
+            models[model].append(servers[url])
+    return Fleet(models)
+
+
+def run(fleet: Fleet, config: Config, keys: Keys | None, listening: Listening) -> None:
+    """Serve until SIGTERM or Ctrl-C; what runs then is finished, within two minutes.
+
+    Raises:
+        ValueError: no keys on an address that other machines reach.
+    """
+    if keys is None and not listening.is_loopback:
+        raise ValueError(f"no-auth: got host {listening.host}, expected a loopback address, e.g. 127.0.0.1")
+    config = replace(config, loopback_only=keys is None, https=listening.certificate is not None)
+    log_as_json()
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(fleet, config=config, keys=keys),
+            host=listening.host,
+            port=listening.port,
+            ssl_certfile=listening.certificate,
+            ssl_keyfile=listening.key,
+            proxy_headers=bool(listening.proxies),
+            forwarded_allow_ips=list(listening.proxies),
+            server_header=False,
+            access_log=False,  # `Border` writes ours
+            log_config=None,
+            timeout_graceful_shutdown=_DRAIN_S,
+            http="h11",
+            ws="none",
+        )
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has drained
+        signal.signal(number, lambda *_: None)
+    server.run()
+
+
+def log_as_json() -> None:
+    """Write every log record as one line of JSON to standard output."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_Json())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    plain = logging.StreamHandler(sys.stdout)  # these lines are JSON already
+    access.handlers, access.propagate = [plain], False
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
