@@ -52,10 +52,10 @@ async def test_every_option_becomes_its_tensor(fake: FakeFlux, connect: Connect)
             strength=0.5,
             output_format="webp",
             quality=80,
-            request_id="a.B-9_",
+            request_id="a.B-9 é",
         )
     [(name, inputs)] = fake.requests
-    assert name == "a.B-9_"
+    assert name == "a.B-9 é"
     expected = {
         "prompt": (np.object_, "ein Fuchs 🦊".encode()),
         "height": (np.int32, 64),
@@ -301,9 +301,11 @@ async def test_status_cancel_ready(fake: FakeFlux, connect: Connect) -> None:
         ({"image": "https://x/fox.png"}, TypeError, "URLs are not fetched"),
         ({"image": 7}, TypeError, r"image: got int, expected bytes, a pathlib\.Path"),
         ({"request_id": ""}, ValueError, "request_id: got ''"),
-        ({"request_id": "a b"}, ValueError, "request_id: got 'a b'"),
+        ({"request_id": "a\x7f"}, ValueError, "request_id: got 'a.x7f'"),
         ({"request_id": "a\n"}, ValueError, "request_id"),
-        ({"request_id": "x" * 65}, ValueError, "request_id"),
+        ({"request_id": "x" * 129}, ValueError, "request_id"),
+        ({"request_id": "é" * 65}, ValueError, "request_id"),
+        ({"request_id": "\udcff"}, ValueError, "request_id"),
         ({"request_id": 7}, TypeError, "request_id: got int"),
     ],
 )
