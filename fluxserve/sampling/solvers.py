@@ -58,8 +58,7 @@ class DPMSolverMultistep:
     """DPM-Solver++ 2M, midpoint, for a network that predicts the noise ε (arXiv 2211.01095, algorithm 2).
 
     x₀ = (x − σ·ε) / α, and x' = a·x + b·x₀ + c·x₀ of the step before. The first and the last step are of first order,
-    as DPMSolverMultistepScheduler has them with its final σ of zero; so is the last but one of fewer than 15 steps'
-    third order, which is not here.
+    as DPMSolverMultistepScheduler has them with its final σ of zero.
     """
 
     def __init__(self, sigmas: Tensor, timesteps: Tensor) -> None:

@@ -151,11 +151,14 @@ class GenerateModel(ServedModel):
         try:
             drawings = self._pipeline.draw([a.job for a in started], lambda index: self._stepped(started[index]))
         except Exception as error:  # noqa: BLE001 (the border: Triton would answer a raise with a bare traceback)
-            self._metrics.stepped(sum(self._given_back(started)))
+            drawings = []
             for asked in started:
                 tensors.send(asked.sender, self._refusal(error))
+        finally:
+            done = self._given_back(started)
+        if not drawings:
+            self._metrics.stepped(sum(done))
             return
-        done = self._given_back(started)
         for asked, seconds, drawing, steps in zip(started, waited, drawings, done, strict=True):
             if drawing is None:
                 self._metrics.stepped(steps)
