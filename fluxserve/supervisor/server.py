@@ -82,14 +82,16 @@ class TritonServer:
         self._prefix = f"{process.own_prefix()}{secrets.token_hex(3)}-"
         # Triton splits its stubs' command lines at blanks, so that no path of the user's may be in one.
         self._home = Path(tempfile.mkdtemp(prefix=f"{self._prefix}home-", dir=_SHARED_MEMORY))
-        table = str(_SHARED_MEMORY / f"{self._prefix}inflight")
-        self._options = {"inflight": table, **(options or {})}
-        self._installation, self._arguments = installation, arguments
+        settings = {"inflight": str(_SHARED_MEMORY / f"{self._prefix}inflight"), **(options or {})}
+        self._installation = installation
+        self.launch = Launch(
+            repository, ports, self._address, installation, settings, arguments, self._prefix, self._home
+        )
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._looked_ns = self._attentive_ns = time.monotonic_ns()
         self._stopped_ns = 0
-        self.table = InflightTable(Path(self._options["inflight"]))
+        self.table = InflightTable(Path(settings["inflight"]))
         self.processes = ProcessTable.beside(self.table.path)
 
     @property
@@ -108,19 +110,6 @@ class TritonServer:
     def _host(self) -> str:
         ip = reached(self._address)
         return f"[{ip}]" if ":" in ip else ip
-
-    @property
-    def launch(self) -> Launch:
-        return Launch(
-            self.repository,
-            self.ports,
-            self._address,
-            self._installation,
-            self._options,
-            self._arguments,
-            self._prefix,
-            self._home,
-        )
 
     def __enter__(self) -> "TritonServer":
         return self
