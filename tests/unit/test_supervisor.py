@@ -12,6 +12,7 @@ import sysconfig
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -307,9 +308,8 @@ def test_an_address_in_ipv6(tmp_path: Path, memory: Path) -> None:
         pytest.skip("no IPv6")
     with made(tmp_path) as running:
         running._address = "::1"
-        assert {"--http-address=ipv6:::1", "--grpc-address=[::1]", "--metrics-address=ipv6:::1"} < set(
-            running.launch.command()
-        )
+        command = replace(running.launch, address="::1").command()
+        assert {"--http-address=ipv6:::1", "--grpc-address=[::1]", "--metrics-address=ipv6:::1"} < set(command)
         assert running.grpc_url == "[::1]:2"
     assert [sockets.resolved(address) for address in ("::1", "0:0::1", "::", "127.1")] == [
         "::1",
@@ -417,8 +417,8 @@ def test_paths_are_of_the_folder_that_the_user_is_in(
     monkeypatch.setenv("FLUXSERVE_ARTIFACT", "model")
     monkeypatch.setattr("sys.path", ["", "here", *sys.path])
     with made(tmp_path, checkpoint="model") as running:
-        running._arguments = ["--grpc-server-cert=a.pem", "--log-f=log", "--trace-config=triton,file=t", "--log-info=1"]
-        assert running.launch.command()[-4:] == [
+        given = ["--grpc-server-cert=a.pem", "--log-f=log", "--trace-config=triton,file=t", "--log-info=1"]
+        assert replace(running.launch, arguments=given).command()[-4:] == [
             f"--grpc-server-cert={tmp_path}/a.pem",
             f"--log-f={tmp_path}/log",
             f"--trace-config=triton,file={tmp_path}/t",
@@ -471,8 +471,8 @@ def test_a_server_that_never_gets_ready(tmp_path: Path, memory: Path) -> None:
 
 def test_arguments_are_passed_on(tmp_path: Path, memory: Path) -> None:
     with made(tmp_path) as running:
-        running._arguments = ["--log-verbose=1", "--backend-config=python,shm-growth-byte-size=2097152"]
-        assert running.launch.command()[-2:] == running._arguments
+        given = ["--log-verbose=1", "--backend-config=python,shm-growth-byte-size=2097152"]
+        assert replace(running.launch, arguments=given).command()[-2:] == given
 
 
 @pytest.mark.parametrize(
@@ -492,19 +492,16 @@ def test_arguments_are_passed_on(tmp_path: Path, memory: Path) -> None:
     ],
 )
 def test_an_argument_of_ours_is_refused_by_name(tmp_path: Path, memory: Path, argument: str) -> None:
-    with made(tmp_path) as running:
-        running._arguments = [argument]
-        with pytest.raises(ServerError, match=f"--triton-arg: got {argument!r}; expected"):
-            running.launch.command()
+    with made(tmp_path) as running, pytest.raises(ServerError, match=f"--triton-arg: got {argument!r}; expected"):
+        replace(running.launch, arguments=[argument]).command()
 
 
 def test_a_tracing_argument_beside_trace_is_refused(tmp_path: Path, memory: Path) -> None:
     with made(tmp_path) as running:
-        running._arguments = arguments.tracing("http://here:4318/v1/traces", 7)
-        assert "--trace-config=rate=7" in running.launch.command()
-        running._arguments += ["--trace-config=rate=1"]
+        given = arguments.tracing("http://here:4318/v1/traces", 7)
+        assert "--trace-config=rate=7" in replace(running.launch, arguments=given).command()
         with pytest.raises(ServerError, match="twice"):
-            running.launch.command()
+            replace(running.launch, arguments=[*given, "--trace-config=rate=1"]).command()
 
 
 @pytest.mark.parametrize("url", ["", "localhost:4318", "ftp://x", "http://"])
