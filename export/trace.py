@@ -30,7 +30,7 @@ from fluxserve.engines.base import FLOATING, Dim, TensorSpec
 from fluxserve.engines.finite import extremes, refuse_infinite
 from fluxserve.engines.torch_eager import architectures, hollow_module, load_module
 from fluxserve.errors import ExportError
-from fluxserve.weights import Weights
+from fluxserve.weights import Stored, Weights
 
 _LARGE = 2**16
 """Elements from which a tensor is a weight that must stay lazy, and not a constant that may be folded."""
@@ -129,32 +129,24 @@ def _hollow(checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> nn.Mo
 
 def _lazy_parameters(module: nn.Module, weights: Weights) -> Iterator[tuple[str, ir.TensorProtocol]]:
     """Initialiser name (the wrapper's: `module.` before it) → a tensor that reads the checkpoint when it is asked."""
-    tied, seen = _tied(module), {}
+    seen: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        source = next((n for n in (name, *tied.get(name, ())) if n in weights.tensors), None)
-        if source is None:
+        if (stored := weights.find(name)) is None:
             raise ExportError(f"{weights.folder}: no tensor {name}; it has {len(weights.tensors)} others")
-        with safe_open(weights.tensors[source].file, "pt") as tensors:
-            seen[source] = extremes(tensors.get_tensor(source).to(parameter.dtype))
-        yield f"{_WRAPPED}{name}", _lazy(f"{_WRAPPED}{name}", weights.tensors[source].file, source, parameter)
+        if stored.name not in seen:  # looked at now: ONNX's passes read some, and hide an error of ours in theirs
+            with safe_open(stored.file, "pt") as tensors:
+                seen[stored.name] = extremes(tensors.get_tensor(stored.name).to(parameter.dtype))
+        yield f"{_WRAPPED}{name}", _lazy(f"{_WRAPPED}{name}", stored, parameter)
     refuse_infinite(weights.folder, seen)
 
 
-def _tied(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Parameters that may share one tensor in the file, under either name; transformers says {target: source}."""
-    keys = getattr(module, "_tied_weights_keys", None) or {}
-    return {
-        **{target: (source,) for target, source in keys.items()},
-        **{source: (target,) for target, source in keys.items()},
-    }
-
-
-def _lazy(name: str, file: Path, source: str, parameter: Tensor) -> ir.LazyTensor:
+def _lazy(name: str, stored: Stored, parameter: Tensor) -> ir.LazyTensor:
     def read() -> ir.TensorProtocol:
-        with safe_open(file, "pt") as tensors:
-            value: Tensor = tensors.get_tensor(source)
+        with safe_open(stored.file, "pt") as tensors:
+            value: Tensor = tensors.get_tensor(stored.name)
         if value.shape != parameter.shape:
-            raise ExportError(f"{file}: {source} is {tuple(value.shape)}; expected {tuple(parameter.shape)}")
+            got, expected = tuple(value.shape), tuple(parameter.shape)
+            raise ExportError(f"{stored.file}: {stored.name} is {got}; expected {expected}")
         return tensor_adapters.TorchTensor(value.to(parameter.dtype), name)
 
     dtype = tensor_adapters.from_torch_dtype(parameter.dtype)

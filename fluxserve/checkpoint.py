@@ -170,8 +170,8 @@ def _check_config(folder: Path, architecture: str) -> None:
     """A component's class, and that nothing of it is quantised."""
     file = folder / "config.json"
     config = read_json(file)
-    got = config.get("_class_name") or config.get("architectures")
-    if got not in (architecture, [architecture]):
+    expected: str | list[str] = architecture if "_class_name" in config else [architecture]
+    if (got := config.get("_class_name", config.get("architectures"))) != expected:
         raise UnsupportedArchitecture(f"{file}: architecture", got, architecture)
     beside = folder / "hf_quant_config.json"
     for source, values in ((file, config), *([(beside, read_json(beside))] if beside.exists() else [])):

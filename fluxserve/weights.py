@@ -11,7 +11,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from fluxserve import foreign
 from fluxserve.errors import CheckpointError, UnsafeWeights
@@ -24,9 +25,10 @@ _FEW = 5
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its dtype as safetensors spells it."""
+    """A tensor in a file: its name there, and its dtype as safetensors spells it."""
 
     file: Path
+    name: str
     dtype: str
     shape: Shape
 
@@ -42,11 +44,16 @@ class FileSet:
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors that a module reads of its folder, by the names that the files have."""
+    """The tensors that a module reads of its folder, by their canonical names."""
 
     folder: Path
     set: FileSet
+    listed: TensorList
     tensors: Mapping[str, Stored]
+
+    def find(self, name: str) -> Stored | None:
+        """Return a tensor by any of its spellings; None for one that the module does not read."""
+        return self.tensors.get(self.listed.canonical(name))
 
 
 def read(folder: Path, base: str, module: str, listed: TensorList) -> Weights:
@@ -63,13 +70,12 @@ def read(folder: Path, base: str, module: str, listed: TensorList) -> Weights:
     files = file_set(folder, base)
     stored: dict[str, Stored] = {}
     for file in files.files:
-        for name, tensor in _header(file).items():
-            if name in stored:
-                raise CheckpointError(
-                    f"{folder}: {name} is in {stored[name].file.name} and in {file.name}; expected one"
-                )
-            stored[name] = tensor
-    return Weights(folder, files, _checked(folder, module, stored, listed))
+        for tensor in _header(file):
+            if tensor.name in stored:
+                other = stored[tensor.name].file.name
+                raise CheckpointError(f"{folder}: {tensor.name} is in {other} and in {file.name}; expected one")
+            stored[tensor.name] = tensor
+    return Weights(folder, files, listed, _checked(folder, module, stored, listed))
 
 
 # --- which files -----------------------------------------------------------------------------------------------------
@@ -167,52 +173,56 @@ def _shards(index: Path) -> list[Path]:
 # --- what is in them -------------------------------------------------------------------------------------------------
 
 
-def _header(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file. Its header says how long it is; one that was cut short is shorter."""
+def _header(file: Path) -> list[Stored]:
+    """Return the tensors of a safetensors file. The library compares the header with the file's length."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            (header_size,) = struct.unpack("<Q", opened.read(8))
-            if header_size > size - 8:
-                raise ValueError("header longer than the file")
-            header = json.loads(opened.read(header_size))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
-        stored = {name: _stored(file, entry) for name, entry in entries.items()}
-    except (OSError, struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        with safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            return [Stored(file, name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()]
+    except (OSError, SafetensorError) as error:
         what = foreign.stand_in(file)
-        raise CheckpointError(f"{file}: {what or f'not a safetensors file, or truncated ({error})'}") from error
-    expected = 8 + header_size + max(ends, default=0)
-    if size != expected:
-        raise CheckpointError(f"{file}: {size} bytes; its header expects {expected}. The file is truncated or damaged")
-    return stored
-
-
-def _stored(file: Path, entry: Mapping[str, Any]) -> Stored:
-    return Stored(file, str(entry["dtype"]), tuple(int(side) for side in entry["shape"]))
+        raise CheckpointError(f"{file}: {what or f'not a safetensors file, truncated or damaged ({error})'}") from error
 
 
 def _checked(folder: Path, module: str, stored: Mapping[str, Stored], listed: TensorList) -> dict[str, Stored]:
-    """The tensors that are read. Raises CheckpointError for any that is not the module's, or not there."""
-    canonical = {name: listed.canonical(name) for name in stored}
-    read = {name: tensor for name, tensor in stored.items() if canonical[name] in listed.read}
-    unexpected = sorted(name for name in stored if name not in read and not listed.may_hold(canonical[name]))
+    """Return the tensors that are read. Raises CheckpointError for any that is not the module's, or not there."""
+    read: dict[str, Stored] = {}
+    unexpected = []
+    for name, tensor in sorted(stored.items()):
+        canonical = listed.canonical(name)
+        if canonical not in listed.read:
+            unexpected += [] if listed.may_hold(canonical) else [name]
+        elif not _same(tensor, other := read.setdefault(canonical, tensor)):
+            raise CheckpointError(f"{folder}: {other.name} and {name} differ; {module} reads one tensor by both names")
     if unexpected:
         raise CheckpointError(
             f"{folder}: got {_count(unexpected)} that {module} does not read: {_list(unexpected)}; expected none"
             f"{foreign.whose(unexpected)}"
         )
-    for name, tensor in sorted(read.items()):
+    for tensor in read.values():
         if tensor.dtype not in _FLOATING:
-            got, expected_types = f"{tensor.file}: {name}: got {tensor.dtype}", ", ".join(_FLOATING)
+            got, expected_types = f"{tensor.file}: {tensor.name}: got {tensor.dtype}", ", ".join(_FLOATING)
             raise CheckpointError(f"{got}; expected one of {expected_types}. {foreign.UNQUANTISED}")
-    missing = sorted(set(listed.read) - {canonical[name] for name in read})
-    if missing:
+    if missing := sorted(set(listed.read) - set(read)):
         raise CheckpointError(f"{folder}: missing {_count(missing)} of {module}: {_list(missing)}")
-    for name, tensor in sorted(read.items()):
-        if tensor.shape != (expected := listed.read[canonical[name]]):
-            raise CheckpointError(f"{tensor.file}: {name}: got {tensor.shape}; expected {expected} by config.json")
+    for canonical, tensor in read.items():
+        if tensor.shape != (expected := listed.read[canonical]):
+            got = f"{tensor.file}: {tensor.name}: got {tensor.shape}"
+            raise CheckpointError(f"{got}; expected {expected} by config.json")
     return read
+
+
+def _same(one: Stored, other: Stored) -> bool:
+    """Whether two tensors are one, or have the same bytes: libraries write a tied tensor by both of its names."""
+    return one is other or ((one.dtype, one.shape) == (other.dtype, other.shape) and _data(one) == _data(other))
+
+
+def _data(tensor: Stored) -> bytes:
+    with tensor.file.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        begin, end = json.loads(file.read(length))[tensor.name]["data_offsets"]
+        file.seek(8 + length + begin)
+        return file.read(end - begin)
 
 
 def _count(names: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ def check(weights: Weights, dtype: str = "auto") -> None:
     found: dict[str, Tensor] = {}
     for file in weights.set.files:
         with safe_open(file, framework="pt") as opened:
-            for name in (name for name, tensor in weights.tensors.items() if tensor.file == file):
+            for name in (stored.name for stored in weights.tensors.values() if stored.file == file):
                 tensor = opened.get_tensor(name)
                 found[name] = extremes(tensor if dtype == "auto" else tensor.to(getattr(torch, dtype)))
     refuse_infinite(weights.folder, found)

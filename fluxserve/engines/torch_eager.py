@@ -348,7 +348,7 @@ def _refuse_gaps(weights: Weights, report: Mapping[str, Iterable[object]]) -> No
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(key) for key in report.get(problem, ()))
         if problem == "unexpected_keys":
-            names = [name for name in names if name in weights.tensors]
+            names = [name for name in names if (stored := weights.find(name)) and stored.name == name]
         if names:
             few, problem = ", ".join(names[:5]), problem.replace("_", " ")
             raise CheckpointError(f"{weights.folder}: {problem}: {few} ({len(names)} in all)")

@@ -197,7 +197,22 @@ def test_lengths(folder: Path) -> None:
     size = (folder / WEIGHTS).stat().st_size
     for wrong in (size - 1, size + 1):
         os.truncate(folder / WEIGHTS, wrong)
-        assert f"{wrong} bytes; its header expects {size}" in refusal(folder)
+        message = refusal(folder)
+        assert str(folder / WEIGHTS) in message and "truncated or damaged" in message
+
+
+def test_an_offset_that_was_shifted(folder: Path) -> None:
+    """The length is right, and every dtype and shape; two tensors would share bytes."""
+    data = (folder / WEIGHTS).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    name = sorted(header.keys() - {"__metadata__"}, key=lambda n: header[n]["data_offsets"])[1]
+    header[name]["data_offsets"] = [offset - 4 for offset in header[name]["data_offsets"]]
+    changed = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    assert len(changed) == length
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).write_bytes(data[:8] + changed + data[8 + length :])
+    assert "truncated or damaged" in refusal(folder)
 
 
 @pytest.mark.parametrize("header", [[], {"a": {"data_offsets": []}}, {"a": {"data_offsets": [0, "x"]}}])

@@ -118,6 +118,29 @@ def test_tensors_by_other_names(folder: Path, pattern: str, replacement: str, ow
     assert "does not read" in message and owner in message
 
 
+def twice(name: str, other: str) -> Edit:
+    """Add a tensor of zeros by another of its names."""
+    return lambda tensors: tensors.update({other: torch.zeros_like(tensors[name])})
+
+
+TWICE = {
+    "a tied embedding": (T5, twice("shared.weight", "encoder.embed_tokens.weight")),
+    "names of transformers 4 beside those of 5": (
+        ENCODER,
+        twice("final_layer_norm.weight", "text_model.final_layer_norm.weight"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TWICE)
+def test_two_spellings_of_one_tensor_that_differ(folder: Path, kind: str) -> None:
+    """Engines would read one or the other, and draw other pictures."""
+    component, change = TWICE[kind]
+    edit(folder, component, change)
+    message = refusal(folder)
+    assert "differ" in message and str(folder / component) in message
+
+
 HARMLESS = {
     "position ids": (ENCODER, lambda t: t.update({"text_model.embeddings.position_ids": torch.arange(77)[None]})),
     "a projection": (ENCODER, lambda t: t.update({"text_projection.weight": torch.ones(128, 128)})),

@@ -63,7 +63,6 @@ class FusedClip:
         if config["hidden_act"] != _QUICK_GELU:
             raise UnsupportedArchitecture(f"{FOLDER}/config.json: hidden_act", config["hidden_act"], _QUICK_GELU)
         self.signature = signatures.clip(checkpoint.spec)
-        build = build.below("text_model.")  # transformers 5 writes none
         read = build.read
         self._words, self._positions = (
             read.shaped(f"embeddings.{part}_embedding.weight", config[rows], config["hidden_size"]).to(

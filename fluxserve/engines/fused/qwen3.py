@@ -22,7 +22,6 @@ from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.errors import UnsupportedArchitecture
 
 _NAME = "qwen3"
-_PREFIX = "model."
 _THETA = 1e4
 """transformers' default, where a configuration has none."""
 
@@ -104,7 +103,6 @@ class FusedQwen3:
         self.shape, self.precision = _Shape.of(encoder.folder, config), build.precision
         self.kernels = build.kernels
         self.signature, self.taken = signatures.language_model(checkpoint.spec), encoder.layers
-        build = build.below(_PREFIX)
         read = build.read
         words = read.shaped("embed_tokens.weight", self.shape.words, self.shape.width)
         self.embedding = words.to(self.precision.compute)

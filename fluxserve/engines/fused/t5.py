@@ -72,7 +72,7 @@ class FusedT5:
         self.shape, self.precision, self.kernels = _Shape.of(checkpoint.config(FOLDER)), build.precision, build.kernels
         self.signature = signatures.t5(checkpoint.spec)
         read = build.read
-        self.embedding = read.first("shared.weight", "encoder.embed_tokens.weight").to(self.precision.compute)
+        self.embedding = read("shared.weight").to(self.precision.compute)
         width = self.embedding.shape[1]
         table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         self.positions = read.shaped(table, self.shape.buckets, self.shape.heads).float()

@@ -1,5 +1,6 @@
 """Read a component's tensors from safetensors onto the device, one by one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +14,35 @@ from fluxserve.weights import Weights
 
 
 class Reader:
-    """The tensors of one component, by diffusers' and transformers' names.
+    """The tensors of one component, by their canonical names.
 
     Args:
-        weights: of the component's folder.
-        prefix: only tensors whose names begin with it, and without it; all of them, if none does.
+        prefix: only tensors whose names begin with it, and without it.
+        opened: the component's files, where another reader has opened them.
     """
 
-    def __init__(self, weights: Weights, device: torch.device, prefix: str = "") -> None:
+    def __init__(
+        self, weights: Weights, device: torch.device, prefix: str = "", opened: Mapping[Path, Any] | None = None
+    ) -> None:
         self._weights, self._folder, self._prefix, self.device = weights, weights.folder, prefix, device
-        opened: dict[Path, Any] = {
+        self._opened = opened or {
             file: safe_open(file, framework="pt", device=str(device)) for file in weights.set.files
         }
-        self._files = {name: opened[tensor.file] for name, tensor in weights.tensors.items()}
         self._extremes: dict[str, Tensor] = {}
-        if not any(name.startswith(prefix) for name in self._files):
-            self._prefix = ""
-        self._unread = {name.removeprefix(prefix) for name in self._files if name.startswith(self._prefix)}
-
-    def __contains__(self, name: str) -> bool:
-        return self._prefix + name in self._files
+        self._unread = {name.removeprefix(prefix) for name in weights.tensors if name.startswith(prefix)}
 
     def __call__(self, name: str) -> Tensor:
-        """One tensor, as it was stored. Raises CheckpointError."""
-        full = self._prefix + name
-        if full not in self._files:
-            raise CheckpointError(f"{self._folder}: no weight {full!r}")
+        """Return one tensor, as it was stored. Raises CheckpointError."""
+        stored = self._weights.tensors.get(self._prefix + name)
+        if stored is None:
+            raise CheckpointError(f"{self._folder}: no weight {self._prefix + name!r}")
         self._unread.discard(name)
         try:
-            tensor: Tensor = self._files[full].get_tensor(full)
+            tensor: Tensor = self._opened[stored.file].get_tensor(stored.name)
         except SafetensorError as error:
-            raise CheckpointError(f"{self._folder}: {full}: {error}") from error
-        self._extremes[full] = extremes(tensor)  # read once, by `finish`
+            raise CheckpointError(f"{self._folder}: {stored.name}: {error}") from error
+        self._extremes[stored.name] = extremes(tensor)  # read once, by `finish`
         return tensor
-
-    def first(self, *names: str) -> Tensor:
-        """One tensor that may have any of these names, or several of them."""
-        present = [name for name in names if name in self]
-        self._unread -= set(present)
-        return self(present[0] if present else names[0])
 
     def shaped(self, name: str, *shape: int) -> Tensor:
         """One tensor that must have this shape. Raises CheckpointError."""
@@ -61,8 +52,8 @@ class Reader:
         return tensor
 
     def below(self, prefix: str) -> "Reader":
-        """Return a reader of the tensors whose names begin with `prefix`; of all, if none does."""
-        return Reader(self._weights, self.device, self._prefix + prefix)
+        """Return a reader of the tensors whose names begin with `prefix`."""
+        return Reader(self._weights, self.device, self._prefix + prefix, self._opened)
 
     def ignore_below(self, *prefixes: str) -> None:
         """Weights that another part of the engine reads: all whose names begin with one of these."""
