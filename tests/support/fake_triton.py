@@ -104,16 +104,20 @@ class InferenceResponse:
 
 
 class Metric:
-    def __init__(self, labels: Mapping[str, str], buckets: list[float] | None) -> None:
-        self.labels, self.buckets, self.total, self.seen = dict(labels), buckets, 0.0, list[float]()
+    def __init__(self, labels: Mapping[str, str], kind: int, buckets: list[float] | None) -> None:
+        self.labels, self.kind, self.buckets, self.total, self.seen = dict(labels), kind, buckets, 0.0, list[float]()
 
     def increment(self, value: float) -> None:
-        assert self.buckets is None, "a histogram observes"
+        assert self.kind == MetricFamily.COUNTER
         assert value >= 0, "a counter never falls"
         self.total += value
 
+    def set(self, value: float) -> None:
+        assert self.kind == MetricFamily.GAUGE
+        self.total = value
+
     def observe(self, value: float) -> None:
-        assert self.buckets is not None, "only a histogram observes"
+        assert self.kind == MetricFamily.HISTOGRAM
         self.seen.append(value)
 
 
@@ -128,7 +132,7 @@ class MetricFamily:
 
     def Metric(self, labels: Mapping[str, str], buckets: list[float] | None = None) -> Metric:
         assert (buckets is not None) == (self.kind == self.HISTOGRAM)
-        self.metrics.append(Metric(labels, buckets))
+        self.metrics.append(Metric(labels, self.kind, buckets))
         return self.metrics[-1]
 
 

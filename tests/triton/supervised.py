@@ -96,6 +96,11 @@ class Serve:
     def said(self, words: str) -> bool:
         return any(words in line for line in self.lines)
 
+    def models(self, name: str) -> set[int]:
+        """The processes that Triton runs a model in: its stub, and no process that the model started itself."""
+        file = f"/{name}/1/model.py"
+        return {pid for pid in tree(self.process.pid) if any(word.endswith(file) for word in _arguments(pid)[1:2])}
+
 
 @contextmanager
 def serve(*options: str) -> Iterator[Serve]:
@@ -123,6 +128,14 @@ def tree(pid: int) -> set[int]:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
         below = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return {pid}.union(*(tree(c) for c in below))
+
+
+def _arguments(pid: int) -> list[str]:
+    """A process's command line; none if it ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def alive(pids: set[int]) -> set[int]:

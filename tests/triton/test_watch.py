@@ -145,11 +145,11 @@ def test_a_pause_of_everybody_costs_nothing_and_a_second_signal_all() -> None:
 def test_a_signal_is_heard_while_models_load_again() -> None:
     """Also where they never will: the process that loads is stopped."""
     with serve() as served:
-        before = tree(served.process.pid)
-        os.kill(max(before), signal.SIGKILL)
+        (worker,) = served.models("generate")
+        os.kill(worker, signal.SIGKILL)
         wait_for(lambda: served.said("starting it again"))
-        wait_for(lambda: len(tree(served.process.pid) - before) > 2)
-        os.kill(max(tree(served.process.pid)), signal.SIGSTOP)
+        wait_for(lambda: served.models("generate") - {worker}, READY_S)
+        os.kill(*served.models("generate"), signal.SIGSTOP)
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(20) == 0
 
