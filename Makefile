@@ -36,7 +36,7 @@ serve: $(VENV)/.demo $(NEEDED)
 
 export: $(ARTIFACT).made
 
-$(ARTIFACT).made: $(VENV)/.demo $(wildcard export/*.py checkpoints/tiny/*/*.safetensors)
+$(ARTIFACT).made: $(VENV)/.demo $(wildcard export/src/fluxserve_export/*.py checkpoints/tiny/*/*.safetensors)
 	@echo "exporting the tiny model to $(ARTIFACT); the next time it is there"
 	@$(BIN)/fluxserve export checkpoints/tiny --out "$(ARTIFACT)" --work artifacts/work \
 	    --engine $(ENGINE) --precision $(PRECISION) --max-size 512x512

@@ -1,6 +1,6 @@
 """What an image needs besides the loop, part by part: text encoders, VAE both ways, the picture's encoding.
 
-    python -m benchmarks.random_weights /tmp/flux1 --double 1 --single 1        # or any that it can make
+    python -m testing.random_weights /tmp/flux1 --double 1 --single 1        # or any that it can make
     python -m benchmarks.around /tmp/flux1 [--precision fp8] [--size 1024x1024] [--profile] [--json OUT]
 
 The fused engine's components alone, each called again and again; none of them is calibrated, so a checkpoint is
@@ -22,14 +22,15 @@ from benchmarks.pictures import photograph, sides
 from benchmarks.steps import PRECISIONS, profiled
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import milliseconds, summary
-from fluxserve import checkpoint, imaging
-from fluxserve.engines.base import Bound, Engine
+from fluxserve.engine import Bound, Engine
 from fluxserve.engines.fused import vae
 from fluxserve.engines.fused.build import Build, Precision
 from fluxserve.engines.fused.clip import FusedClip
 from fluxserve.engines.fused.qwen3 import FusedQwen3
 from fluxserve.engines.fused.t5 import FusedT5
+from fluxserve.folders import checkpoint
 from fluxserve.kernels.operations import LAUNCHED
+from fluxserve.media import images as imaging
 from fluxserve.spec import EncoderSpec
 
 _DEVICE = torch.device("cuda")

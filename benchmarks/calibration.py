@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fluxserve_export import calibrate as ranges
+from fluxserve_export import fp8
 from torch import Tensor, nn
 
 from benchmarks.command import report
 from benchmarks.quality import FIRST_SEED, PROMPT_SEED
 from benchmarks.scale_methods import BOUND, CANDIDATES, LUCK, MAX, TARGETS, Method, Seen, Target, quantised, watched
 from benchmarks.surroundings import surroundings
-from export import calibrate as ranges
-from export import fp8
-from fluxserve import checkpoint as folders
-from fluxserve.engines.base import Components
+from fluxserve.engine import Components
 from fluxserve.engines.signatures import BY_COMPONENT
 from fluxserve.engines.torch_eager import ARCHITECTURES, TorchEngine, load_module
+from fluxserve.folders import checkpoint as folders
 from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse

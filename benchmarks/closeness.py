@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fluxserve_export.metrics import EQUAL_DB, psnr
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from export.metrics import EQUAL_DB, psnr
 from fluxserve.errors import SettingsError
-from tests.quality.judge import ObjectNet, load_judge
+from testing.judge import ObjectNet, load_judge
 
 Taps = Callable[[Tensor], list[Tensor]]
 """Pixels, [N, 3, H, W] in -1..1 → features at several depths, [N, C, h, w] each."""

@@ -7,9 +7,9 @@ A model is the folder of an artifact, or [ENGINE:]DTYPE of the checkpoint, such 
 in memory at a time. Every two are compared picture by picture, and the reference's pictures of the same prompts from
 other seeds are the yardstick: what is as far off as the closest tenth of those has strayed. The tiny model's prompts
 are those of benchmarks.quality, --n of each set, and its pictures are judged too. Elsewhere they are the lines of a
-file, again with other seeds where it has fewer than --n; an export calibrates with the first 32 of its own,
-export/prompts.txt. --write adds what was found to the manifest of each artifact but the reference. The last line on
-stdout is JSON; the status is 1 if FP8 lost more than a point of accuracy.
+file, again with other seeds where it has fewer than --n; an export calibrates with the first 32 of its own
+(export/src/fluxserve_export/prompts.txt). --write adds what was found to the manifest of each artifact but the
+reference. The last line on stdout is JSON; the status is 1 if FP8 lost more than a point of accuracy.
 """
 
 import argparse
@@ -26,25 +26,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fluxserve_export import console
+from fluxserve_export.calibrate import read_prompts
+from fluxserve_export.manifest import add_quality
 from torch import Tensor
 
 from benchmarks.closeness import Measure, compare, judges_features, measures, read_features, strayed, summary
 from benchmarks.distance_report import POINTS_ALLOWED, Found, contact_sheet, entry_for, table, verdict
 from benchmarks.quality import BARS, FIRST_SEED, PROMPT_SEED, opened, score
 from benchmarks.surroundings import surroundings
-from export import console
-from export.calibrate import read_prompts
-from export.manifest import add_quality
 from fluxserve import settings, source
-from fluxserve.artifact import MANIFEST
 from fluxserve.errors import FluxserveError, SettingsError
+from fluxserve.folders.artifact import MANIFEST
 from fluxserve.request import parse
 from fluxserve.spec import ModelSpec
 from training.evaluate import ask_for
 from training.grammar import held_out_pairs
 
 OTHER_SEEDS = 1_000_000  # the yardstick's picture of a prompt is drawn from its seed + OTHER_SEEDS
-PROMPTS = Path(__file__).parents[1] / "export" / "prompts.txt"
+PROMPTS = Path(__file__).parents[1] / "export/src/fluxserve_export/prompts.txt"
 JUDGED = "tiny"
 """The model whose pictures the judge knows."""
 

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fluxserve_export.metrics import psnr
 from torch import Tensor
 
 from benchmarks.command import report
 from benchmarks.pictures import sides
 from benchmarks.surroundings import surroundings
-from export.metrics import psnr
-from fluxserve import artifact as artifacts
-from fluxserve.artifact import Artifact, Scales
+from fluxserve.engine import Components
 from fluxserve.engines import signatures
-from fluxserve.engines.base import Components
 from fluxserve.engines.fused.build import BF16, FP8, Build
 from fluxserve.engines.fused.open import assemble, operations_on
 from fluxserve.engines.fused.transformer import FusedTransformer
+from fluxserve.folders import artifact as artifacts
+from fluxserve.folders.artifact import Artifact, Scales
 from fluxserve.job import Job, plan
 from fluxserve.kernels.gemm.layers import Heads
 from fluxserve.kernels.operations import Operations

@@ -19,12 +19,12 @@ import torch
 
 from benchmarks.command import report
 from benchmarks.pictures import sides
-from benchmarks.published import MODELS
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import captured, milliseconds
 from fluxserve.kernels.attention.fused import attention, padded
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.spec import FLUX1_DEV, TransformerSpec
+from testing.published import MODELS
 
 _COPIES = 6
 """Of each weight: more than the L2 cache holds, so that every product reads its own from memory."""

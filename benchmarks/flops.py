@@ -19,13 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import published
 from benchmarks.command import report
 from benchmarks.pictures import sides
-from benchmarks.published import MODELS, PUBLISHED
 from fluxserve.engines import signatures
 from fluxserve.engines.torch_eager import Architecture, architectures
 from fluxserve.spec import ModelSpec
+from testing import published
+from testing.published import MODELS, PUBLISHED
 
 _TERA = 1e12
 

@@ -20,16 +20,16 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
+from fluxserve_export import quantize, trace
+from fluxserve_export.fp8 import attention_modules, quantised_linears
+from fluxserve_export.options import ATTENTION_OPSET, default_sizes, ranges
 from torch import nn
 
 from benchmarks.command import report
 from benchmarks.surroundings import surroundings
-from export import quantize, trace
-from export.fp8 import attention_modules, quantised_linears
-from export.options import ATTENTION_OPSET, default_sizes, ranges
 from fluxserve import settings
-from fluxserve.artifact import Scales
-from fluxserve.checkpoint import Checkpoint
+from fluxserve.folders.artifact import Scales
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.spec import FLUX1_DEV
 
 COMPONENT = "transformer"

@@ -30,8 +30,8 @@ from benchmarks.command import add_served, report, served
 from benchmarks.served import PROMPT, REPOSITORY, WARM_UP
 from benchmarks.surroundings import surroundings
 from fluxserve import contract, settings
-from fluxserve.installation import bundled
 from fluxserve.supervisor import Ports, TritonServer
+from fluxserve.supervisor.installation import bundled
 
 Stamps = Mapping[str, Mapping[str, int]]
 """Of one request: model → name of a stamp → nanoseconds."""

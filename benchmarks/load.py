@@ -26,8 +26,8 @@ from benchmarks.command import add_served, report, served
 from benchmarks.served import REPOSITORY, WARM_UP
 from benchmarks.surroundings import surroundings
 from fluxserve import contract, settings
-from fluxserve.installation import bundled
 from fluxserve.supervisor import LOOPBACK, Ports, TritonServer
+from fluxserve.supervisor.installation import bundled
 
 _PROMPTS = Path(__file__).with_name("perf_analyzer.json")
 _LATENCIES = ("p50", "p90", "p95", "p99")

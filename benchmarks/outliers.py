@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fluxserve_export.metrics import relative_error
 from torch import Tensor
 from torch.nn.functional import gelu
 
 from benchmarks.accumulator import accumulated
 from benchmarks.command import report
 from benchmarks.surroundings import surroundings
-from export.metrics import relative_error
 from fluxserve.engines.fused.scales import HEADROOM
 from fluxserve.kernels.fp8 import E4M3, E4M3_MAX, cast, quantise_rows
 

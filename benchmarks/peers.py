@@ -28,7 +28,7 @@ from benchmarks.command import report
 from benchmarks.pictures import photograph, sides
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import summary
-from fluxserve import checkpoint
+from fluxserve.folders import checkpoint
 
 PROMPT = "a photograph of a fox that reads a newspaper in a café, morning light, shallow depth of field"
 MODES = ("eager", "compiled")

@@ -1,6 +1,6 @@
 """A model on one GPU, proven: the floor, the peers, the engine inside and the served model, in one run.
 
-    python -m benchmarks.random_weights /tmp/flux --model flux.1-dev                      # or real weights
+    python -m testing.random_weights /tmp/flux --model flux.1-dev                      # or real weights
     fluxserve export /tmp/flux --out /tmp/flux.fp8 --engine fused --precision fp8 --prompts 2 --steps 4
     python -m benchmarks.proof /tmp/flux /tmp/flux.fp8 --out benchmarks/results/flux1-dev-h100-DATE
 
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fluxserve import checkpoint
+from fluxserve.folders import checkpoint
 from fluxserve.spec import ModelSpec
 
 _EDIT = "-edit"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.command import report
 from benchmarks.surroundings import surroundings
-from tests.quality.judge import judge, load_judge
+from testing.judge import judge, load_judge
 from training.evaluate import ask_for
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def score(images: Tensor, prompts: Sequence[str], pairs: Sequence[tuple[int, int
 
 def _what(artifact: Path) -> dict[str, str]:
     """What an artifact is, without where it is."""
-    from fluxserve.artifact import read_manifest
+    from fluxserve.folders.artifact import read_manifest
 
     manifest = read_manifest(artifact)
     return {name: manifest[name] for name in ("model", "engine", "precision")}

@@ -12,10 +12,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from fluxserve_export import calibrate as ranges
+from fluxserve_export import fp8
 from torch import Tensor, nn
-
-from export import calibrate as ranges
-from export import fp8
 
 LEAST = 1e-12
 OPEN = "per token, as it comes"

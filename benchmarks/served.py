@@ -26,10 +26,10 @@ from benchmarks.pictures import photograph, sides
 from benchmarks.surroundings import of_gpu, surroundings
 from benchmarks.timing import summary
 from fluxserve import settings
-from fluxserve.imaging import write_image
-from fluxserve.installation import bundled
+from fluxserve.media.images import write_image
 from fluxserve.request import DEFAULT_QUALITY
 from fluxserve.supervisor import Ports, TritonServer
+from fluxserve.supervisor.installation import bundled
 
 PROMPT = "a photograph of a fox that reads a newspaper in a café, morning light, shallow depth of field"
 WARM_UP = 3

@@ -23,19 +23,20 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from benchmarks import floor, published
+from benchmarks import floor
 from benchmarks.command import report
 from benchmarks.drift import leaving_the_mean_in
 from benchmarks.pictures import sides
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import milliseconds, summary
-from fluxserve.artifact import Scales
 from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
 from fluxserve.engines.fused.transformer import FusedBound, FusedTransformer
 from fluxserve.engines.fused.weights import Reader
 from fluxserve.families.flux import tokens
+from fluxserve.folders.artifact import Scales
 from fluxserve.kernels.operations import LAUNCHED, as_they_are
 from fluxserve.spec import FLUX1_DEV, ModelSpec, TransformerSpec
+from testing import published
 
 SETS = {
     "cuda": LAUNCHED,

@@ -24,21 +24,21 @@ from benchmarks.command import report
 from benchmarks.drift import denoised, opened
 from benchmarks.pictures import sides
 from benchmarks.surroundings import surroundings
-from fluxserve import artifact as artifacts
-from fluxserve.artifact import Artifact, Scales
+from fluxserve.engine import Components
 from fluxserve.engines import signatures
-from fluxserve.engines.base import Components
 from fluxserve.engines.fused.build import FP8, Build
 from fluxserve.engines.fused.open import operations_on
 from fluxserve.engines.fused.scales import HEADROOM
 from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Reader
+from fluxserve.folders import artifact as artifacts
+from fluxserve.folders.artifact import Artifact, Scales
+from fluxserve.folders.weights import Weights
 from fluxserve.job import plan
 from fluxserve.kernels.gemm.layers import SAMPLE
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.text import Tokenizers
-from fluxserve.weights import Weights
 
 RANK = 16
 PROMPTS = (

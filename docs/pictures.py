@@ -5,8 +5,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fluxserve import checkpoint, settings
+from fluxserve import settings
 from fluxserve.engines.open import open_components
+from fluxserve.folders import checkpoint
 from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse

@@ -2,6 +2,6 @@
 
 import sys
 
-from fluxserve.cli import main
+from fluxserve.cli.main import main
 
 sys.exit(main())

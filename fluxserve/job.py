@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from fluxserve import imaging
 from fluxserve.errors import InvalidRequest
-from fluxserve.imaging import Fit, Pixels
+from fluxserve.media import images as imaging
+from fluxserve.media.images import Fit, Pixels
 from fluxserve.request import Request, numbered
 from fluxserve.sampling import schedule
 from fluxserve.spec import ModelSpec

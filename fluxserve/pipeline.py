@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from fluxserve.device import DeviceClock, Pacer, sent
-from fluxserve.engines.base import Bound, Components, Engine, Saturating, Shapes, denoiser
+from fluxserve.engine import Bound, Components, Engine, Saturating, Shapes, denoiser
 from fluxserve.errors import NotFinite, SettingsError
 from fluxserve.families.flux import tokens
-from fluxserve.imaging import Pixels
 from fluxserve.job import RGB_CHANNELS, TEXT_TO_IMAGE_CHANNELS, Job
+from fluxserve.media.images import Pixels
 from fluxserve.sampling import loop
 from fluxserve.sampling.guidance import OnePass
 from fluxserve.sampling.solvers import Euler

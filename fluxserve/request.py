@@ -9,7 +9,7 @@ from typing import Any
 
 from fluxserve.contract import ENCODINGS, OUTPUT_FORMATS
 from fluxserve.errors import InvalidRequest
-from fluxserve.imaging import InputImage, read_image
+from fluxserve.media.images import InputImage, read_image
 from fluxserve.spec import Limits, ModelSpec
 
 DRAWN_SEEDS = 2**32

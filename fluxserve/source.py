@@ -3,13 +3,13 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fluxserve import artifact as artifacts
-from fluxserve import checkpoint as checkpoints
-from fluxserve.artifact import Artifact
-from fluxserve.checkpoint import Checkpoint
+from fluxserve.engine import Components
 from fluxserve.engines import open as engines
-from fluxserve.engines.base import Components
 from fluxserve.errors import SettingsError
+from fluxserve.folders import artifact as artifacts
+from fluxserve.folders import checkpoint as checkpoints
+from fluxserve.folders.artifact import Artifact
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.settings import Settings
 from fluxserve.spec import ModelSpec
 

@@ -19,10 +19,10 @@ import numpy.typing as npt
 import transformers
 from jinja2 import TemplateError
 
-from fluxserve import foreign, spiece
-from fluxserve.checkpoint import Checkpoint
 from fluxserve.errors import CheckpointError, UnsupportedArchitecture
-from fluxserve.folder import in_ascii, read_json, visible
+from fluxserve.folders import foreign, spiece
+from fluxserve.folders.checkpoint import Checkpoint
+from fluxserve.folders.files import in_ascii, read_json, visible
 from fluxserve.spec import EncoderSpec
 
 _PROCESSOR, _IMAGE = "PixtralProcessor", "[IMG]"

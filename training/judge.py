@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.quality.judge import ObjectNet
+from testing.judge import ObjectNet
 from training.loop import Chance, Losses, Run, Stage, fit
 from training.models import make_vae
 from training.objects import OBJECTS

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tests.quality.judge import ObjectNet, judge
+from testing.judge import ObjectNet, judge
 from training.evaluate import ask_for, contact_sheet
 from training.export import export
 from training.flow import Batches, distil_loss, flow_loss, frozen_copy, make_flow, make_optimizer

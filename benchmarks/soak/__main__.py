@@ -30,8 +30,8 @@ from benchmarks.soak.run import Plan, Soaked, soak
 from benchmarks.soak.watch import MIB, growth
 from benchmarks.surroundings import surroundings
 from fluxserve import settings
-from fluxserve.installation import bundled
 from fluxserve.supervisor import Ports, TritonServer, Watch
+from fluxserve.supervisor.installation import bundled
 
 
 @contextmanager

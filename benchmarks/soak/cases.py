@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.pictures import photograph
-from fluxserve.imaging import write_image
+from fluxserve.media.images import write_image
 from fluxserve.request import DEFAULT_QUALITY
 
 ABANDONED, BAD = 1 / 5, 1 / 20

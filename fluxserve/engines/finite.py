@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fluxserve.errors import CheckpointError
-from fluxserve.weights import Weights
+from fluxserve.folders.weights import Weights
 
 _FEW = 5
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxserve.artifact import ANYWHERE, Artifact, Component
+from fluxserve.engine import FLOATING, Components, Shapes, Signature, TensorSpec
 from fluxserve.engines import signatures
-from fluxserve.engines.base import FLOATING, Components, Shapes, Signature, TensorSpec
 from fluxserve.errors import ArtifactError, ArtifactUnsuited, LibraryMissing, LibraryRefused
-from fluxserve.folder import in_ascii
+from fluxserve.folders.artifact import ANYWHERE, Artifact, Component
+from fluxserve.folders.files import in_ascii
 
 try:
     import onnxruntime as ort

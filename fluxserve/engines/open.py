@@ -2,10 +2,10 @@
 
 from importlib import import_module
 
-from fluxserve.artifact import Artifact
-from fluxserve.checkpoint import Checkpoint
-from fluxserve.engines.base import Components
+from fluxserve.engine import Components
 from fluxserve.errors import EngineError, UnknownEngine
+from fluxserve.folders.artifact import Artifact
+from fluxserve.folders.checkpoint import Checkpoint
 
 WEIGHTS = {"torch_eager": "fluxserve.engines.torch_eager", "fused": "fluxserve.engines.fused.open"}
 """Engines that run a checkpoint's weights."""

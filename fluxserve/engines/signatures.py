@@ -2,8 +2,8 @@
 
 from math import isqrt
 
-from fluxserve.artifact import Component
-from fluxserve.engines.base import FLOATING, Dim, Signature, TensorSpec
+from fluxserve.engine import FLOATING, Dim, Signature, TensorSpec
+from fluxserve.folders.artifact import Component
 from fluxserve.spec import PATCH, ModelSpec
 
 MAX_ROWS = 64

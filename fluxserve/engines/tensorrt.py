@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxserve.artifact import Artifact
+from fluxserve.engine import FLOATING, Components, Dim, Shapes, Signature, TensorSpec
 from fluxserve.engines import signatures, tensorrt_library
-from fluxserve.engines.base import FLOATING, Components, Dim, Shapes, Signature, TensorSpec
 from fluxserve.engines.tensorrt_library import Library
 from fluxserve.errors import ArtifactError, ArtifactUnsuited, LibraryRefused
+from fluxserve.folders.artifact import Artifact
 from fluxserve.kernels.jit import disk_cache
 
 log = logging.getLogger(__name__)

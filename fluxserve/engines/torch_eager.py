@@ -25,13 +25,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3Model
 from transformers.models.t5.modeling_t5 import T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from fluxserve.checkpoint import Checkpoint
+from fluxserve.engine import FLOATING, Components, Shapes, Signature, TensorSpec
 from fluxserve.engines import signatures
-from fluxserve.engines.base import FLOATING, Components, Shapes, Signature, TensorSpec
 from fluxserve.engines.finite import extremes, refuse_infinite
 from fluxserve.errors import CheckpointError
+from fluxserve.folders.checkpoint import Checkpoint
+from fluxserve.folders.weights import Weights
 from fluxserve.spec import PATCH, ModelSpec
-from fluxserve.weights import Weights
 
 Tensors = Mapping[str, Tensor]
 

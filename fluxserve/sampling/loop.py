@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from fluxserve.engines.base import Denoiser
+from fluxserve.engine import Denoiser
 from fluxserve.sampling.guidance import Guidance
 from fluxserve.sampling.solvers import Solver
 

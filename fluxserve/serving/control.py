@@ -9,9 +9,9 @@ from typing import Any
 
 from fluxserve import contract
 from fluxserve.errors import InvalidRequest
+from fluxserve.inflight import Status, checked_id
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
-from fluxserve.serving.inflight import Status, checked_id
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import QueueMetrics
 from fluxserve.settings import Settings

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxserve import imaging
 from fluxserve.errors import DecoderLost, ImagesFull, InvalidRequest
-from fluxserve.imaging import Fit, Pixels
+from fluxserve.media import images as imaging
+from fluxserve.media.images import Fit, Pixels
 
 MAX_REQUESTS = 16
 """Requests with images that one instance of `prepare` holds, the one that is being decoded included."""

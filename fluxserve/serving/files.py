@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from fluxserve.imaging import write_image
+from fluxserve.media.images import write_image
 from fluxserve.pipeline import Drawing
 
 Finish = Callable[[], list[bytes]]
@@ -21,7 +21,7 @@ class Files:
     def __init__(self, device: torch.device | None, side: int) -> None:
         self._encode: Callable[[torch.Tensor], bytes] | None = None
         if device is not None:
-            from fluxserve.png import gpu  # it brings Triton's compiler, which comes with PyTorch for CUDA alone
+            from fluxserve.media.png import gpu  # it brings Triton's compiler, which comes with PyTorch for CUDA alone
 
             self._encode = gpu.encode
             self._encode(torch.zeros(side, side, 3, dtype=torch.uint8, device=device))

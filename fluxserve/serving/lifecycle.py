@@ -5,8 +5,8 @@ import json
 from typing import ClassVar
 
 from fluxserve import settings
+from fluxserve.inflight import InflightTable
 from fluxserve.serving import errors
-from fluxserve.serving.inflight import InflightTable
 from fluxserve.serving.processes import Heartbeat, ProcessTable
 from fluxserve.settings import Settings
 

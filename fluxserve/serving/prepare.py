@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from fluxserve import contract, errors, request, source
+from fluxserve.inflight import HANDOVER_S, checked_id
 from fluxserve.job import Job, join, plan
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
 from fluxserve.serving.decoder import Decoder
-from fluxserve.serving.inflight import HANDOVER_S, checked_id
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import RefusalMetrics
 from fluxserve.settings import Settings

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fluxserve import process
 from fluxserve.errors import ServerError
-from fluxserve.serving.shared_file import SharedFile
+from fluxserve.shared_file import SharedFile
 
 MAX_PROCESSES = 256
 """Model instances of one server."""

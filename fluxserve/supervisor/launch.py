@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fluxserve import contract, settings
 from fluxserve.errors import ServerError
-from fluxserve.installation import Installation
 from fluxserve.supervisor.arguments import passed_through
+from fluxserve.supervisor.installation import Installation
 from fluxserve.supervisor.interpreter import programs
 from fluxserve.supervisor.sockets import Ports
 

@@ -25,12 +25,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from fluxserve import contract, launcher, process
+from fluxserve import contract, process
 from fluxserve.errors import ServerError
-from fluxserve.installation import Installation
-from fluxserve.serving.inflight import InflightTable
+from fluxserve.inflight import InflightTable
 from fluxserve.serving.processes import STOPPED_SILENCE_S, ProcessTable
-from fluxserve.supervisor import memory
+from fluxserve.supervisor import launcher, memory
+from fluxserve.supervisor.installation import Installation
 from fluxserve.supervisor.launch import Launch
 from fluxserve.supervisor.log import Log
 from fluxserve.supervisor.sockets import LOOPBACK, Ports, reached, resolved

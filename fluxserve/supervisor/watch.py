@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 
 from fluxserve.errors import ServerError
-from fluxserve.serving.inflight import Status
+from fluxserve.inflight import Status
 from fluxserve.supervisor.server import DRAIN_TIMEOUT_S, POLL_S, READY_TIMEOUT_S, TritonServer
 
 MAX_RESTARTS = 3

@@ -12,7 +12,16 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fluxserve"
 CODE = sorted(
     file
-    for folder in ("fluxserve", "model_repository", "export", "client/src", "gateway/src", "benchmarks", "training")
+    for folder in (
+        "fluxserve",
+        "model_repository",
+        "export/src",
+        "client/src",
+        "gateway/src",
+        "testing",
+        "benchmarks",
+        "training",
+    )
     for file in (ROOT / folder).rglob("*.py")
 )
 LIBRARY = [file for file in CODE if file.is_relative_to(PACKAGE) or "model_repository" in file.parts]
@@ -31,8 +40,12 @@ IMPORTS = {
     "triton": ("fluxserve/kernels/", "benchmarks/kernels.py"),
     "cudnn": ("fluxserve/kernels/",),
     "modelopt": ("export/",),
-    "diffusers": ("fluxserve/engines/torch_eager.py", "export/", "training/", "benchmarks/"),
-    "fluxserve_client": ("fluxserve/cli.py", "client/", "gateway/", "benchmarks/"),
+    "diffusers": ("fluxserve/engines/torch_eager.py", "export/", "training/", "benchmarks/", "testing/"),
+    "fluxserve_client": ("fluxserve/cli/", "client/", "gateway/", "benchmarks/"),
+    "fluxserve_export": ("export/", "benchmarks/", "training/"),
+    "tests": (),
+    "benchmarks": ("benchmarks/",),
+    "training": ("training/", "benchmarks/", "testing/"),
     # HTTP's server side, keys and OpenAI's fields
     "fastapi": ("gateway/",),
     "starlette": ("gateway/",),
@@ -46,7 +59,7 @@ IMPORTS = {
 CLIENT_CLI = ("client/src/fluxserve_client/cli.py", "client/src/fluxserve_client/show.py")
 GATEWAY_CLI = "gateway/src/fluxserve_gateway/cli.py"
 CALLS = {
-    "print": ("fluxserve/cli.py", *CLIENT_CLI, GATEWAY_CLI, "benchmarks/", "training/", "export/"),
+    "print": ("fluxserve/cli/main.py", *CLIENT_CLI, GATEWAY_CLI, "benchmarks/", "training/", "testing/", "export/"),
 }
 ATTRIBUTES = {
     "environ": ("fluxserve/settings.py", "benchmarks/", "client/src/fluxserve_client/cli.py"),
@@ -60,27 +73,23 @@ CONSTANTS = {0.3611, 0.1159, 1.15, 3072, 4096, 768, 15360, 12288, 7680}
 LAYERS = (
     ("__main__",),
     ("cli",),
-    ("serve",),
-    ("doctor", "supervisor"),
+    ("supervisor",),
     ("serving",),
     ("pipeline",),
     ("device", "job"),
     ("text", "request"),
-    ("sampling", "imaging"),
+    ("sampling", "media"),
     ("families",),
-    ("png", "colour"),
     ("source",),
     ("engines",),
     ("kernels",),
-    ("artifact",),
-    ("checkpoint", "settings"),
-    ("weights",),
-    ("folder", "spiece"),
-    ("spec", "contract", "installation", "repository"),
-    ("foreign",),
-    ("errors", "launcher", "process", "console"),
+    ("folders",),
+    ("settings",),
+    ("engine", "inflight"),
+    ("spec", "contract", "shared_file"),
+    ("errors", "process", "console"),
 )
-ENGINES_MAY_IMPORT = {"spec", "errors", "artifact", "kernels", "checkpoint", "weights", "engines", "folder"}
+ENGINES_MAY_IMPORT = {"engine", "spec", "errors", "kernels", "folders", "engines"}
 
 
 @cache
@@ -141,7 +150,10 @@ def test_tensor_names_come_from_the_contract() -> None:
 
     private = {t.name for t in (*contract.PREPARE.outputs, *contract.GENERATE.outputs)} - {"guidance", "pixels"}
     found = (f for f in LIBRARY for n in ast.walk(tree(f)) if isinstance(n, ast.Constant) and n.value in private)
-    assert offenders(("fluxserve/contract.py", "fluxserve/job.py", "fluxserve/serving/"), found) == []
+    assert (
+        offenders(("fluxserve/contract.py", "fluxserve/inflight.py", "fluxserve/job.py", "fluxserve/serving/"), found)
+        == []
+    )
 
 
 def layer_of(module: str) -> int:
@@ -194,7 +206,7 @@ def test_the_loop_never_waits_for_the_host() -> None:
         "sampling/loop.py": ("denoise",),
         "sampling/solvers.py": ("model_input", "step_"),
         "sampling/guidance.py": ("write", "join"),
-        "engines/base.py": ("run_step",),
+        "engine.py": ("run_step",),
         "engines/fused/transformer.py": ("run_step", "_modulated", "_fill"),
     }
     found = [

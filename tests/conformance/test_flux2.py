@@ -10,8 +10,8 @@ from PIL import Image
 
 from fluxserve.engines.open import open_components
 from fluxserve.families.flux import tokens
-from fluxserve.imaging import write_image
 from fluxserve.job import Job, plan
+from fluxserve.media.images import write_image
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.spec import FLUX2_DEV_TURBO, ModelSpec

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines import signatures
 from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.spec import FLUX2_DEV
 from tests.conformance.test_fused import BF16, GPU, TEXT, inputs_of, relative, transformer, velocity
 from tests.support import flux2_blocks

@@ -11,17 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fluxserve_export.calibrate import watched
+from fluxserve_export.fp8 import simulated
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks import random_weights
-from export.calibrate import watched
-from export.fp8 import simulated
-from fluxserve import checkpoint, settings
-from fluxserve.artifact import Scales
-from fluxserve.checkpoint import Checkpoint
+from fluxserve import settings
+from fluxserve.engine import Bound
 from fluxserve.engines import signatures
-from fluxserve.engines.base import Bound
 from fluxserve.engines.fused import clip, t5, vae
 from fluxserve.engines.fused.arena import Buffer
 from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
@@ -29,8 +26,12 @@ from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
 from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
 from fluxserve.families.flux import tokens
+from fluxserve.folders import checkpoint
+from fluxserve.folders.artifact import Scales
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import Operations, as_they_are
 from fluxserve.spec import FLUX1_DEV
+from testing import random_weights
 from tests.support.fused import KERNELS
 
 GPU = torch.cuda.is_available()

@@ -6,15 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fluxserve_export.calibrate import watched
 
-from export.calibrate import watched
-from fluxserve.artifact import Scales
+from fluxserve.engine import Components
 from fluxserve.engines import signatures
-from fluxserve.engines.base import Components
 from fluxserve.engines.fused.build import BF16, FP8, Precision
 from fluxserve.engines.fused.open import assemble
 from fluxserve.engines.open import open_components
 from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
+from fluxserve.folders.artifact import Scales
 from fluxserve.job import Job
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.pipeline import Pipeline

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.fused.build import BF16, FP8, Precision
 from fluxserve.errors import ArtifactError, CheckpointError
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
 from fluxserve.spec import FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from tests.conformance.test_fused import (

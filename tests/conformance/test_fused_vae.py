@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.fused import vae
 from fluxserve.engines.fused.build import BF16, Build, Precision
 from fluxserve.engines.torch_eager import architectures
 from fluxserve.errors import CheckpointError
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
 from fluxserve.spec import FLUX2_KLEIN_4B, ModelSpec
 from tests.support import random_flux

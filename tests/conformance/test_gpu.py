@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from fluxserve import checkpoint, settings
+from fluxserve import settings
 from fluxserve.device import DeviceClock, Pacer
 from fluxserve.engines.open import open_components
+from fluxserve.folders import checkpoint
 from fluxserve.job import Job, plan
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
-from fluxserve.engines.base import Components
+from fluxserve.engine import Components
 from fluxserve.job import Job
 from fluxserve.pipeline import Pipeline
 from fluxserve.sampling import schedule

@@ -5,7 +5,8 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from fluxserve import checkpoint, settings, source
+from fluxserve import settings, source
+from fluxserve.folders import checkpoint
 from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse

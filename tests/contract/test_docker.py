@@ -18,8 +18,9 @@ import yaml
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from fluxserve import __version__, cli, contract, settings, spec
+from fluxserve import __version__, contract, settings, spec
 from fluxserve import supervisor as server
+from fluxserve.cli import main as cli
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from fluxserve_export import calibrate, verify
+from fluxserve_export.reference import load_cases
 
-from benchmarks import random_weights
-from export import calibrate, verify
-from export.reference import load_cases
-from fluxserve import checkpoint
-from fluxserve.artifact import Artifact
+from fluxserve.engine import Components
 from fluxserve.engines import torch_eager
-from fluxserve.engines.base import Components
 from fluxserve.engines.fused import open as fused
 from fluxserve.engines.fused.scales import of_block
+from fluxserve.folders import checkpoint
+from fluxserve.folders.artifact import Artifact
 from fluxserve.job import Job, plan
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import Request
 from fluxserve.spec import FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from fluxserve.text import Tokenizers
+from testing import random_weights
 from tests.support import random_flux2
 from tests.support.exports import QUICK, SHAPES, TINY, Exports, run
 

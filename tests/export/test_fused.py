@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from fluxserve_export.reference import load_cases
+from fluxserve_export.verify import verify
 
-from benchmarks import random_weights
-from export.reference import load_cases
-from export.verify import verify
 from fluxserve import source
-from fluxserve.artifact import Artifact
 from fluxserve.engines.fused import open as fused
 from fluxserve.errors import ArtifactDamaged, DeviceUnsuited, SettingsError
+from fluxserve.folders.artifact import Artifact
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.settings import Settings
 from fluxserve.spec import FLUX1_DEV
+from testing import random_weights
 from tests.support.exports import QUICK, SHAPES, TINY, Exports, run
 
 pytestmark = pytest.mark.xdist_group("export")

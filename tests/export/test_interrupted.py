@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxserve import artifact as artifacts
+from fluxserve.folders import artifact as artifacts
 from tests.support.exports import QUICK, SHAPES, TINY
 
 pytestmark = pytest.mark.xdist_group("export-killed")

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from fluxserve_export import measure
+from fluxserve_export.inputs import calls_to_keep, load_inputs, save_inputs
+from fluxserve_export.measure import Errors, Measured
+from fluxserve_export.verify import verify
 from torch import Tensor
 
-from export import measure
-from export.inputs import calls_to_keep, load_inputs, save_inputs
-from export.measure import Errors, Measured
-from export.verify import verify
-from fluxserve import checkpoint, settings
-from fluxserve.checkpoint import Checkpoint
+from fluxserve import settings
 from fluxserve.engines.fused import open as fused
 from fluxserve.engines.fused.probe import Kept
 from fluxserve.engines.torch_eager import architectures, load_module
 from fluxserve.errors import ExportError
+from fluxserve.folders import checkpoint
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import PLAIN
 from tests.conformance.test_fused import Judge, inputs_of
 from tests.support import flux2_blocks

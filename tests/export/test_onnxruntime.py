@@ -9,20 +9,20 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from fluxserve_export import reference
+from fluxserve_export.fp8 import simulated
+from fluxserve_export.metrics import outputs_of, relative_error
+from fluxserve_export.trace import MODULE
 from safetensors.torch import load_file
 
-from export import reference
-from export.fp8 import simulated
-from export.metrics import outputs_of, relative_error
-from export.trace import MODULE
-from fluxserve import artifact as artifacts
-from fluxserve import checkpoint
 from fluxserve import spec as specs
-from fluxserve.artifact import Scales
 from fluxserve.engines import signatures
 from fluxserve.engines.open import open_artifact
 from fluxserve.engines.torch_eager import ARCHITECTURES, load_module
 from fluxserve.errors import ExportError, ShapeError
+from fluxserve.folders import artifact as artifacts
+from fluxserve.folders import checkpoint
+from fluxserve.folders.artifact import Scales
 from tests.support.exports import QUICK, SHAPES, TINY, Exports, run
 
 pytestmark = pytest.mark.xdist_group("export")
@@ -153,7 +153,7 @@ def test_fp8_is_where_the_rule_says_and_nowhere_else(export: Exports) -> None:
 
 def test_a_parameter_that_is_lost_is_not_written_as_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias as well: the exporter may rename anything one day."""
-    from export import options, trace
+    from fluxserve_export import options, trace
 
     folder, lazy = checkpoint.read(TINY), trace._lazy_parameters
     lost = "encoder.final_layer_norm.weight"
@@ -255,7 +255,7 @@ def test_quantising_nothing_is_refused(export: Exports, tmp_path: Path) -> None:
 
 def test_scales_that_do_not_fit_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine can be as good as plain FP8 and useless all the same: a thousandth of every range."""
-    from export import calibrate
+    from fluxserve_export import calibrate
 
     usual = calibrate.Range.amax
     monkeypatch.setattr(calibrate.Range, "amax", lambda self, method: usual(self, method) / 1000)

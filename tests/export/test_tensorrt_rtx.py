@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import random_weights
-from fluxserve import artifact as artifacts
-from fluxserve.artifact import Artifact
+from fluxserve.folders import artifact as artifacts
+from fluxserve.folders.artifact import Artifact
 from fluxserve.spec import FLUX1_SCHNELL
+from testing import random_weights
 from tests.support.exports import TINY, Exports, run
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has wheels for x86-64 alone")
@@ -52,8 +52,9 @@ def test_fp8_reaches_the_engine(export: Exports) -> None:
 
 def test_an_attention_that_is_not_counted_on_fails_the_build(tmp_path: Path, export: Exports) -> None:
     """Six of the graph's attentions are in FP8: a build that expects another number must not go through."""
-    from export import build
-    from export.stages import ONNX
+    from fluxserve_export import build
+    from fluxserve_export.stages import ONNX
+
     from fluxserve.engines import tensorrt_library
     from fluxserve.errors import ExportError
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fluxserve.kernels.image.png_stream import NONE, RUN, SYMBOLS, pack, plain_pack, plain_symbols_of, symbols_of
-from fluxserve.png import gpu, huffman, strips
+from fluxserve.media.png import gpu, huffman, strips
 from tests.kernels.judge import DEVICE
 from tests.unit.test_png import chunks
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import distance
-from fluxserve import artifact as artifacts
-from fluxserve.artifact import MANIFEST
+from fluxserve.folders import artifact as artifacts
+from fluxserve.folders.artifact import MANIFEST
 from tests.support.exports import Exports
 
 COUNT, STEPS = 4, 8

@@ -7,7 +7,7 @@ so it is compared prompt by prompt: FP8 may get at most one wrong that float32 g
 import pytest
 
 from benchmarks.quality import BARS, FIRST_SEED, PROMPT_SEED, fluxserve_generator
-from tests.quality.judge import judge, load_judge
+from testing.judge import judge, load_judge
 from tests.support.exports import Exports
 from training.evaluate import ask_for
 

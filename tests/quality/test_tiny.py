@@ -14,7 +14,7 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from benchmarks.quality import BARS, FIRST_SEED, PROMPT_SEED, Generate, fluxserve_generator
-from tests.quality.judge import Verdict, background_colours, judge, load_judge, name_objects
+from testing.judge import Verdict, background_colours, judge, load_judge, name_objects
 from training.evaluate import ask_for
 from training.grammar import COLOURS, held_out_pairs, training_pairs
 

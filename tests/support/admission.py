@@ -1,6 +1,6 @@
 """Requests in the in-flight table as `prepare` leaves them."""
 
-from fluxserve.serving.inflight import InflightTable
+from fluxserve.inflight import InflightTable
 
 
 def admitted(table: InflightTable, request_id: str = "") -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxserve.artifact import ANYWHERE, CHECKPOINT, MANIFEST, REFERENCE, sha256
+from fluxserve.folders.artifact import ANYWHERE, CHECKPOINT, MANIFEST, REFERENCE, sha256
 from fluxserve.settings import default_checkpoint
 from fluxserve.spec import TINY
 

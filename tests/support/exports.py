@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fluxserve import artifact as artifacts
 from fluxserve import settings
-from fluxserve.artifact import Artifact
-from fluxserve.engines.base import Components, Engine
+from fluxserve.engine import Components, Engine
+from fluxserve.folders import artifact as artifacts
+from fluxserve.folders.artifact import Artifact
 
 if TYPE_CHECKING:
     from tests.support.random_flux import RandomFlux
@@ -69,11 +69,11 @@ class OnnxOf:
 
     def _trace(self, flux: "RandomFlux", folder: Path) -> dict[str, Engine]:
         import torch
+        from fluxserve_export import options, trace
 
-        from export import options, trace
-        from fluxserve.checkpoint import Checkpoint
         from fluxserve.engines import signatures
         from fluxserve.engines.onnxruntime import OrtEngine
+        from fluxserve.folders.checkpoint import Checkpoint
 
         flux.save(folder)
         sizes = options.Sizes((64, 64), (128, 128), (256, 256), 3)
@@ -91,7 +91,7 @@ class OnnxOf:
 
 def run(*arguments: str) -> tuple[int, str]:
     """`fluxserve export` in this process: its status and what it said."""
-    from export import cli
+    from fluxserve_export import cli
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxserve.engines.base import FLOATING, Dim, Signature, TensorSpec
+from fluxserve.engine import FLOATING, Dim, Signature, TensorSpec
 
 API: dict[str, dict[str, list[str]]] = json.loads(Path(__file__).with_name("trt_api.json").read_text(encoding="utf-8"))
 VERSIONS = tuple(API)

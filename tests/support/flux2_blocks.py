@@ -11,7 +11,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from torch import nn
 
-from fluxserve.checkpoint import Checkpoint
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.spec import FLUX2_DEV, ModelSpec
 
 SMALL = replace(

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from fluxserve.checkpoint import Checkpoint
-from fluxserve.engines.base import Components
+from fluxserve.engine import Components
 from fluxserve.engines.fused.build import Precision
 from fluxserve.engines.fused.open import assemble
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import LAUNCHED, PLAIN
 from tests.support.random_flux import RandomFlux
 

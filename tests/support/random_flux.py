@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from fluxserve import spec as specs
+from fluxserve.engine import Components
 from fluxserve.engines import torch_eager
-from fluxserve.engines.base import Components
 from fluxserve.spec import ModelSpec
 
 VOCABULARY = 512

@@ -33,10 +33,10 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from benchmarks.stand_in import qwen_tokenizer
-from fluxserve import checkpoint
-from fluxserve.checkpoint import Checkpoint
+from fluxserve.folders import checkpoint
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.spec import ModelSpec, as_member
+from testing.stand_in import qwen_tokenizer
 from tests.support.random_flux import SCHEDULER
 
 VOCABULARY = 512

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fluxserve.engines.base import Engine
+from fluxserve.engine import Engine
 from fluxserve.kernels.fp8 import quantise_rows
 
 

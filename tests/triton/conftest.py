@@ -19,11 +19,11 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from fluxserve import contract, settings, source
-from fluxserve.installation import bundled
 from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.supervisor import Ports, TritonServer
+from fluxserve.supervisor.installation import bundled
 from fluxserve.text import Tokenizers
 
 ROOT = Path(__file__).parents[2]

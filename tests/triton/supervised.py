@@ -14,8 +14,8 @@ from pathlib import Path
 from tritonclient.utils import InferenceServerException
 
 from fluxserve import process as process_of
-from fluxserve.installation import bundled
 from fluxserve.supervisor import Ports, TritonServer, Watch
+from fluxserve.supervisor.installation import bundled
 from tests.triton.conftest import READY_S, REPOSITORY, ROOT, PlainClient, status_of, wait_for
 
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 1}

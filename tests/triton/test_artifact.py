@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fluxserve.errors import ServerError
-from fluxserve.installation import bundled
 from fluxserve.supervisor import Ports, TritonServer
+from fluxserve.supervisor.installation import bundled
 from tests.support.exports import Exports
 from tests.triton.conftest import READY_S, REPOSITORY, PlainClient, drawn_by, pixels, plain, serving
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fluxserve.cli import main
+from fluxserve.cli.main import main
 from fluxserve.supervisor import TritonServer
 
 pytestmark = pytest.mark.xdist_group("triton")

@@ -14,8 +14,7 @@ from fluxserve_client import AsyncClient
 from fluxserve_client import errors as client_errors
 from tritonclient.utils import InferenceServerException
 
-from fluxserve import contract
-from fluxserve.serving import inflight
+from fluxserve import contract, inflight
 from fluxserve.supervisor import TritonServer
 from tests.triton.conftest import LONG, PATIENCE, PlainClient, code_of, plain, running, status_of, tensors, wait_for
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fluxserve import contract, process
-from fluxserve.imaging import decode, read_image
+from fluxserve.media.images import decode, read_image
 from fluxserve.spec import Limits
 from fluxserve.supervisor import TritonServer
 from tests.triton.conftest import PATIENCE, PlainClient, plain, running, wait_for

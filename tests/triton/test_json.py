@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fluxserve import contract
-from fluxserve.imaging import write_image
+from fluxserve.media.images import write_image
 from fluxserve.supervisor import TritonServer
 from tests.triton.conftest import plain
 

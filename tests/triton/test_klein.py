@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxserve.imaging import write_image
+from fluxserve.media.images import write_image
 from fluxserve.supervisor import TritonServer
 from tests.support import random_flux2
 from tests.triton.conftest import PlainClient, drawn_by, pixels, plain, serving

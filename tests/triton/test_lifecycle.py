@@ -17,10 +17,10 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from fluxserve.errors import ServerError
-from fluxserve.installation import bundled
-from fluxserve.serving.inflight import InflightTable
+from fluxserve.inflight import InflightTable
 from fluxserve.settings import default_checkpoint
 from fluxserve.supervisor import EXIT_TIMEOUT_S, Ports, TritonServer
+from fluxserve.supervisor.installation import bundled
 from tests.triton.conftest import READY_S, REPOSITORY, ROOT, status_of, wait_for
 from tests.triton.supervised import SMALL, alive, grpc, serve, shared_memory, tree
 

@@ -8,7 +8,7 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from fluxserve import settings
-from fluxserve.cli import main
+from fluxserve.cli.main import main
 from tests.support import random_flux2
 from tests.triton.conftest import drawn_by, pixels, plain, serving
 

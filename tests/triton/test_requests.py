@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxserve import checkpoint, imaging, settings
+from fluxserve import settings
 from fluxserve.engines.open import open_components
+from fluxserve.folders import checkpoint
 from fluxserve.job import plan
+from fluxserve.media import images as imaging
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import parse
 from fluxserve.supervisor import TritonServer

@@ -16,7 +16,7 @@ from typing import IO
 import pytest
 from fluxserve_client import Client
 
-from fluxserve import cli
+from fluxserve.cli import main as cli
 from fluxserve.serving.processes import ProcessTable
 from fluxserve.settings import default_checkpoint
 from fluxserve.supervisor import Ports

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from fluxserve import artifact as artifacts
-from fluxserve import checkpoint as checkpoints
-from fluxserve.artifact import MANIFEST
 from fluxserve.engines import signatures
 from fluxserve.errors import ArtifactDamaged, ArtifactError, ShapeError
+from fluxserve.folders import artifact as artifacts
+from fluxserve.folders import checkpoint as checkpoints
+from fluxserve.folders.artifact import MANIFEST
 from fluxserve.settings import default_checkpoint
 from fluxserve.spec import TINY
 from tests.support import artifacts as made

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fluxserve_export import fp8
+from fluxserve_export.calibrate import Range
 from torch import Tensor, nn
 
 from benchmarks import calibration, scale_methods
 from benchmarks.scale_methods import BOUND, CANDIDATES, LUCK, MAX, TARGETS, Method, Recipe, Seen
-from export import fp8
-from export.calibrate import Range
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "tiny"
 COMPONENTS = ("transformer", "t5", "clip", "vae_decoder", "vae_encoder")

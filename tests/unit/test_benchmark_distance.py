@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fluxserve_export.manifest import add_quality
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -14,10 +15,9 @@ from benchmarks import closeness, distance, distance_report
 from benchmarks.closeness import Measure, judges_features, measures, ms_ssim, read_features, summary
 from benchmarks.distance import Asked, Drawn, Model, models_of
 from benchmarks.sheet import Row, difference, sheet
-from export.manifest import add_quality
-from fluxserve import artifact as artifacts
-from fluxserve.artifact import MANIFEST
 from fluxserve.errors import ArtifactError, SettingsError
+from fluxserve.folders import artifact as artifacts
+from fluxserve.folders.artifact import MANIFEST
 from fluxserve.spec import TINY
 from tests.support import artifacts as made
 

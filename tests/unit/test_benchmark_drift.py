@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fluxserve_export.fp8 import simulated
 
 from benchmarks import drift
 from benchmarks.drift import leaving_the_mean_in, with_the_means_range
-from export.fp8 import simulated
-from fluxserve import checkpoint, settings
+from fluxserve import settings
 from fluxserve.engines import signatures
 from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
+from fluxserve.folders import checkpoint
 from tests.conformance.test_fused import DEVICE, FP8, KERNELS, TEXT, Judge, relative, transformer, velocity
 from tests.support.exports import Exports
 

@@ -11,22 +11,24 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
+from fluxserve_export.calibrate import watched
+from fluxserve_export.fp8 import simulated, watched_attention
+from fluxserve_export.metrics import relative_error
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks import peers, published, random_weights
-from benchmarks.stand_in import QWEN_WORDS
-from export.calibrate import watched
-from export.fp8 import simulated, watched_attention
-from export.metrics import relative_error
-from fluxserve import checkpoint, settings
+from benchmarks import peers
+from fluxserve import settings
 from fluxserve import spec as specs
 from fluxserve.engines import signatures
 from fluxserve.engines.torch_eager import architectures, load_module
 from fluxserve.families.flux import tokens
+from fluxserve.folders import checkpoint
 from fluxserve.sampling import schedule
 from fluxserve.spec import FLUX1_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from fluxserve.text import Tokenizers
+from testing import published, random_weights
+from testing.stand_in import QWEN_WORDS
 
 SIZE = (64, 96)
 LATENTS, TEXT = (16, 16), 32

@@ -8,8 +8,9 @@ import torch
 
 from benchmarks import unseen
 from benchmarks.unseen import Changed
-from fluxserve import checkpoint, settings
+from fluxserve import settings
 from fluxserve.engines.fused.weights import Reader
+from fluxserve.folders import checkpoint
 from tests.support.exports import Exports
 
 pytestmark = pytest.mark.xdist_group("fused")

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxserve import checkpoint, errors
+from fluxserve import errors
 from fluxserve.engines.open import open_components
 from fluxserve.engines.torch_eager import load_module
 from fluxserve.errors import CheckpointError, EngineError, UnsafeWeights, UnsupportedArchitecture
+from fluxserve.folders import checkpoint
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.settings import default_checkpoint
 from fluxserve.spec import FLUX2_DEV, FLUX2_DEV_TURBO, FLUX2_KLEIN_4B, TINY

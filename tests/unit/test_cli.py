@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fluxserve import __version__, cli, console
+from fluxserve import __version__
+from fluxserve.cli import main as cli
+from fluxserve.cli.main import console
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("module", ["fluxserve", "fluxserve.cli"])
+@pytest.mark.parametrize("module", ["fluxserve", "fluxserve.cli.main"])
 def test_a_module_is_the_program(module: str) -> None:
     def started(argument: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", module, argument]

@@ -13,7 +13,7 @@ import pytest
 
 from fluxserve import process
 from fluxserve.errors import DecoderLost, ImagesFull, InvalidRequest
-from fluxserve.imaging import Fit, write_image
+from fluxserve.media.images import Fit, write_image
 from fluxserve.serving import decoder
 from fluxserve.serving.decoder import Decoder
 from tests.triton.conftest import wait_for

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fluxserve import errors
-from fluxserve.checkpoint import Checkpoint
+from fluxserve.engine import FLOATING, Bound, Components, Dim, Engine, Shapes, Signature, TensorSpec
 from fluxserve.engines import signatures
-from fluxserve.engines.base import FLOATING, Bound, Components, Dim, Engine, Shapes, Signature, TensorSpec
 from fluxserve.engines.open import ENGINES, open_components
 from fluxserve.errors import ShapeError
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.spec import FAMILY, TINY, ModelSpec
 from tests.support import random_flux
 

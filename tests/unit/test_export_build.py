@@ -13,10 +13,10 @@ import pytest
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="the extra 'export' is not installed")
 onnx = pytest.importorskip("onnx", reason="the extra 'export' is not installed")
 
+from fluxserve_export import build as building  # noqa: E402
+from fluxserve_export.build import BuildReport, build  # noqa: E402
 from onnx import TensorProto, helper  # noqa: E402
 
-from export import build as building  # noqa: E402
-from export.build import BuildReport, build  # noqa: E402
 from fluxserve.engines import tensorrt, tensorrt_library  # noqa: E402
 from fluxserve.engines.tensorrt_library import Library  # noqa: E402
 from fluxserve.errors import ExportError, LibraryRefused  # noqa: E402

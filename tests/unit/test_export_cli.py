@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fluxserve import artifact as artifacts
-from fluxserve import cli
-from fluxserve.artifact import MANIFEST
+from fluxserve.cli import main as cli
 from fluxserve.errors import ArtifactDamaged, FluxserveError, LibraryRefused, ShapeError
+from fluxserve.folders import artifact as artifacts
+from fluxserve.folders.artifact import MANIFEST
 from fluxserve.settings import default_checkpoint
 from tests.support import artifacts as made
 
@@ -208,7 +208,7 @@ def test_how_much_is_calibrated_with(
     def not_refused(*_: object) -> None:
         pytest.fail(f"--{name} {value} was not refused")
 
-    monkeypatch.setattr("export.stages.Stages.onnx", not_refused)
+    monkeypatch.setattr("fluxserve_export.stages.Stages.onnx", not_refused)
     assert refusal(capsys, TINY, "--out", out, f"--{name}", value).startswith(
         f"{name}: got {value}; expected 1 or more"
     )
@@ -263,7 +263,9 @@ def test_an_engine_whose_library_is_missing(
 
 def without(module: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     """The program in a process that lacks a library."""
-    script = f"import sys; sys.modules[{module!r}] = None; from fluxserve.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = (
+        f"import sys; sys.modules[{module!r}] = None; from fluxserve.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True,
@@ -285,7 +287,7 @@ def test_help_needs_no_extra() -> None:
 
 
 def test_a_module_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "export.cli", None)
+    monkeypatch.setitem(sys.modules, "fluxserve_export.cli", None)
     message = refusal(capsys, TINY, "--out", "x")
     assert message.endswith("not installed; expected the extra 'export' (pip install 'fluxserve[export]')")
 
@@ -316,9 +318,9 @@ def exported(monkeypatch: pytest.MonkeyPatch, out: Path, engine: str, *architect
             (target / without).unlink()
         return target
 
-    monkeypatch.setattr("export.assemble.assemble", assemble)
+    monkeypatch.setattr("fluxserve_export.assemble.assemble", assemble)
     for name in ("engines", "numerics"):
-        monkeypatch.setattr(f"export.stages.Stages.{name}", lambda *_: None)
+        monkeypatch.setattr(f"fluxserve_export.stages.Stages.{name}", lambda *_: None)
     return cli.main(["export", TINY, "--out", str(out), "--device", "cpu"])
 
 
@@ -350,7 +352,7 @@ def test_an_engine_that_fails_where_it_should_run_is_a_failure(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("export.verify.verify", refuse)
+    monkeypatch.setattr("fluxserve_export.verify.verify", refuse)
     assert exported(monkeypatch, out, "onnxruntime") == 1
     assert str(error) in capsys.readouterr().err
 
@@ -361,7 +363,7 @@ def test_what_is_measured_is_shown_even_if_it_can_not_be_kept(
     """A manifest on a read-only mount, and numbers that JSON has not."""
     row = {"component": "clip", "output": "pooled", "shape": [1], "cosine": 0.0, "plain": 0.1, "allowed": 0.2}
     found = {"components": [{**row, "relative_error": float("inf"), "passed": False}], "images": [], "passed": False}
-    monkeypatch.setattr("export.verify.verify", lambda *_: found)
+    monkeypatch.setattr("fluxserve_export.verify.verify", lambda *_: found)
     folder = made.write(tmp_path / "tiny")
     before = content(folder)
     assert cli.main(["export", "verify", str(folder), "--no-write"]) == 1

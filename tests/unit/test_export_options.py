@@ -1,4 +1,4 @@
-"""export.options: what may be asked for, and the shapes that follow from it."""
+"""fluxserve_export.options: what may be asked for, and the shapes that follow from it."""
 
 import itertools
 from dataclasses import replace
@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from export.calibrate import METHODS, read_prompts
-from export.options import (
+from fluxserve_export.calibrate import METHODS, read_prompts
+from fluxserve_export.options import (
     ATTENTION_OPSET,
     DTYPES,
     FP8,
@@ -25,11 +24,12 @@ from export.options import (
     profile,
     ranges,
 )
-from fluxserve.artifact import Artifact
-from fluxserve.checkpoint import Checkpoint
+
+from fluxserve.engine import Dim
 from fluxserve.engines import signatures
-from fluxserve.engines.base import Dim
 from fluxserve.errors import ExportError, InvalidRequest
+from fluxserve.folders.artifact import Artifact
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.request import parse
 from fluxserve.spec import (
     FAMILY,
@@ -313,7 +313,7 @@ def test_an_example_of_the_smallest_sides() -> None:
 @pytest.mark.parametrize("spec", FAMILY, ids=NAMES)
 def test_the_prompts_that_come_with_the_export(spec: ModelSpec) -> None:
     """What a real model is calibrated with, if it brings no prompts of its own."""
-    file = Path(__file__).parents[2] / "export" / "prompts.txt"
+    file = Path(__file__).parents[2] / "export/src/fluxserve_export/prompts.txt"
     prompts = read_prompts(file).lines
     assert file.read_text(encoding="utf-8").startswith("# ")
     assert (len(prompts), len(set(prompts))) == (128, 128)

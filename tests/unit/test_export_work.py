@@ -1,4 +1,4 @@
-"""export.work: a stage is made once, kept as long as nothing it was made from changes, and never half."""
+"""fluxserve_export.work: a stage is made once, kept as long as nothing it was made from changes, and never half."""
 
 import json
 import os
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fluxserve_export import work as module
+from fluxserve_export.console import Line
+from fluxserve_export.work import Work
 
-from export import work as module
-from export.console import Line
-from export.work import Work
 from fluxserve import process
-from fluxserve.artifact import sha256
 from fluxserve.errors import ExportError
+from fluxserve.folders.artifact import sha256
 
 ROOT = Path(__file__).parents[2]
 INPUTS = {"weights": {"a": "1"}, "shapes": {"rows": (1, 1, 2)}}
@@ -115,15 +115,17 @@ def test_other_code_makes_another(folder: Path, make: Maker, monkeypatch: pytest
 
 def test_the_code_is_every_file_of_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = module._code()
-    for package in ("export", "fluxserve", "fluxserve/spec", "fluxserve/engines"):
-        (tmp_path / package).mkdir()
-        for file in (ROOT / package).glob("*.py"):
-            (tmp_path / package / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(module, "_ROOT", tmp_path)
+    packages = [tmp_path / str(index) for index in range(len(module._PACKAGES))]
+    for package, copy in zip(module._PACKAGES, packages, strict=True):
+        copy.mkdir()
+        for file in package.glob("*.py"):
+            (copy / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(module, "_PACKAGES", packages)
     assert module._code() == before
-    for file in ("export/trace.py", "fluxserve/spec/models.py", "fluxserve/engines/torch_eager.py"):
+    for name in ("trace.py", "models.py", "torch_eager.py", "checkpoint.py"):
         before = module._code()
-        with (tmp_path / file).open("a") as f:
+        (file,) = tmp_path.glob(f"*/{name}")
+        with file.open("a") as f:
             f.write("\n")
         assert module._code() != before
 

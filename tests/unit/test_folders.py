@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fluxserve import checkpoint
-from fluxserve.cli import main
+from fluxserve.cli.main import main
 from fluxserve.errors import ArtifactDamaged, CheckpointError, NotFinite, UnsafeWeights
+from fluxserve.folders import checkpoint
 from tests.support import random_flux2
 from tests.support.folders import TINY, Edit, change, copied, edit, weights_of
 
@@ -174,7 +174,8 @@ def test_what_may_be_there(folder: Path, kind: str) -> None:
 
 def test_every_engine_holds_to_the_list(folder: Path) -> None:
     """Below `read` as well: an engine that is given a folder looks itself."""
-    from export import options, trace
+    from fluxserve_export import options, trace
+
     from fluxserve.engines.fused import open as fused
     from fluxserve.engines.torch_eager import load_module
     from fluxserve.kernels.operations import PLAIN
@@ -239,7 +240,7 @@ def test_numbers_that_the_dtype_can_not_hold(folder: Path) -> None:
 def test_the_exporter_refuses_numbers_that_are_not_finite(
     folder: Path, name: str, value: float, dtype: torch.dtype
 ) -> None:
-    from export import options, trace
+    from fluxserve_export import options, trace
 
     edit(folder, TRANSFORMER, fill(name, value))
     read = checkpoint.read(folder)
@@ -728,7 +729,7 @@ def test_doctor_knows_the_engine(folder: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_an_export_takes_no_hidden_companions(folder: Path, tmp_path: Path) -> None:
-    from export.assemble import _copy_configurations, _link_weights
+    from fluxserve_export.assemble import _copy_configurations, _link_weights
 
     shard(folder, T5)
     file = weights_of(folder, ENCODER)
@@ -743,7 +744,7 @@ def test_an_export_takes_no_hidden_companions(folder: Path, tmp_path: Path) -> N
 
 
 def test_hidden_companions_in_an_artifact(tmp_path: Path) -> None:
-    from fluxserve import artifact
+    from fluxserve.folders import artifact
     from tests.support import artifacts
 
     path = artifacts.write(tmp_path / "artifact")

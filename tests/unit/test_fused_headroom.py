@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fluxserve import checkpoint, settings
-from fluxserve.checkpoint import Checkpoint
+from fluxserve import settings
 from fluxserve.engines.fused import headroom, open, vae
 from fluxserve.engines.fused.build import Precision
 from fluxserve.errors import OutOfMemory
+from fluxserve.folders import checkpoint
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.spec import FLUX1_DEV
 

@@ -16,8 +16,8 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageCms
 
 from fluxserve.errors import InvalidRequest
-from fluxserve.imaging import Fit, InputImage, decode, read_image, write_image
-from fluxserve.png.texts import without_texts
+from fluxserve.media.images import Fit, InputImage, decode, read_image, write_image
+from fluxserve.media.png.texts import without_texts
 from fluxserve.request import _check_reference
 from fluxserve.spec import FLUX1_DEV, FLUX2_KLEIN_4B, Limits
 

@@ -10,14 +10,7 @@ import pytest
 from fluxserve import process
 from fluxserve.contract import MAX_WAITING
 from fluxserve.errors import Cancelled, Draining, InvalidRequest, QueueFull, RequestIdInUse, ServerError
-from fluxserve.serving.inflight import (
-    CAPACITY,
-    HANDOVER_S,
-    LEASE_S,
-    MAX_ID_BYTES,
-    InflightTable,
-    Status,
-)
+from fluxserve.inflight import CAPACITY, HANDOVER_S, LEASE_S, MAX_ID_BYTES, InflightTable, Status
 from tests.support import namespaces
 from tests.support.admission import admitted
 
@@ -419,7 +412,7 @@ FULL = """
 import sys
 from pathlib import Path
 from fluxserve.errors import ServerError
-from fluxserve.serving.inflight import InflightTable
+from fluxserve.inflight import InflightTable
 folder = Path(sys.argv[1])
 (folder / "other").write_bytes(bytes(56 * 1024))
 try:

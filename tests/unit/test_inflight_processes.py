@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxserve.serving.inflight import CAPACITY, InflightTable, Status
+from fluxserve.inflight import CAPACITY, InflightTable, Status
 from tests.support.admission import admitted
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ PROCESSES, SECONDS = 4, 2.0
 WORKER = """
 import sys, time
 from pathlib import Path
-from fluxserve.serving.inflight import InflightTable
+from fluxserve.inflight import InflightTable
 table = InflightTable(Path(sys.argv[1]))
 ticket = table.claim("doomed")
 table.enqueue(ticket, 9)
@@ -37,7 +37,7 @@ CROWD = """
 import json, random, sys, time
 from pathlib import Path
 from fluxserve.errors import Cancelled, RequestIdInUse
-from fluxserve.serving.inflight import InflightTable
+from fluxserve.inflight import InflightTable
 path, me, processes, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 table, rng, ran, claimed, cancelled, refused = InflightTable(Path(path)), random.Random(me), [], [], 0, 0
 end = time.monotonic() + seconds

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxserve import launcher
+from fluxserve.supervisor import launcher
 
 CREATE = """
 import json, os, sys

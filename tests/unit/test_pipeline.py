@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from fluxserve import checkpoint
-from fluxserve.engines.base import Bound, Shapes
+from fluxserve.engine import Bound, Shapes
 from fluxserve.errors import InvalidRequest, NotFinite
 from fluxserve.families.flux import tokens
-from fluxserve.imaging import read_image, write_image
+from fluxserve.folders import checkpoint
 from fluxserve.job import Job, join, plan, split
+from fluxserve.media.images import read_image, write_image
 from fluxserve.pipeline import _BOUNDS_KEPT, Pipeline
 from fluxserve.request import Request
 from fluxserve.sampling import schedule

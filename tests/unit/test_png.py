@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxserve.png import strips
+from fluxserve.media.png import strips
 
 RNG = np.random.default_rng(0)
 STRIP_ROWS = strips._STRIP_BYTES // (3 * 1024)

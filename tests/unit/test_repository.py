@@ -8,9 +8,9 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 
 from fluxserve import settings
-from fluxserve.cli import main
+from fluxserve.cli.main import main
 from fluxserve.errors import ServerError
-from fluxserve.repository import lay_out
+from fluxserve.supervisor.repository import lay_out
 
 SHIPPED = Path(__file__).parents[2] / "model_repository"
 ODD = '/models/a "quoted" näme\\with\ttabs'

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fluxserve.errors import InvalidRequest
-from fluxserve.imaging import decode, write_image
+from fluxserve.media.images import decode, write_image
 from fluxserve.request import DRAWN_SEEDS, MAX_SEED, Request, _fit, parse
 from fluxserve.spec import (
     FAMILY,

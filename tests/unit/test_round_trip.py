@@ -14,10 +14,10 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file
 
-from fluxserve import checkpoint, spiece
-from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.torch_eager import architectures, load_module
 from fluxserve.errors import CheckpointError
+from fluxserve.folders import checkpoint, spiece
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.settings import default_checkpoint
 from fluxserve.text import Tokenizers
 from tests.support import random_flux2
@@ -86,7 +86,7 @@ def test_twice(tmp_path: Path) -> None:
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentencepiece model, trained as T5's was: ids of padding, end and unknown, and its normaliser."""
     folder = tmp_path_factory.mktemp("spiece")
-    text = (Path(__file__).parents[2] / "export" / "prompts.txt").resolve()
+    text = (Path(__file__).parents[2] / "export/src/fluxserve_export/prompts.txt").resolve()
     ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
     sentencepiece.SentencePieceTrainer.train(
         input=str(text),

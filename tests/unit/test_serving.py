@@ -16,9 +16,9 @@ from PIL import Image
 
 from fluxserve import contract, errors
 from fluxserve.contract import MAX_WAITING
-from fluxserve.imaging import write_image
+from fluxserve.inflight import MAX_ID_BYTES, InflightTable
+from fluxserve.media.images import write_image
 from fluxserve.serving import decoder
-from fluxserve.serving.inflight import MAX_ID_BYTES, InflightTable
 from tests.support.admission import admitted
 from tests.support.fake_triton import FINAL, InferenceRequest, Logger, counted, error_of, installed, outputs, prepared
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 from fluxserve import contract
 from fluxserve.errors import ServerError
-from fluxserve.png import strips
+from fluxserve.inflight import InflightTable
+from fluxserve.media.png import strips
 from fluxserve.serving import files
-from fluxserve.serving.inflight import InflightTable
 from fluxserve.serving.processes import ProcessTable
 from tests.support.admission import admitted
 from tests.support.fake_triton import InferenceRequest, Logger, answers, counted, error_of, installed, outputs

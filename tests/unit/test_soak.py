@@ -18,7 +18,7 @@ from benchmarks.soak.cases import ABANDONED, BAD, FORMATS, IN_USE, WAYS, Case, S
 from benchmarks.soak.promises import Promise, promises
 from benchmarks.soak.watch import MIB, Watch, growth
 from fluxserve.errors import InvalidRequest
-from fluxserve.imaging import decode
+from fluxserve.media.images import decode
 from fluxserve.request import parse
 from fluxserve.spec import TINY
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fluxserve import cli, source
+from fluxserve import source
+from fluxserve.cli import main as cli
+from fluxserve.engine import Components
 from fluxserve.engines import signatures
-from fluxserve.engines.base import Components
 from fluxserve.engines.open import ARTIFACTS, ENGINES, WEIGHTS
 from fluxserve.errors import (
     ArtifactDamaged,

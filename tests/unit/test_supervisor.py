@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxserve import contract, installation, process, supervisor
+from fluxserve import contract, process, supervisor
 from fluxserve.errors import ServerError
-from fluxserve.installation import Installation, bundled, installed_at
-from fluxserve.supervisor import Ports, TritonServer, arguments, server, sockets
+from fluxserve.supervisor import Ports, TritonServer, arguments, installation, server, sockets
 from fluxserve.supervisor import memory as memories
+from fluxserve.supervisor.installation import Installation, bundled, installed_at
 
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 LIBRARY = f"libpython{VERSION}.so.1.0"

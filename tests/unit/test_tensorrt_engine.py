@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from fluxserve import checkpoint as checkpoints
 from fluxserve import settings
-from fluxserve.artifact import Artifact
+from fluxserve.engine import FLOATING, Components, Dim, Signature, TensorSpec
 from fluxserve.engines import open as engines
 from fluxserve.engines import signatures, tensorrt, tensorrt_library
-from fluxserve.engines.base import FLOATING, Components, Dim, Signature, TensorSpec
 from fluxserve.errors import ArtifactDamaged, ArtifactError, LibraryMissing, LibraryRefused, ShapeError
+from fluxserve.folders import checkpoint as checkpoints
+from fluxserve.folders.artifact import Artifact
 from tests.support import fake_tensorrt as fake
 
 SHAPES = {

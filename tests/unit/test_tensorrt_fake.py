@@ -13,7 +13,7 @@ from tests.support import fake_tensorrt_builder
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [ROOT / name for name in ("fluxserve/engines/tensorrt.py", "fluxserve/engines/tensorrt_library.py",
-                                    "export/build.py")]  # fmt: skip
+                                    "export/src/fluxserve_export/build.py")]  # fmt: skip
 FAKES = [*fake.classes(vars(fake)), *fake.classes(vars(fake_tensorrt_builder))]
 
 RECEIVERS = {

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from fluxserve import checkpoint
-from fluxserve.checkpoint import Checkpoint
 from fluxserve.errors import CheckpointError
+from fluxserve.folders import checkpoint
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.settings import default_checkpoint
 from fluxserve.text import Tokenizers, Tokens
 from tests.support import random_flux2

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fluxserve.errors import ServerError
-from fluxserve.serving.inflight import Status
+from fluxserve.inflight import Status
 from fluxserve.supervisor import watch
 from fluxserve.supervisor.server import READY_TIMEOUT_S
 from fluxserve.supervisor.watch import RESTARTS_WITHIN_S, Watch

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fluxserve.artifact import Scales
 from fluxserve.engines.fused.weights import Reader
+from fluxserve.folders.artifact import Scales
+from fluxserve.folders.weights import Weights
 from fluxserve.kernels.fp8 import E4M3, quantise_rows
 from fluxserve.kernels.gemm.layers import Linear
 from fluxserve.kernels.operations import Operations, as_they_are
-from fluxserve.weights import Weights
 
 
 @dataclass(frozen=True)

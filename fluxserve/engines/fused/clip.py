@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
-from fluxserve.checkpoint import Checkpoint
+from fluxserve.engine import Shapes
 from fluxserve.engines import signatures
-from fluxserve.engines.base import Shapes
 from fluxserve.engines.fused.build import Build, Dense
 from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.errors import UnsupportedArchitecture
+from fluxserve.folders.checkpoint import Checkpoint
 
 FOLDER = "text_encoder"
 _QUICK_GELU = "quick_gelu"

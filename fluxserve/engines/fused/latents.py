@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxserve.checkpoint import Checkpoint
 from fluxserve.engines.fused.weights import Reader
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.spec import PATCH
 
 _USED = True

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from fluxserve.artifact import CHECKPOINT, Artifact, Scales
-from fluxserve.checkpoint import Checkpoint
+from fluxserve.engine import Components, Engine
 from fluxserve.engines import signatures
-from fluxserve.engines.base import Components, Engine
 from fluxserve.errors import DeviceUnsuited, EngineError, LibraryMissing, OutOfMemory, SettingsError
+from fluxserve.folders.artifact import CHECKPOINT, Artifact, Scales
+from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.spec import ModelSpec
 
 try:

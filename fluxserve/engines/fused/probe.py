@@ -12,11 +12,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from fluxserve.artifact import Scales
 from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Rows, SingleBlock
 from fluxserve.engines.fused.build import FP8, Build
 from fluxserve.engines.fused.modulation import Modulation, width
 from fluxserve.engines.fused.transformer import write_rope
+from fluxserve.folders.artifact import Scales
 from fluxserve.kernels.attention.fused import padded
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.spec import ModelSpec

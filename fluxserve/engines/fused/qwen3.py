@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fluxserve.checkpoint import Checkpoint
+from fluxserve.engine import Shapes
 from fluxserve.engines import signatures
-from fluxserve.engines.base import Shapes
 from fluxserve.engines.fused.build import Build
 from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.errors import UnsupportedArchitecture
+from fluxserve.folders.checkpoint import Checkpoint
 
 _NAME = "qwen3"
 _THETA = 1e4

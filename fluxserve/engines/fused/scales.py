@@ -6,8 +6,8 @@ comes. v is quantised without its mean (kernels.gemm.layers.Centre).
 
 from dataclasses import dataclass
 
-from fluxserve.artifact import Scales
 from fluxserve.errors import ArtifactError
+from fluxserve.folders.artifact import Scales
 from fluxserve.kernels.fp8 import E4M3_MAX
 
 HEADROOM = 2.0

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fluxserve.engine import FLOATING, Shapes
 from fluxserve.engines import signatures
-from fluxserve.engines.base import FLOATING, Shapes
 from fluxserve.engines.fused import modulation as modulations
 from fluxserve.engines.fused.arena import Arena, Buffer, Layout, size
 from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Rows, SingleBlock

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
-from fluxserve.checkpoint import Checkpoint
+from fluxserve.engine import Shapes, Signature
 from fluxserve.engines import signatures
-from fluxserve.engines.base import Shapes, Signature
 from fluxserve.engines.fused import latents
 from fluxserve.engines.fused.build import Build, Dense
 from fluxserve.engines.fused.latents import Pointwise, Squares, Statistics
 from fluxserve.engines.fused.weights import Reader
+from fluxserve.folders.checkpoint import Checkpoint
 
 FOLDER = "vae"
 _EPSILON = 1e-6

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fluxserve.engines.finite import extremes, refuse_infinite
 from fluxserve.errors import CheckpointError
-from fluxserve.weights import Weights
+from fluxserve.folders.weights import Weights
 
 
 class Reader:

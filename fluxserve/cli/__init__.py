@@ -1,0 +1,1 @@
+"""The command line: `fluxserve serve | demo | generate | export | repository | doctor`."""

@@ -1,0 +1,1 @@
+"""Folders on disk: checkpoints as people have them, and artifacts as the exporter makes them. Nothing is unpickled."""

@@ -1,0 +1,1 @@
+"""What tests, benchmarks and training share: a judge of pictures, random weights, tokenizers that stand in."""
