@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxserve import contract, errors
+from fluxserve import contract, errors, inflight
 from fluxserve.contract import MAX_WAITING
 from fluxserve.inflight import MAX_ID_BYTES, InflightTable
 from fluxserve.media.images import write_image
@@ -153,8 +153,11 @@ def test_a_failure_after_the_claim_gives_the_slot_back(
     assert "Traceback" in Logger.lines[0] and "in fail" in Logger.lines[0]
 
 
-def test_requests_with_and_without_images_together(prepare: Any, table: InflightTable) -> None:
+def test_requests_with_and_without_images_together(
+    prepare: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each gets its own answer; what is damaged is named, and its slot comes back."""
+    monkeypatch.setattr(inflight, "HANDOVER_S", 60.0)  # nobody draws them, and a decoder's start may take a while
     fields = {"prompt": b"a fox", "strength": 0.5}
     without, whole, damaged, bad = prepared(
         prepare,
