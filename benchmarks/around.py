@@ -28,6 +28,7 @@ from fluxserve.engines.fused.build import Build, Precision
 from fluxserve.engines.fused.clip import FusedClip
 from fluxserve.engines.fused.qwen3 import FusedQwen3
 from fluxserve.engines.fused.t5 import FusedT5
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders import checkpoint
 from fluxserve.kernels.operations import LAUNCHED
 from fluxserve.media import images as imaging
@@ -39,7 +40,7 @@ Made = Callable[[], Bound]
 
 def components(folder: checkpoint.Checkpoint, precision: str, size: tuple[int, int]) -> dict[str, Made]:
     """Name → what opens it and binds it for one image."""
-    spec, p = folder.spec, PRECISIONS[precision]
+    spec, p = FluxSpec.of(folder.spec), PRECISIONS[precision]
     height, width = spec.latent_size(*size)
     latents, pixels = (1, spec.vae.latent_channels, height, width), (1, 3, *size)
     texts: dict[str, Made] = {e.name: partial(_encoder, folder, e, p) for e in reversed(spec.text.encoders)}

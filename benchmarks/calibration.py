@@ -29,12 +29,11 @@ from benchmarks.quality import FIRST_SEED, PROMPT_SEED
 from benchmarks.scale_methods import BOUND, CANDIDATES, LUCK, MAX, TARGETS, Method, Seen, Target, quantised, watched
 from benchmarks.surroundings import surroundings
 from fluxserve.engine import Components
-from fluxserve.engines.signatures import BY_COMPONENT
-from fluxserve.engines.torch_eager import ARCHITECTURES, TorchEngine, load_module
+from fluxserve.engines.torch_eager import TorchEngine, load_module
+from fluxserve.families import registry
+from fluxserve.families.flux.signatures import BY_COMPONENT
 from fluxserve.folders import checkpoint as folders
-from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import parse
 from fluxserve.text import Tokenizers
 from training.evaluate import ask_for
 
@@ -54,15 +53,16 @@ class Model:
         self.spec, self.tokenizers = folder.spec, Tokenizers(folder)
         self.modules = {n: load_module(folder, n, "cpu", dtype) for n in ("clip", "t5", "transformer", "vae_decoder")}
         self.modules["vae_encoder"] = self.modules["vae_decoder"]
-        self.wrappers = {name: ARCHITECTURES[name].wrapper(module) for name, module in self.modules.items()}
+        known = registry.architectures(self.spec)
+        self.wrappers = {name: known[name].wrapper(module) for name, module in self.modules.items()}
         engines = {name: TorchEngine(BY_COMPONENT[name](self.spec), w) for name, w in self.wrappers.items()}
-        self.pipeline = Pipeline(self.spec, Components.of(engines), max_rows=rows)
+        self.pipeline = Pipeline(self.spec, Components(engines), max_rows=rows)
 
     def draw(self, prompts: Sequence[str], steps: int, first_seed: int = FIRST_SEED) -> Tensor:
         """uint8 [N, H, W, 3], prompt k from first_seed + k."""
         fields = [{"prompt": p.encode(), "seed": first_seed + k} for k, p in enumerate(prompts)]
-        requests = [parse({**f, "num_inference_steps": steps}, self.spec) for f in fields]
-        drawings = self.pipeline.draw([plan(request, self.spec, self.tokenizers) for request in requests])
+        jobs = [registry.plan({**f, "num_inference_steps": steps}, self.spec, self.tokenizers) for f in fields]
+        drawings = self.pipeline.draw(jobs)
         return torch.cat([torch.from_numpy(drawing.images) for drawing in drawings if drawing is not None])
 
     @torch.inference_mode()

@@ -37,9 +37,9 @@ from benchmarks.quality import BARS, FIRST_SEED, PROMPT_SEED, opened, score
 from benchmarks.surroundings import surroundings
 from fluxserve import settings, source
 from fluxserve.errors import FluxserveError, SettingsError
+from fluxserve.families import registry
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.artifact import MANIFEST
-from fluxserve.request import parse
-from fluxserve.spec import ModelSpec
 from training.evaluate import ask_for
 from training.grammar import held_out_pairs
 
@@ -59,7 +59,7 @@ class Model:
     precision: str
     given: Mapping[str, str]
     device: str
-    spec: ModelSpec
+    spec: FluxSpec
     artifact: Path | None = None
 
 
@@ -261,14 +261,14 @@ def chosen_models(args: argparse.Namespace) -> list[Model]:
     return models
 
 
-def chosen_sets(args: argparse.Namespace, spec: ModelSpec) -> list[Asked]:
+def chosen_sets(args: argparse.Namespace, spec: FluxSpec) -> list[Asked]:
     """Raises FluxserveError."""
     if spec.name == JUDGED and not args.prompts:
         return tiny_sets(args.n)
     return file_set(args.prompts or PROMPTS, args.n)
 
 
-def chosen_measures(args: argparse.Namespace, spec: ModelSpec) -> list[Measure]:
+def chosen_measures(args: argparse.Namespace, spec: FluxSpec) -> list[Measure]:
     """Raises SettingsError."""
     if args.features:
         return measures(read_features(args.features, args.device))
@@ -283,7 +283,7 @@ def chosen_how(args: argparse.Namespace, models: Sequence[Model]) -> How:
     height, width = args.size or (usual.side, usual.side)
     fields = {"height": height, "width": width, "num_inference_steps": steps, "guidance_scale": guidance}
     for model in models:
-        parse({"prompt": b"anything", **fields}, model.spec)
+        registry.of(model.spec).draft({"prompt": b"anything", **fields}, model.spec)
     return How(steps, guidance, (height, width), args.batch, args.device)
 
 

@@ -23,17 +23,18 @@ from benchmarks.command import report
 from benchmarks.pictures import sides
 from benchmarks.surroundings import surroundings
 from fluxserve.engine import Components
-from fluxserve.engines import signatures
 from fluxserve.engines.fused.build import BF16, FP8, Build
 from fluxserve.engines.fused.open import assemble, operations_on
 from fluxserve.engines.fused.transformer import FusedTransformer
+from fluxserve.families import registry
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders import artifact as artifacts
 from fluxserve.folders.artifact import Artifact, Scales
-from fluxserve.job import Job, plan
+from fluxserve.job import Job
 from fluxserve.kernels.gemm.layers import Heads
 from fluxserve.kernels.operations import Operations
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import parse
 from fluxserve.text import Tokenizers
 
 
@@ -74,7 +75,7 @@ def opened(artifact: Artifact, device: str) -> Components:
 
 def transformers(artifact: Artifact, served: FusedTransformer, device: torch.device) -> dict[str, FusedTransformer]:
     """By name, all on the device at once, the served one the last. An artifact's kept blocks are kept in each."""
-    spec, scales = artifact.spec, artifact.scales("transformer")
+    spec, scales = FluxSpec.of(artifact.spec), artifact.scales("transformer")
     signature = signatures.transformer(spec)
     most = (signature.most("image_tokens"), signature.most("text_tokens"), 1)
     kernels = served.kernels
@@ -95,16 +96,15 @@ def transformers(artifact: Artifact, served: FusedTransformer, device: torch.dev
 @torch.inference_mode()
 def denoised(pipeline: Pipeline, job: Job) -> list[Tensor]:
     """Latents after each step."""
-    conditioning, latents = pipeline.encode(job), pipeline.start(job, job.noise_seeds[0])
-    size = pipeline.spec.latent_size(job.height, job.width)
-    return [x.clone() for x in pipeline.denoise(latents, conditioning, job.sigmas, size)]
+    _, *steps = [x.clone() for x in pipeline.denoise([(job, job.seeds[0], pipeline.encode(job))])]
+    return steps
 
 
 @torch.inference_mode()
 def drawn(pipeline: Pipeline, job: Job) -> tuple[list[Tensor], Any]:
     """Latents after each step, and the picture, uint8 [height, width, 3]."""
     steps = denoised(pipeline, job)
-    return steps, pipeline.decode(steps[-1], job.height, job.width)[0].cpu().numpy()
+    return steps, pipeline.decode(steps[-1], job)[0].cpu().numpy()
 
 
 def compared(
@@ -118,9 +118,9 @@ def compared(
 ) -> dict[str, Any]:
     """Distances of one size: for each way of FP8 those after each step, and the picture's."""
     fields = {"prompt": prompt.encode(), "height": size[0], "width": size[1], "num_inference_steps": steps, "seed": 0}
-    job = plan(parse(fields, artifact.spec), artifact.spec, Tokenizers(artifact.checkpoint))
+    job = registry.plan(fields, artifact.spec, Tokenizers(artifact.checkpoint))
     results = {
-        name: drawn(Pipeline(artifact.spec, replace(components, transformer=engine), device), job)
+        name: drawn(Pipeline(artifact.spec, components.replacing(transformer=engine), device), job)
         for name, engine in engines.items()
     }
     latents, picture = results.pop("bf16")
@@ -144,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     artifact = artifacts.read(args.artifact)
     components = opened(artifact, args.device)
-    assert isinstance(components.transformer, FusedTransformer)
-    engines = transformers(artifact, components.transformer, torch.device(args.device))
+    assert isinstance(components.network, FusedTransformer)
+    engines = transformers(artifact, components.network, torch.device(args.device))
     found = []
     for size, steps in itertools.product(args.sizes, args.steps or [artifact.spec.defaults.num_inference_steps]):
         by_way = compared(artifact, components, engines, size, steps, args.prompt, args.device)

@@ -16,9 +16,8 @@ import torch
 from benchmarks.command import report
 from benchmarks.surroundings import surroundings
 from fluxserve import settings, source
-from fluxserve.job import plan
+from fluxserve.families import registry
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import parse
 from fluxserve.text import Tokenizers
 
 PROMPT = b"a fox on a blue background"
@@ -38,16 +37,16 @@ class Contender:
         before = allocated(reset=True)
         components = found.open_components(device, config.dtype)
         self.memory = {"opened": allocated() - before, "most while opening": allocated(peak=True) - before}
-        if arena := getattr(components.transformer, "arena", None):
+        if arena := getattr(components.network, "arena", None):
             self.memory["of which arena"] = arena.bytes / 2**30
         self._pipeline = Pipeline(found.spec, components, device)
         self._spec, self._tokenizers = found.spec, Tokenizers(found.checkpoint)
         self.times: list[dict[str, float]] = []
 
     def draw(self, seed: int) -> None:
-        request = parse({"prompt": PROMPT, "seed": seed}, self._spec)
+        job = registry.plan({"prompt": PROMPT, "seed": seed}, self._spec, self._tokenizers)
         before = allocated(reset=True)
-        (drawing,) = self._pipeline.draw([plan(request, self._spec, self._tokenizers)])
+        (drawing,) = self._pipeline.draw([job])
         assert drawing is not None
         drawn = self.memory["opened"] + allocated(peak=True) - before
         self.memory["peak"] = max(self.memory.get("peak", 0.0), drawn)

@@ -21,9 +21,10 @@ from benchmarks.command import report
 from benchmarks.pictures import sides
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import captured, milliseconds
+from fluxserve.families.flux.models import FLUX1_DEV
+from fluxserve.families.flux.parts import TransformerSpec
 from fluxserve.kernels.attention.fused import attention, padded
 from fluxserve.kernels.fp8 import E4M3
-from fluxserve.spec import FLUX1_DEV, TransformerSpec
 from testing.published import MODELS
 
 _COPIES = 6

@@ -21,16 +21,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.command import report
 from benchmarks.pictures import sides
-from fluxserve.engines import signatures
-from fluxserve.engines.torch_eager import Architecture, architectures
-from fluxserve.spec import ModelSpec
+from fluxserve.engines.torch_eager import Architecture
+from fluxserve.families import registry
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.parts import FluxSpec
 from testing import published
 from testing.published import MODELS, PUBLISHED
 
 _TERA = 1e12
 
 
-def counted(spec: ModelSpec, size: tuple[int, int], references: int) -> dict[str, float]:
+def counted(spec: FluxSpec, size: tuple[int, int], references: int) -> dict[str, float]:
     """TFLOP of every component, the transformer's for one step; `references` are as large as the picture."""
     text = {e.name: e.tokens for e in spec.text.encoders}
     latent_height, latent_width = spec.latent_size(*size)
@@ -39,11 +40,11 @@ def counted(spec: ModelSpec, size: tuple[int, int], references: int) -> dict[str
     lengths |= {"rows": 1, "latent_height": latent_height, "latent_width": latent_width}
     return {
         name: _operations(spec, name, architecture, {**lengths, "tokens": text.get(name, 1)}) / _TERA
-        for name, architecture in architectures(spec).items()
+        for name, architecture in registry.architectures(spec).items()
     }
 
 
-def _operations(spec: ModelSpec, name: str, architecture: Architecture, lengths: Mapping[str, int]) -> int:
+def _operations(spec: FluxSpec, name: str, architecture: Architecture, lengths: Mapping[str, int]) -> int:
     signature = signatures.BY_COMPONENT[name](spec)
     shapes = signature.at(lengths)
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # whose two products are counted
@@ -58,7 +59,7 @@ def _dtype(name: str) -> torch.dtype:
     return torch.int64 if name == "int64" else torch.float32
 
 
-def whole(spec: ModelSpec, tflop: Mapping[str, float], steps: int) -> float:
+def whole(spec: FluxSpec, tflop: Mapping[str, float], steps: int) -> float:
     """TFLOP of a picture from its prompt: every text encoder once, the steps, the VAE's decoder."""
     texts = sum(tflop[encoder.name] for encoder in spec.text.encoders)
     return texts + steps * tflop["transformer"] + tflop["vae_decoder"]

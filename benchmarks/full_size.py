@@ -28,9 +28,9 @@ from torch import nn
 from benchmarks.command import report
 from benchmarks.surroundings import surroundings
 from fluxserve import settings
+from fluxserve.families.flux.models import FLUX1_DEV
 from fluxserve.folders.artifact import Scales
 from fluxserve.folders.checkpoint import Checkpoint
-from fluxserve.spec import FLUX1_DEV
 
 COMPONENT = "transformer"
 

@@ -21,6 +21,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.command import report
 from benchmarks.surroundings import surroundings
 from benchmarks.timing import replayed
+from fluxserve.families.flux.models import FLUX1_DEV
 from fluxserve.kernels.attention.fused import attention, padded
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.gemm import portable as linears
@@ -30,7 +31,6 @@ from fluxserve.kernels.gemm.portable import Tiling
 from fluxserve.kernels.image.group import group_norm
 from fluxserve.kernels.norm.modulated import norm
 from fluxserve.kernels.operations import LAUNCHED
-from fluxserve.spec import FLUX1_DEV
 
 TEXT = FLUX1_DEV.text.sequence.tokens
 ROWS = TEXT + FLUX1_DEV.image_tokens(1024, 1024)

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders import checkpoint
-from fluxserve.spec import ModelSpec
 
 _EDIT = "-edit"
 _NEVER_SEEN = ("896x1152", "832x1216", "960x1088")
@@ -30,7 +30,7 @@ PARTS = ("floor", "peers", "engines", "served", *(f"{part}{_EDIT}" for part in (
 Results = dict[str, dict[str, Any]]
 
 
-def commands(args: argparse.Namespace, spec: ModelSpec) -> dict[str, list[str]]:
+def commands(args: argparse.Namespace, spec: FluxSpec) -> dict[str, list[str]]:
     """Part → its arguments; all that there are for the model."""
     asked = ["--size", args.size, "--steps", str(args.steps or spec.defaults.num_inference_steps)]
     made = {
@@ -140,7 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     target = args.out.with_suffix(".json")
     found: Results = json.loads(target.read_text()) if target.is_file() else {}
-    for part, arguments in commands(args, checkpoint.read(Path(args.checkpoint)).spec).items():
+    for part, arguments in commands(args, FluxSpec.of(checkpoint.read(Path(args.checkpoint)).spec)).items():
         if part in args.parts:
             found[part] = run(part, arguments)
             target.write_text(json.dumps(found, indent=1) + "\n")

@@ -65,21 +65,20 @@ def _load(given: Mapping[str, str], device: str, batch: int) -> "tuple[Pipeline,
     found = source.find(config)
     device = found.device(device)
     components = found.open_components(device, config.dtype)
-    rows = min(batch, components.transformer.signature.most("rows"))
+    rows = min(batch, components.network.signature.most("rows"))
     return Pipeline(found.spec, components, device, rows), Tokenizers(found.checkpoint)
 
 
 def _generator(pipeline: "Pipeline", tokenizers: "Tokenizers", size: tuple[int, int]) -> Generate:
-    from fluxserve.job import plan
-    from fluxserve.request import parse
+    from fluxserve.families import registry
 
     def generate(prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float) -> Tensor:
         fields = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
-        requests = [
-            parse({"prompt": prompt.encode(), "seed": seed, **fields}, pipeline.spec)
+        jobs = [
+            registry.plan({"prompt": prompt.encode(), "seed": seed, **fields}, pipeline.spec, tokenizers)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        drawings = pipeline.draw([plan(request, pipeline.spec, tokenizers) for request in requests])
+        drawings = pipeline.draw(jobs)
         return torch.cat([torch.from_numpy(drawing.images) for drawing in drawings if drawing is not None])
 
     return generate

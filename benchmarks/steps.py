@@ -33,9 +33,10 @@ from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
 from fluxserve.engines.fused.transformer import FusedBound, FusedTransformer
 from fluxserve.engines.fused.weights import Reader
 from fluxserve.families.flux import tokens
+from fluxserve.families.flux.models import FLUX1_DEV
+from fluxserve.families.flux.parts import FluxSpec, TransformerSpec
 from fluxserve.folders.artifact import Scales
 from fluxserve.kernels.operations import LAUNCHED, as_they_are
-from fluxserve.spec import FLUX1_DEV, ModelSpec, TransformerSpec
 from testing import published
 
 SETS = {
@@ -51,7 +52,7 @@ _DEVICE = torch.device("cuda")
 class RandomReader(Reader):
     """A transformer's tensors, drawn when they are asked for; the same for the same name."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: FluxSpec) -> None:
         with init_empty_weights():
             module = published.module(spec, "transformer")
         self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
@@ -85,7 +86,7 @@ Sizes = Sequence[tuple[int, int]]
 """Of the picture, and of a reference if there is one."""
 
 
-def inputs_of(spec: ModelSpec, taken: Iterable[str], sizes: Sizes) -> dict[str, Tensor]:
+def inputs_of(spec: FluxSpec, taken: Iterable[str], sizes: Sizes) -> dict[str, Tensor]:
     """One image's random inputs, of those that are taken."""
     generator, shape = torch.Generator(_DEVICE).manual_seed(0), spec.transformer
     axes, (latents, *references) = len(shape.axes_dims_rope), [spec.latent_size(*size) for size in sizes]
@@ -107,7 +108,7 @@ def inputs_of(spec: ModelSpec, taken: Iterable[str], sizes: Sizes) -> dict[str, 
     return {name: known[name] for name in taken}
 
 
-def bound_of(engine: FusedTransformer, spec: ModelSpec, sizes: Sizes) -> FusedBound:
+def bound_of(engine: FusedTransformer, spec: FluxSpec, sizes: Sizes) -> FusedBound:
     """Bound and filled."""
     inputs = inputs_of(spec, (tensor.name for tensor in engine.signature.inputs), sizes)
     bound = engine.bind({name: tuple(value.shape) for name, value in inputs.items()})
@@ -119,7 +120,7 @@ def bound_of(engine: FusedTransformer, spec: ModelSpec, sizes: Sizes) -> FusedBo
 class Contender:
     """One set of kernels with a model of its own, ready to run its loop."""
 
-    def __init__(self, spec: ModelSpec, name: str, precision: Precision, sizes: Sizes, steps: int) -> None:
+    def __init__(self, spec: FluxSpec, name: str, precision: Precision, sizes: Sizes, steps: int) -> None:
         begun, before = time.perf_counter(), torch.cuda.memory_allocated()
         scales = usual_scales(spec.transformer) if precision.quantised else None
         most = (sum(spec.image_tokens(*size) for size in sizes), spec.text.sequence.tokens, 1)

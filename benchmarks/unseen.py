@@ -25,19 +25,19 @@ from benchmarks.drift import denoised, opened
 from benchmarks.pictures import sides
 from benchmarks.surroundings import surroundings
 from fluxserve.engine import Components
-from fluxserve.engines import signatures
 from fluxserve.engines.fused.build import FP8, Build
 from fluxserve.engines.fused.open import operations_on
 from fluxserve.engines.fused.scales import HEADROOM
 from fluxserve.engines.fused.transformer import FusedTransformer
 from fluxserve.engines.fused.weights import Reader
+from fluxserve.families import registry
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders import artifact as artifacts
 from fluxserve.folders.artifact import Artifact, Scales
 from fluxserve.folders.weights import Weights
-from fluxserve.job import plan
 from fluxserve.kernels.gemm.layers import SAMPLE
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import parse
 from fluxserve.text import Tokenizers
 
 RANK = 16
@@ -91,12 +91,10 @@ def clipped(
     pipeline: Pipeline, engine: FusedTransformer, artifact: Artifact, size: tuple[int, int], steps: int
 ) -> dict[str, Any]:
     """How many of the values that were looked at lie at the limit: q, k and v, and hidden layers."""
-    spec, before = artifact.spec, _counts(engine)
+    spec, before = FluxSpec.of(artifact.spec), _counts(engine)
     for seed, prompt in enumerate(PROMPTS):
         sized = {"height": size[0], "width": size[1], "num_inference_steps": steps, "seed": 1000 + seed}
-        denoised(
-            pipeline, plan(parse({"prompt": prompt.encode(), **sized}, spec), spec, Tokenizers(artifact.checkpoint))
-        )
+        denoised(pipeline, registry.plan({"prompt": prompt.encode(), **sized}, spec, Tokenizers(artifact.checkpoint)))
     heads, hidden = (_counts(engine) - before).tolist()
     rows = -(-(spec.text.sequence.tokens + spec.image_tokens(*size)) // SAMPLE)
     own = spec.transformer
@@ -114,10 +112,10 @@ def _counts(engine: FusedTransformer) -> Tensor:
 
 
 def transformer(artifact: Artifact, read: Reader, scales: Scales) -> FusedTransformer:
-    signature = signatures.transformer(artifact.spec)
+    signature = signatures.transformer(FluxSpec.of(artifact.spec))
     most = (signature.most("image_tokens"), signature.most("text_tokens"), 1)
     build = Build(read, FP8, operations_on(str(read.device)), scales)
-    return FusedTransformer(artifact.spec, build, most)
+    return FusedTransformer(FluxSpec.of(artifact.spec), build, most)
 
 
 def measured(artifact: Artifact, components: Components, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -126,7 +124,7 @@ def measured(artifact: Artifact, components: Components, args: argparse.Namespac
     for strength, headroom in itertools.product(args.strengths, args.headroom):
         read = Changed(weights, torch.device(args.device), strength)
         engine = transformer(artifact, read, with_headroom(scales, headroom))
-        pipeline = Pipeline(artifact.spec, replace(components, transformer=engine), args.device)
+        pipeline = Pipeline(artifact.spec, components.replacing(transformer=engine), args.device)
         for size in args.sizes:
             counted = clipped(pipeline, engine, artifact, size, args.steps)
             found.append({"strength": strength, "headroom": headroom, "size": list(size), **counted})

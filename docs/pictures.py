@@ -7,10 +7,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fluxserve import settings
 from fluxserve.engines.open import open_components
+from fluxserve.families import registry
 from fluxserve.folders import checkpoint
-from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import parse
 from fluxserve.text import Tokenizers
 
 PROMPTS = (
@@ -36,8 +35,8 @@ def main() -> None:
     sheet = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, rows * (TILE + CAPTION + GAP) + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for place, prompt in enumerate(PROMPTS):
-        request = parse({"prompt": prompt.encode(), "seed": place}, folder.spec)
-        (drawing,) = pipeline.draw([plan(request, folder.spec, tokenizers)])
+        job = registry.plan({"prompt": prompt.encode(), "seed": place}, folder.spec, tokenizers)
+        (drawing,) = pipeline.draw([job])
         assert drawing is not None
         x, y = GAP + place % COLUMNS * (TILE + GAP), GAP + place // COLUMNS * (TILE + CAPTION + GAP)
         words = "\n".join(textwrap.wrap(prompt, 22))

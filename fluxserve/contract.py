@@ -87,22 +87,11 @@ _ANSWER = (
 
 FLUX = ModelContract("flux", REQUEST_INPUTS, _ANSWER)
 
-# What crosses from `prepare` to `generate`. Triton batches requests whose shapes are equal, so whatever has to be equal
-# in a batch is a shape here: the size and the task (channels) in `pixels`, the number of steps in `sigmas`.
+# What crosses from `prepare` to `generate`, whatever the model. Triton batches requests whose shapes are equal: that of
+# the key has what must be equal in a batch, and the job's length follows from the shapes of all arrays in it.
 _JOB = (
-    _tensor("token_ids", "INT64", [ANY], "the first text encoder's tokens"),
-    _tensor("token_ids_2", "INT64", [ANY], "the second's; none where a model has no second"),
-    _tensor("token_mask", "INT64", [ANY], "0 at the first's padding, else 1; none for one that is not told"),
-    _tensor("pixels", "UINT8", [ANY, ANY, ANY], "[height, width, channels]: 0 channels for text-to-image, else 3"),
-    _tensor("references", "UINT8", [ANY], "RGB pixels of all reference images, one behind the other"),
-    _tensor("reference_sizes", "INT32", [ANY, 2], "height and width of each"),
-    _tensor("sigmas", "FP32", [ANY], "noise levels, one more than there are steps to run"),
-    _tensor("guidance", "FP32", [1], "distilled guidance"),
-    _tensor("noise_seeds", "INT64", [ANY], "one for each image"),
-    _tensor("ticket", "INT64", [1], "the key to the request's place in the in-flight table"),
-    _tensor("resolved_format", "BYTES", [1], "output_format or its default"),
-    _tensor("resolved_quality", "INT32", [1], "quality or its default"),
-    _tensor("resolved_encoding", "BYTES", [1], "encoding or its default"),
+    _tensor("job", "UINT8", [ANY], "the arrays of one request: safetensors, see fluxserve/job.py"),
+    _tensor("batch_key", "UINT8", [ANY, ANY, ANY, ANY], "no bytes: [height, width, steps, 0]"),
 )
 
 

@@ -178,26 +178,38 @@ class Engine(Protocol):
         """Free the weights. Bounds of this engine must not be run afterwards."""
 
 
+_NETWORKS = ("transformer", "unet")
+_VAE = ("vae_encoder", "vae_decoder")
+
+
 @dataclass(frozen=True)
 class Components:
-    """The engines of one model, opened together on one device; `text` by the encoder's name in the spec."""
+    """The engines of one model, opened together on one device, by the names of ModelSpec.components."""
 
-    text: Mapping[str, Engine]
-    transformer: Engine
-    vae_encoder: Engine
-    vae_decoder: Engine
+    by_name: Mapping[str, Engine]
 
-    @staticmethod
-    def of(engines: Mapping[str, Engine]) -> "Components":
-        """From engines by the names of ModelSpec.components."""
-        rest = {name: engines[name] for name in ("transformer", "vae_encoder", "vae_decoder")}
-        return Components(text={name: engine for name, engine in engines.items() if name not in rest}, **rest)
+    @property
+    def text(self) -> Mapping[str, Engine]:
+        """The text encoders."""
+        return {name: engine for name, engine in self.by_name.items() if name not in (*_NETWORKS, *_VAE)}
 
-    def by_name(self) -> dict[str, Engine]:
-        """Inverse of `of`."""
-        rest = {"transformer": self.transformer, "vae_encoder": self.vae_encoder, "vae_decoder": self.vae_decoder}
-        return {**self.text, **rest}
+    @property
+    def network(self) -> Engine:
+        """What the loop runs."""
+        return next(self.by_name[name] for name in _NETWORKS if name in self.by_name)
+
+    @property
+    def vae_encoder(self) -> Engine:
+        return self.by_name["vae_encoder"]
+
+    @property
+    def vae_decoder(self) -> Engine:
+        return self.by_name["vae_decoder"]
+
+    def replacing(self, **engines: Engine) -> "Components":
+        """Return the same engines but for those that are given, by name."""
+        return Components({**self.by_name, **engines})
 
     def close(self) -> None:
-        for engine in self.by_name().values():
+        for engine in self.by_name.values():
             engine.close()

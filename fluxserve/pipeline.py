@@ -7,7 +7,7 @@ its batch, or on its place among `num_images`.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from fluxserve.device import DeviceClock, Pacer, sent
-from fluxserve.engine import Bound, Components, Engine, Saturating, Shapes, denoiser
+from fluxserve.engine import Bound, Components, Dim, Engine, Saturating, Shapes, denoiser
 from fluxserve.errors import NotFinite, SettingsError
-from fluxserve.families.flux import tokens
-from fluxserve.job import RGB_CHANNELS, TEXT_TO_IMAGE_CHANNELS, Job
-from fluxserve.media.images import Pixels
+from fluxserve.families import registry
+from fluxserve.families.base import Draw, Inputs
+from fluxserve.job import Array, Arrays, Job
 from fluxserve.sampling import loop
-from fluxserve.sampling.guidance import OnePass
-from fluxserve.sampling.solvers import Euler
-from fluxserve.spec import PATCH, ModelSpec
+from fluxserve.spec import ModelSpec
 
 Watch = Callable[[int], bool]
 """Called with a job's index after each of its steps; False says that nobody wants the job any more."""
@@ -63,29 +61,16 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Conditioning:
-    """What the prompts and the reference images say.
+class Encoded:
+    """What the text encoders and the VAE say of one job.
 
-    pooled [rows, pooled_projection_dim] where the model has one, sequence [rows, tokens, joint_attention_dim],
-    guidance float32 [rows], references float32 [rows, their tokens, C], reference_sizes in latent pixels.
+    Attributes:
+        states: for each pass of the network, the text encoders' outputs by name, of one row.
+        images: mean and standard deviation of each image's latents, float32 [1, C, h, w].
     """
 
-    pooled: Tensor | None
-    sequence: Tensor
-    guidance: Tensor
-    references: Tensor
-    reference_sizes: tuple[tuple[int, int], ...] = ()
-
-    @staticmethod
-    def stack(rows: Sequence["Conditioning"]) -> "Conditioning":
-        pooled = [r.pooled for r in rows if r.pooled is not None]
-        return Conditioning(
-            torch.cat(pooled) if pooled else None,
-            torch.cat([r.sequence for r in rows]),
-            torch.cat([r.guidance for r in rows]),
-            torch.cat([r.references for r in rows]),
-            rows[0].reference_sizes,
-        )
+    states: Sequence[Mapping[str, Tensor]]
+    images: Sequence[tuple[Tensor, Tensor]]
 
 
 class Pipeline:
@@ -100,11 +85,12 @@ class Pipeline:
     """
 
     def __init__(self, spec: ModelSpec, components: Components, device: str = "cpu", max_rows: int = 1) -> None:
-        most = components.transformer.signature.most("rows")
+        most = components.network.signature.most("rows")
         if max_rows > most:
             raise SettingsError("max_rows", max_rows, f"1 to {most}, which this engine takes")
         self.spec, self._engines, self._max_rows = spec, components, max_rows
         self.device = torch.device(device)
+        self._family, self._recipe = registry.of(spec), registry.recipe(spec)
         self._bounds: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
 
     def warm_up(self) -> None:
@@ -117,30 +103,13 @@ class Pipeline:
         side, least, alone = self.spec.defaults.side, self.spec.limits.min_side, not self.spec.takes_references
         sizes = [(side, alone), (side, alone), *([] if alone else [(side, True)]), (least, True)]
         for size, given in sizes:
-            (drawing,) = self.draw([self._nothing(size, given)])
+            (drawing,) = self.draw([self._family.nothing(self.spec, size, given)])
             assert drawing is not None, "nobody can cancel it"
             drawing.require_finite()
 
-    def _nothing(self, side: int, given: bool) -> Job:
-        """A square job of no words; `given` a black image, or a reference where the model takes those."""
-        first, *rest = self.spec.text.encoders
-        least, refers = self.spec.limits.min_reference_side, given and self.spec.takes_references
-        channels = RGB_CHANNELS if given and not refers else TEXT_TO_IMAGE_CHANNELS
-        black = np.zeros((least, least, RGB_CHANNELS), dtype=np.uint8)
-        return Job(
-            token_ids=np.zeros(first.tokens, dtype=np.int64),
-            token_ids_2=np.zeros(rest[0].tokens if rest else 0, dtype=np.int64),
-            token_mask=np.ones(first.tokens if first.layers else 0, dtype=np.int64),
-            pixels=np.zeros((side, side, channels), dtype=np.uint8),
-            sigmas=np.array([1.0, 0.0], dtype=np.float32),
-            guidance=self.spec.defaults.guidance_scale,
-            noise_seeds=(0,),
-            references=(black,) if refers else (),
-        )
-
     def saturated(self) -> int:
         """Values at the limit of FP8 in all pictures so far, in a sample of their rows. Waits for the device."""
-        engine = self._engines.transformer
+        engine = self._engines.network
         return sum(map(sum, engine.saturated().values())) if isinstance(engine, Saturating) else 0
 
     def close(self) -> None:
@@ -165,7 +134,7 @@ class Pipeline:
             latents = self._denoise_watched(batch, rows, clock)
             if latents is not None:
                 with clock.stage("decode"):
-                    values, place = self._decoded(latents, height, width), slice(first, first + len(rows))
+                    values, place = self._decoded(latents, jobs[0]), slice(first, first + len(rows))
                     canvas[place] = _as_bytes(values)
                     finite[place] = _are_finite(latents) & _are_finite(values)
         timings = clock.milliseconds()
@@ -181,119 +150,115 @@ class Pipeline:
         members = [row.job for row in rows]  # a job of several rows here takes as many steps at once
         if not batch.any_wanted(members):
             return None
-        jobs = batch.jobs
         with clock.stage("encode"):
-            latents = torch.cat([self.start(jobs[row.job], row.seed) for row in rows])
-        conditioning = Conditioning.stack([batch.conditionings[row.job] for row in rows])
-        size = self.spec.latent_size(jobs[0].height, jobs[0].width)
+            steps = self.denoise([(batch.jobs[row.job], row.seed, batch.encoded[row.job]) for row in rows])
+            latents = next(steps)
         with clock.stage("denoise"):
-            for _ in self.denoise(latents, conditioning, jobs[0].sigmas, size):
+            for _ in steps:
                 batch.tell(members)
                 if not batch.any_wanted(members):
                     return None
         return latents
 
-    def encode(self, job: Job) -> Conditioning:
-        """Prompt tokens and reference images → what conditions one row."""
+    def encode(self, job: Job) -> Encoded:
+        """Run the text encoders, and the VAE on the job's images."""
+        return Encoded(
+            [self._states(read) for read in self._recipe.prompts(job, self.spec)],
+            [self._encode_pixels(image) for image in self._recipe.images(job)],
+        )
+
+    def _states(self, read: Mapping[str, Arrays]) -> Mapping[str, Tensor]:
         outputs: dict[str, Tensor] = {}
-        for encoder, ids in zip(self.spec.text.encoders, job.ids, strict=False):  # one or both
-            given = {"input_ids": ids, "attention_mask": job.token_mask} if encoder.layers else {"input_ids": ids}
-            bound = self._bind(self._engines.text[encoder.name], {name: (1, len(a)) for name, a in given.items()})
-            for name, array in given.items():
-                bound.inputs[name].copy_(sent(torch.from_numpy(array), self.device)[None])
+        for name, given in read.items():
+            bound = self._bind(self._engines.text[name], {key: (1, len(array)) for key, array in given.items()})
+            for key, array in given.items():
+                bound.inputs[key].copy_(self._send(array)[None])
             bound.run()
-            outputs |= {name: value.clone() for name, value in bound.outputs.items()}
-        guidance = torch.full((1,), job.guidance, dtype=torch.float32, device=self.device)
-        references = [torch.empty(1, 0, self.spec.transformer.in_channels, device=self.device)]
-        references += [tokens.pack(self._encode_pixels(pixels)) for pixels in job.references]
-        sizes = tuple(self.spec.latent_size(*pixels.shape[:2]) for pixels in job.references)
-        return Conditioning(outputs.get("pooled"), outputs["sequence"], guidance, torch.cat(references, dim=1), sizes)
+            outputs |= {key: value.clone() for key, value in bound.outputs.items()}
+        return outputs
 
-    def start(self, job: Job, seed: int) -> Tensor:
-        """Where the loop begins: noise, or noise mixed with the input image; packed, float32 [1, image_tokens, C].
-
-        The generator's order is diffusers': with an input image it first draws the sample of the VAE's posterior.
-        FLUX.2's noise is drawn with the channels of tokens.
-        """
-        height, width = self.spec.latent_size(job.height, job.width)
-        folded = self.spec.transformer.generation == 2
-        places = (height // PATCH, width // PATCH) if folded else (height, width)
-        channels = self.spec.transformer.in_channels if folded else self.spec.vae.latent_channels
-        generator = torch.Generator("cpu").manual_seed(seed)
-
-        def draw() -> Tensor:
-            shape, pinned = (1, channels, *places), self.device.type == "cuda"
-            return sent(torch.randn(shape, generator=generator, dtype=torch.float32, pin_memory=pinned), self.device)
-
-        if folded:
-            return tokens.pack(draw(), patch=1)
-        if not job.is_image_to_image:
-            return tokens.pack(draw())
-        clean = self._encode_pixels(job.pixels, draw())
-        return tokens.pack(tokens.blend_(clean, draw(), float(job.sigmas[0])))
-
-    def _encode_pixels(self, image: Pixels, sample: Tensor | None = None) -> Tensor:
-        """An image as latents, float32 [1, C, h, w]: mean + std·sample, or the mean alone, shifted and scaled."""
+    def _encode_pixels(self, image: Array) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of an image's latents, float32 [1, C, h, w]."""
         bound = self._bind(self._engines.vae_encoder, {"pixels": (1, 3, *image.shape[:2])})
-        pixels = sent(torch.tensor(image), self.device).float() / 255.0
+        pixels = self._send(image).float() / 255.0
         bound.inputs["pixels"].copy_((2.0 * pixels - 1.0).permute(2, 0, 1)[None])
         bound.run()
-        mean, std = bound.outputs["mean"].float(), bound.outputs["std"].float()
-        latents = mean if sample is None else mean + std * sample
-        return (latents - self.spec.vae.shift_factor) * self.spec.vae.scaling_factor
+        return bound.outputs["mean"].float().clone(), bound.outputs["std"].float().clone()
 
-    def denoise(
-        self,
-        latents: Tensor,
-        conditioning: Conditioning,
-        sigmas: npt.NDArray[np.float32],
-        size: tuple[int, int],
-    ) -> Iterator[Tensor]:
-        """Take Euler steps along `sigmas`; yield the latents after each of them (the same tensor, updated in place).
+    def _send(self, array: Array) -> Tensor:
+        return sent(torch.tensor(array), self.device)
+
+    def _noise(self, seed: int) -> Draw:
+        """Return what draws the noise of one picture, on the CPU and in the order of diffusers' generator."""
+        generator, pinned = torch.Generator("cpu").manual_seed(seed), self.device.type == "cuda"
+
+        def draw(shape: tuple[int, ...]) -> Tensor:
+            return sent(torch.randn(shape, generator=generator, dtype=torch.float32, pin_memory=pinned), self.device)
+
+        return draw
+
+    def denoise(self, rows: Sequence[tuple[Job, int, Encoded]]) -> Iterator[Tensor]:
+        """Yield the latents that the loop begins with, then those after each step (one tensor, updated in place).
 
         Args:
-            latents: packed, float32 [rows, image_tokens, C]; overwritten.
-            size: height and width in latent pixels.
+            rows: for each picture its job, seed and what was encoded; jobs of one likeness.
         """
-        bound, own = self._bind_transformer(latents, conditioning, size), latents.shape[1]
-        window, velocity = bound.inputs["hidden_states"][:, :own], bound.outputs["velocity"][:, :own]
-        levels = sent(torch.tensor(sigmas), self.device)
-        timesteps = tokens.timesteps(levels[:-1], self.spec.schedule, bound.inputs["timestep"].dtype)
-        solver, pacer = Euler(levels, timesteps), Pacer(self.device)
-        return loop.denoise(denoiser(bound), window, velocity, latents, solver, OnePass(), pacer.step)
+        job, recipe = rows[0][0], self._recipe
+        draws = [self._noise(seed) for _, seed, _ in rows]
+        starts = [
+            recipe.start(own, self.spec, draw, encoded.images)
+            for (own, _, encoded), draw in zip(rows, draws, strict=True)
+        ]
+        latents = torch.cat(starts)
+        guidance = recipe.guidance(job)
+        bound = self._bind_network(latents, self._inputs(rows, guidance.passes))
+        yield latents
+        own = latents.shape[1]
+        window, prediction = bound.inputs[recipe.latents][:, :own], bound.outputs[recipe.prediction][:, :own]
 
-    def _bind_transformer(self, latents: Tensor, conditioning: Conditioning, size: tuple[int, int]) -> Bound:
+        def noise() -> Tensor:
+            return torch.cat([draw(tuple(starts[0].shape)) for draw in draws])
+
+        solver = recipe.solver(job, self.spec, bound.inputs["timestep"].dtype, self._send, noise)
+        paced = Pacer(self.device).step
+        yield from loop.denoise(denoiser(bound), window, prediction, latents, solver, guidance, paced)
+
+    def _inputs(self, rows: Sequence[tuple[Job, int, Encoded]], passes: int) -> list[Inputs]:
+        """Return the network's inputs for each of its rows: all rows of the first pass, then those of the second."""
+        return [
+            self._recipe.inputs(job, self.spec, encoded.states[which], encoded.images, self._send)
+            for which in range(passes)
+            for job, _, encoded in rows
+        ]
+
+    def _bind_network(self, latents: Tensor, rows: Sequence[Inputs]) -> Bound:
         """Bind for these rows and write everything that stays the same from step to step."""
-        engine, axes = self._engines.transformer, len(self.spec.transformer.axes_dims_rope)
-        references = conditioning.references
-        ids = [tokens.image_ids(*size, axes), tokens.reference_ids(conditioning.reference_sizes, axes)]
-        known = {
-            "encoder_hidden_states": conditioning.sequence,
-            "pooled_projections": conditioning.pooled,
-            "guidance": conditioning.guidance,
-            "img_ids": sent(torch.from_numpy(np.concatenate(ids)), self.device),
-            "txt_ids": sent(torch.from_numpy(tokens.text_ids(conditioning.sequence.shape[1], axes)), self.device),
+        engine, name = self._engines.network, self._recipe.latents
+        of_rows = {t.name for t in engine.signature.inputs if isinstance(t.dims[0], Dim) and t.dims[0].symbol == "rows"}
+        taken = {t.name for t in engine.signature.inputs} & set(rows[0].fixed)
+        fixed = {
+            key: torch.cat([row.fixed[key] for row in rows]) if key in of_rows else rows[0].fixed[key] for key in taken
         }
-        taken = {tensor.name for tensor in engine.signature.inputs}
-        fixed = {name: value for name, value in known.items() if name in taken and value is not None}
-        shapes = {name: tuple(value.shape) for name, value in fixed.items()}
-        rows, own, channels = latents.shape
-        shapes |= {"hidden_states": (rows, own + references.shape[1], channels), "timestep": (rows,)}
+        beside = [row.beside for row in rows if row.beside is not None]
+        own, more = latents.shape[1], beside[0].shape[1] if beside else 0
+        shapes = {key: tuple(value.shape) for key, value in fixed.items()}
+        shapes |= {name: (len(rows), own + more, *latents.shape[2:]), "timestep": (len(rows),)}
         bound = self._bind(engine, shapes)
-        for name, value in fixed.items():
-            bound.inputs[name].copy_(value)
-        bound.inputs["hidden_states"][:, own:].copy_(references)
+        for key, value in fixed.items():
+            bound.inputs[key].copy_(value)
+        if beside:
+            bound.inputs[name][:, own:].copy_(torch.cat(beside))
         return bound
 
-    def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Packed latents → uint8 [rows, height, width, 3] on the device."""
-        return _as_bytes(self._decoded(latents, height, width))
+    def decode(self, latents: Tensor, job: Job) -> Tensor:
+        """Return the pictures of a job's latents, uint8 [rows, height, width, 3] on the device."""
+        return _as_bytes(self._decoded(latents, job))
 
-    def _decoded(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Packed latents → what the VAE makes of them, [rows, 3, height, width]; overwritten by the next call."""
-        z = tokens.unpack(latents, *self.spec.latent_size(height, width))
+    def _decoded(self, latents: Tensor, job: Job) -> Tensor:
+        """Return what the VAE makes of the loop's latents, [rows, 3, height, width]; overwritten by the next call."""
+        z = self._recipe.decoded(latents, job, self.spec)
         bound = self._bind(self._engines.vae_decoder, {"latents": tuple(z.shape)})
-        bound.inputs["latents"].copy_(z / self.spec.vae.scaling_factor + self.spec.vae.shift_factor)
+        bound.inputs["latents"].copy_(z)
         bound.run()
         return bound.outputs["pixels"]
 
@@ -331,9 +296,9 @@ class _Row:
 class _Batch:
     """The jobs of one call: their rows, and which of them are still wanted."""
 
-    def __init__(self, jobs: Sequence[Job], watch: Watch, conditionings: Sequence[Conditioning]) -> None:
-        self.jobs, self.conditionings, self._watch = jobs, conditionings, watch
-        self.rows = [_Row(index, seed) for index, job in enumerate(jobs) for seed in job.noise_seeds]
+    def __init__(self, jobs: Sequence[Job], watch: Watch, encoded: Sequence[Encoded]) -> None:
+        self.jobs, self.encoded, self._watch = jobs, encoded, watch
+        self.rows = [_Row(index, seed) for index, job in enumerate(jobs) for seed in job.seeds]
         self._wanted = [True] * len(jobs)
 
     def tell(self, members: Sequence[int]) -> None:
@@ -346,5 +311,5 @@ class _Batch:
 
     def share(self, rows: Tensor) -> list[Tensor | None]:
         """Every wanted job's part of what has a row for each image."""
-        parts = torch.split(rows, [len(job.noise_seeds) for job in self.jobs])
+        parts = torch.split(rows, [len(job.seeds) for job in self.jobs])
         return [part if wanted else None for part, wanted in zip(parts, self._wanted, strict=True)]

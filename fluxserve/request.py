@@ -1,15 +1,21 @@
-"""User input → a validated, frozen Request. No tensors here; every refusal names field, value and range."""
+"""User input → a validated, frozen Request: what all families take alike. Every refusal names field, value and range.
+
+A family's own `parse` is made of these functions and of what it alone takes.
+"""
 
 import binascii
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fluxserve.contract import ENCODINGS, OUTPUT_FORMATS
 from fluxserve.errors import InvalidRequest
-from fluxserve.media.images import InputImage, read_image
+from fluxserve.media.images import Fit, InputImage, Pixels, read_image
 from fluxserve.spec import Limits, ModelSpec
 
 DRAWN_SEEDS = 2**32
@@ -17,15 +23,28 @@ DRAWN_SEEDS = 2**32
 
 MAX_SEED = 2**63 - 1
 DEFAULT_QUALITY = 90
-_NO_GUIDANCE = (0.0, 1.0)  # callers and model cards write either
+
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Request:
-    """One request with nothing left to default. Sizes in pixels; of `images` the headers were read.
+class Tokens:
+    """What one text encoder is given, int64 [tokens] each; `mask` is 0 where an id is padding, else 1."""
 
-    With a `strength` the one image is what the picture is redrawn from; without, images are references.
-    """
+    ids: Ids
+    mask: Ids
+
+
+Tokenize = Callable[[str], Mapping[str, Tokens]]
+"""A prompt → tokens by the name of the text encoder."""
+
+Decode = Callable[[bytes, Fit], Pixels]
+"""An image file → pixels of the size and shape that a model takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request with nothing left to default. Sizes in pixels; of `images` the headers were read."""
 
     prompt: str
     height: int
@@ -35,7 +54,6 @@ class Request:
     seed: int
     num_images: int
     images: tuple[InputImage, ...]
-    strength: float | None
     output_format: str
     quality: int
     encoding: str
@@ -46,85 +64,105 @@ class Request:
         return tuple(self.seed + k for k in range(self.num_images))
 
 
-def parse(fields: Mapping[str, Any], spec: ModelSpec) -> Request:
-    """Validate the fields of one request against a model.
+@dataclass(frozen=True)
+class Draft:
+    """A request whose plain fields are right, and whose images nobody has looked at yet.
+
+    Attributes:
+        complete: reads the headers of the images, and settles the size, which may follow from them. Raises
+            InvalidRequest.
+    """
+
+    complete: Callable[[], Request]
+
+
+def common(fields: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
+    """Validate the fields that mean the same to every model, but for images and sizes.
 
     Args:
         fields: by contract name: bytes for BYTES inputs, a sequence of them for `image`, int and float for the rest;
             absent ones get their default.
-        spec: the model that will draw it.
 
     Raises:
         InvalidRequest: names the field, what came and what is allowed.
     """
-    limits = spec.limits
-    num_images = _integer(fields, "num_images", 1, 1, limits.max_images)
-    cheap: dict[str, Any] = {
-        "prompt": _prompt(fields.get("prompt"), limits.max_prompt_bytes),
-        "num_inference_steps": _steps(fields, spec),
-        "guidance_scale": _guidance(fields, spec),
+    num_images = integer(fields, "num_images", 1, 1, spec.limits.max_images)
+    return {
+        "prompt": text(fields.get("prompt"), "prompt", spec.limits.max_prompt_bytes),
         "seed": _seed(fields, num_images),
         "num_images": num_images,
-        "strength": _strength(fields, spec),
         "output_format": _choice(fields, "output_format", OUTPUT_FORMATS),
-        "quality": _integer(fields, "quality", DEFAULT_QUALITY, 1, 100),
+        "quality": integer(fields, "quality", DEFAULT_QUALITY, 1, 100),
         "encoding": _choice(fields, "encoding", ENCODINGS),
     }
-    images = _images(fields["image"], spec, cheap["encoding"]) if "image" in fields else ()
-    height, width = _size(fields, spec, images)
-    return Request(height=height, width=width, images=images, **cheap)
 
 
-def _prompt(raw: bytes | None, most: int) -> str:
+def refuse(fields: Mapping[str, Any], names: Sequence[str], spec: ModelSpec) -> None:
+    """Refuse fields that a model has no use for. Raises InvalidRequest."""
+    for name in names:
+        if name in fields:
+            raise InvalidRequest(name, shown(fields[name]), f"nothing: {spec.name} does not take it")
+
+
+def shown(value: object) -> str:
+    """A value as a refusal shows it: a number as it is, of bytes how many."""
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    return f"{len(value)} images" if isinstance(value, list | tuple) else str(value)
+
+
+def text(raw: bytes | None, field: str, most: int) -> str:
+    """Return a text that was given. Raises InvalidRequest."""
     allowed = f"1 to {most} bytes of UTF-8 text"
     if raw is None:
-        raise InvalidRequest("prompt", "nothing", allowed)
+        raise InvalidRequest(field, "nothing", allowed)
     if len(raw) > most:
-        raise InvalidRequest("prompt", f"{len(raw)} bytes", allowed)
+        raise InvalidRequest(field, f"{len(raw)} bytes", allowed)
     try:
-        text = raw.decode("utf-8")
+        words = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidRequest("prompt", f"bytes that are not UTF-8 (at byte {error.start})", allowed) from error
-    if not text.strip():
-        raise InvalidRequest("prompt", "no text" if text else "0 bytes", allowed)
-    if "\x00" in text:
-        raise InvalidRequest("prompt", "a NUL character", allowed)
-    return text
+        raise InvalidRequest(field, f"bytes that are not UTF-8 (at byte {error.start})", allowed) from error
+    if not words.strip():
+        raise InvalidRequest(field, "no text" if words else "0 bytes", allowed)
+    if "\x00" in words:
+        raise InvalidRequest(field, "a NUL character", allowed)
+    return words
 
 
-def _integer(fields: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:
+def integer(fields: Mapping[str, Any], name: str, default: int, least: int, most: int) -> int:
+    """Return a whole number within bounds. Raises InvalidRequest."""
     value = int(fields.get(name, default))
     if not least <= value <= most:
         raise InvalidRequest(name, str(value), f"{least} to {most}")
     return value
 
 
-def _steps(fields: Mapping[str, Any], spec: ModelSpec) -> int:
-    name, only = "num_inference_steps", spec.only_steps
-    if only and int(fields.get(name, only)) != only:
-        raise InvalidRequest(name, str(fields[name]), f"{only}, or nothing: {spec.name} is distilled to {only} steps")
-    return _integer(fields, name, spec.defaults.num_inference_steps, 1, spec.limits.max_inference_steps)
+def number(fields: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:
+    """Return a finite number within bounds. Raises InvalidRequest."""
+    value = float(fields.get(name, default))
+    if not (math.isfinite(value) and least <= value <= most):
+        raise InvalidRequest(name, str(value), f"a finite number from {least:g} to {most:g}")
+    return value
 
 
-def _images(given: Sequence[bytes], spec: ModelSpec, encoding: str) -> tuple[InputImage, ...]:
-    """The input images; those of a model that takes references must be fit to be one."""
+def images(fields: Mapping[str, Any], spec: ModelSpec, encoding: str) -> tuple[InputImage, ...]:
+    """Read the headers of the input images. Raises InvalidRequest, with the image's number."""
+    if "image" not in fields:
+        return ()
+    given: Sequence[bytes] = fields["image"]
     most = max(spec.limits.max_references, 1)
     if not 1 <= len(given) <= most:
-        allowed = f"1 to {most} of them" if most > 1 else "one"
-        raise InvalidRequest("image", f"{len(given)} images", allowed)
-    images = []
+        raise InvalidRequest("image", f"{len(given)} images", f"1 to {most} of them" if most > 1 else "one")
+    found = []
     for index, data in enumerate(given):
         try:
-            image = read_image(_file(data, encoding, spec.limits), spec.limits)
-            if spec.takes_references:
-                _check_reference(image, spec.limits)
+            found.append(read_image(file(data, encoding, spec.limits), spec.limits))
         except InvalidRequest as error:
             raise numbered(error, index, len(given)) from error
-        images.append(image)
-    return tuple(images)
+    return tuple(found)
 
 
-def _file(data: bytes, encoding: str, limits: Limits) -> bytes:
+def file(data: bytes, encoding: str, limits: Limits) -> bytes:
     """The bytes of an image file, which may have come as base64 text."""
     if encoding != "base64":
         return data
@@ -144,30 +182,23 @@ def numbered(error: InvalidRequest, index: int, count: int) -> InvalidRequest:
     return InvalidRequest(error.field, error.got + which, error.allowed)
 
 
-def _check_reference(image: InputImage, limits: Limits) -> None:
-    """diffusers' bounds (Flux2ImageProcessor.check_image_input), on the size as it came."""
-    short, long = sorted((image.height, image.width))
-    if short < limits.min_reference_side or long > limits.max_reference_aspect * short:
-        allowed = f"sides from {limits.min_reference_side}, at most {limits.max_reference_aspect} times as long as wide"
-        raise InvalidRequest("image", f"an image of {image.width} x {image.height} pixels", allowed)
+def size(
+    fields: Mapping[str, Any], spec: ModelSpec, image: InputImage | None, natural: tuple[int, int]
+) -> tuple[int, int]:
+    """Return height and width; a missing one follows from the other and the image, or both are `natural`.
 
-
-def _size(fields: Mapping[str, Any], spec: ModelSpec, images: Sequence[InputImage]) -> tuple[int, int]:
-    """Height and width; what is missing comes from the first image, or else from the model's default."""
+    Raises:
+        InvalidRequest: out of the model's limits.
+    """
     limits, multiple = spec.limits, spec.size_multiple
-    natural = (spec.defaults.side, spec.defaults.side)
-    if images and spec.takes_references:
-        natural = _fit(*images[0].reference(limits.max_reference_pixels, multiple).size, spec)
-    elif images:
-        natural = _fit(images[0].height, images[0].width, spec)
-    if images:
-        natural = _beside(fields, natural, images[0], spec)
-    size = {name: int(fields.get(name, side)) for name, side in zip(("height", "width"), natural, strict=True)}
-    for name in sorted(size, key=lambda side: side not in fields):  # what was asked for first
-        if not limits.min_side <= size[name] <= limits.max_side or size[name] % multiple:
-            got = str(size[name]) if name in fields else f"{size[name]}, to keep the image's proportions"
+    if image is not None:
+        natural = _beside(fields, natural, image, spec)
+    sides = {name: int(fields.get(name, side)) for name, side in zip(("height", "width"), natural, strict=True)}
+    for name in sorted(sides, key=lambda side: side not in fields):  # what was asked for first
+        if not limits.min_side <= sides[name] <= limits.max_side or sides[name] % multiple:
+            got = str(sides[name]) if name in fields else f"{sides[name]}, to keep the image's proportions"
             raise InvalidRequest(name, got, f"a multiple of {multiple} from {limits.min_side} to {limits.max_side}")
-    height, width = size["height"], size["width"]
+    height, width = sides["height"], sides["width"]
     if height * width > limits.max_pixels:
         got, allowed = f"{height} x {width}", f"at most {limits.max_pixels} pixels in all"
         raise InvalidRequest("height, width", got, allowed)
@@ -188,7 +219,7 @@ def _beside(fields: Mapping[str, Any], natural: tuple[int, int], image: InputIma
     return natural
 
 
-def _fit(height: int, width: int, spec: ModelSpec) -> tuple[int, int]:
+def fit(height: int, width: int, spec: ModelSpec) -> tuple[int, int]:
     """An image's own size, scaled into the model's limits and rounded down to its multiple.
 
     An image smaller than the limits, or longer than they allow, is stretched to the least side.
@@ -199,39 +230,12 @@ def _fit(height: int, width: int, spec: ModelSpec) -> tuple[int, int]:
     return max(height, limits.min_side), max(width, limits.min_side)
 
 
-def _guidance(fields: Mapping[str, Any], spec: ModelSpec) -> float:
-    value = float(fields.get("guidance_scale", spec.defaults.guidance_scale))
-    most = spec.limits.max_guidance_scale
-    if not spec.takes_guidance and value not in _NO_GUIDANCE:
-        allowed = f"1, or nothing: {spec.name} is distilled to be drawn without"
-        raise InvalidRequest("guidance_scale", str(value), allowed)
-    if not (math.isfinite(value) and 0.0 <= value <= most):
-        raise InvalidRequest("guidance_scale", str(value), f"a finite number from 0 to {most:g}")
-    return value
-
-
 def _seed(fields: Mapping[str, Any], num_images: int) -> int:
     seed = int(fields.get("seed", -1))
     most = MAX_SEED - num_images + 1
     if not -1 <= seed <= most:
         raise InvalidRequest("seed", str(seed), f"-1 (draw one) or 0 to {most}")
     return secrets.randbelow(DRAWN_SEEDS) if seed == -1 else seed
-
-
-def _strength(fields: Mapping[str, Any], spec: ModelSpec) -> float | None:
-    if spec.takes_references:
-        if "strength" in fields:
-            allowed = f"nothing: {spec.name} draws after its images and redraws none of them"
-            raise InvalidRequest("strength", str(fields["strength"]), allowed)
-        return None
-    if "image" not in fields:
-        if "strength" in fields:
-            raise InvalidRequest("strength", str(fields["strength"]), "only beside an image")
-        return None
-    value = float(fields.get("strength", spec.defaults.strength))
-    if not (math.isfinite(value) and 0.0 < value <= 1.0):
-        raise InvalidRequest("strength", str(value), "0 < strength <= 1")
-    return value
 
 
 def _choice(fields: Mapping[str, Any], name: str, choices: Sequence[str]) -> str:

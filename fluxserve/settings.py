@@ -12,7 +12,7 @@ from typing import Any
 
 from fluxserve import process
 from fluxserve.errors import SettingsError
-from fluxserve.spec import FAMILY
+from fluxserve.families import registry
 
 _PREFIX = "FLUXSERVE_"
 _PATHS = ("checkpoint", "artifact", "inflight")
@@ -50,7 +50,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise SettingsError("dtype", self.dtype, "auto, float32, bfloat16, float16")
-        models = [member.name for member in FAMILY]
+        models = [member.name for member in registry.members()]
         if self.model not in ("", *models):
             raise SettingsError("model", self.model, f"{', '.join(models)}; or nothing")
         for name, least in (("threads", 0), ("max_rows", 1)):

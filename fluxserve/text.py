@@ -10,12 +10,10 @@ reads a system message before it, and begins no answer (Flux2Pipeline._get_mistr
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import transformers
 from jinja2 import TemplateError
 
@@ -23,6 +21,7 @@ from fluxserve.errors import CheckpointError, UnsupportedArchitecture
 from fluxserve.folders import foreign, spiece
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.folders.files import in_ascii, read_json, visible
+from fluxserve.request import Tokens
 from fluxserve.spec import EncoderSpec
 
 _PROCESSOR, _IMAGE = "PixtralProcessor", "[IMG]"
@@ -35,16 +34,6 @@ _READ = (".json", ".txt", ".model", ".jinja")
 """What the names of a tokenizer's files end in."""
 _EXTRA_IDS = 100
 """Words of T5 for spans that were masked in training, behind the pieces of its sentencepiece model."""
-
-Ids = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What one text encoder is given, int64 [tokens] each; `mask` is 0 where an id is padding, else 1."""
-
-    ids: Ids
-    mask: Ids
 
 
 class Tokenizers:

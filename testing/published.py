@@ -11,26 +11,18 @@ import torch
 from diffusers import ConfigMixin
 from transformers import CLIPTextConfig, Mistral3Config, MistralConfig, PretrainedConfig, Qwen3Config, T5Config
 
-from fluxserve.engines.torch_eager import architectures
-from fluxserve.spec import (
-    FAMILY,
-    FLUX1_DEV,
-    FLUX1_SCHNELL,
-    FLUX2_DEV,
-    FLUX2_DEV_TURBO,
-    TINY,
-    ModelSpec,
-    TransformerSpec,
-)
+from fluxserve.families.flux.models import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV, FLUX2_DEV_TURBO, MEMBERS, TINY
+from fluxserve.families.flux.parts import FluxSpec, TransformerSpec
+from fluxserve.families.registry import architectures
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
-MODELS = {spec.name: spec for spec in FAMILY if spec is not TINY}
+MODELS = {spec.name: spec for spec in MEMBERS if spec is not TINY}
 _CONFIGS = {"clip": CLIPTextConfig, "t5": T5Config, "qwen3": Qwen3Config}
 _CHANNELS = (128, 256, 512, 512)
 """Of each level of every VAE."""
 
 
-def module(spec: ModelSpec, name: str) -> torch.nn.Module:
+def module(spec: FluxSpec, name: str) -> torch.nn.Module:
     """One component at its published shape. A language model is as deep as the last layer that is used."""
     cls = architectures(spec)[name].module
     if issubclass(cls, ConfigMixin):
@@ -48,7 +40,7 @@ def transformer(shape: TransformerSpec) -> dict[str, Any]:
     return given if shape.generation > 1 else {**given, "pooled_projection_dim": shape.pooled_projection_dim}
 
 
-def vae(spec: ModelSpec, narrow: int = 1) -> dict[str, Any]:
+def vae(spec: FluxSpec, narrow: int = 1) -> dict[str, Any]:
     """Of AutoencoderKL, or AutoencoderKLFlux2, whose defaults are FLUX.2's. `narrow` divides channels, down to 32."""
     channels = tuple(max(32, whole // narrow) for whole in _CHANNELS)
     given = {"latent_channels": spec.vae.latent_channels, "block_out_channels": channels, "layers_per_block": 2}
@@ -63,7 +55,7 @@ def vae(spec: ModelSpec, narrow: int = 1) -> dict[str, Any]:
     }
 
 
-def text_config(spec: ModelSpec, name: str, **changed: Any) -> PretrainedConfig:
+def text_config(spec: FluxSpec, name: str, **changed: Any) -> PretrainedConfig:
     """Of a text encoder; `changed` are entries of its own."""
     of = {FLUX1_SCHNELL.name: FLUX1_DEV.name, FLUX2_DEV_TURBO.name: FLUX2_DEV.name}.get(spec.name, spec.name)
     known = {**PUBLISHED["text_encoders"][of][name], **changed}

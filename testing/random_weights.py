@@ -45,7 +45,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, Qwen3ForCausalLM, T5Config, T5EncoderModel
 
 from fluxserve import settings
-from fluxserve.spec import FLUX1_DEV, ModelSpec
+from fluxserve.families.flux.models import FLUX1_DEV
+from fluxserve.families.flux.parts import FluxSpec
 from testing import published
 from testing.stand_in import QWEN_WORDS, qwen_tokenizer, widen
 from testing.trained_like import TrainedLike
@@ -75,7 +76,7 @@ Modules = Mapping[str, nn.Module]
 
 def write(
     folder: Path,
-    spec: ModelSpec,
+    spec: FluxSpec,
     double: int | None = None,
     single: int | None = None,
     text_layers: int | None = None,
@@ -102,7 +103,7 @@ def write(
     return folder
 
 
-def _flux1(folder: Path, spec: ModelSpec, text_layers: int | None, narrow: int) -> Modules:
+def _flux1(folder: Path, spec: FluxSpec, text_layers: int | None, narrow: int) -> Modules:
     """All but the weights; the modules, hollow, by their folders."""
     for name in _SHARED:
         copy = shutil.copytree if (_TINY / name).is_dir() else shutil.copy
@@ -125,7 +126,7 @@ def _flux1(folder: Path, spec: ModelSpec, text_layers: int | None, narrow: int) 
         }
 
 
-def _klein(folder: Path, spec: ModelSpec, text_layers: int | None, narrow: int) -> Modules:
+def _klein(folder: Path, spec: FluxSpec, text_layers: int | None, narrow: int) -> Modules:
     """As _flux1."""
     encoder = spec.text.sequence
     known = published.PUBLISHED["text_encoders"][spec.name][encoder.name]

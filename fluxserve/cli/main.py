@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from fluxserve import __version__, console, settings
 from fluxserve.cli.serve import add_options, serve
 from fluxserve.errors import FluxserveError, LibraryMissing, ServerError
+from fluxserve.families import registry
 from fluxserve.folders.files import expanded
-from fluxserve.spec import FAMILY
 from fluxserve.supervisor import Ports, TritonServer
 from fluxserve.supervisor.installation import Installation, bundled, installed_at
 from fluxserve.supervisor.repository import lay_out
@@ -143,7 +143,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--artifact", help="a folder made by `fluxserve export`, in place of a checkpoint")
     parser.add_argument(
         "--model",
-        choices=[member.name for member in FAMILY],
+        choices=[member.name for member in registry.members()],
         metavar="NAME",
         help="of a checkpoint that its shapes can't tell: flux.2-dev-turbo; default: what the folder says",
     )
@@ -293,9 +293,8 @@ def _export(arguments: Sequence[str]) -> int:
 def _generate(options: argparse.Namespace) -> int:
     import torch
 
-    from fluxserve import request, source
-    from fluxserve.job import plan
-    from fluxserve.media.images import write_image
+    from fluxserve import source
+    from fluxserve.media.images import decode, write_image
     from fluxserve.pipeline import Pipeline
     from fluxserve.text import Tokenizers
 
@@ -304,14 +303,15 @@ def _generate(options: argparse.Namespace) -> int:
     names = ("height", "width", "num_inference_steps", "guidance_scale", "seed")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given["output_format"] = _FORMATS[options.output.suffix.lower()].encode()
-    parsed = request.parse({"prompt": os.fsencode(options.prompt), **given}, found.spec)
+    family = registry.of(found.spec)
+    parsed = family.draft({"prompt": os.fsencode(options.prompt), **given}, found.spec).complete()
     if config.threads:
         torch.set_num_threads(config.threads)
     device = found.device("cuda:0" if torch.cuda.is_available() else "cpu")
     ticker, begin = console.Ticker("loading"), time.perf_counter()
     pipeline = Pipeline(found.spec, found.open_components(device, config.dtype), device, config.max_rows)
     ticker.done(time.perf_counter() - begin)
-    job = plan(parsed, found.spec, Tokenizers(found.checkpoint))
+    job = family.lay_out(parsed, found.spec, Tokenizers(found.checkpoint), decode)
     (drawing,) = pipeline.draw([job])
     assert drawing is not None, "nobody can cancel it"
     options.output.write_bytes(write_image(drawing.images[0], parsed.output_format, parsed.quality))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fluxserve.engine import FLOATING, Components, Shapes, Signature, TensorSpec
-from fluxserve.engines import signatures
 from fluxserve.errors import ArtifactError, ArtifactUnsuited, LibraryMissing, LibraryRefused
 from fluxserve.folders.artifact import ANYWHERE, Artifact, Component
 from fluxserve.folders.files import in_ascii
@@ -85,7 +84,7 @@ def open_artifact(artifact: Artifact, device: str) -> Components:
         file = artifact.path / component.engines[ANYWHERE]
         return OrtEngine(_signature(artifact, component), str(file), component.compute_dtype)
 
-    return Components.of({name: load(name) for name in artifact.spec.components})
+    return Components({name: load(name) for name in artifact.spec.components})
 
 
 def _signature(artifact: Artifact, component: Component) -> Signature:
@@ -94,7 +93,7 @@ def _signature(artifact: Artifact, component: Component) -> Signature:
             f"{artifact.path}: {component.name} computes in {component.compute_dtype};"
             " ONNX Runtime's CPU provider has float32 and float16"
         )
-    return signatures.exported(component, artifact.spec)
+    return component.signature(artifact.spec)
 
 
 def open_session(file: str) -> "ort.InferenceSession":

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fluxserve.engine import FLOATING, Components, Dim, Shapes, Signature, TensorSpec
-from fluxserve.engines import signatures, tensorrt_library
+from fluxserve.engines import tensorrt_library
 from fluxserve.engines.tensorrt_library import Library
 from fluxserve.errors import ArtifactError, ArtifactUnsuited, LibraryRefused
 from fluxserve.folders.artifact import Artifact
@@ -268,7 +268,7 @@ def open_artifact(artifact: Artifact, device: str, cache_folder: Path | None = N
             component = artifact.component(name)
             file = component.engines[cuda.architecture]
             plan = deserialise(library, runtime, artifact.file(file))
-            signature = signatures.exported(component, artifact.spec)
+            signature = component.signature(artifact.spec)
             check_plan(library, plan, signature, component.compute_dtype, artifact.path / file)
             cache_file = (cache_folder or disk_cache.folder(_CACHE)) / artifact.manifest["files"][file]["sha256"]
             opened.append((component, plan, signature, cache_file))
@@ -277,7 +277,7 @@ def open_artifact(artifact: Artifact, device: str, cache_folder: Path | None = N
             component.name: TensorRTEngine(library, plan, signature, component.compute_dtype, cuda, scratch, cache_file)
             for component, plan, signature, cache_file in opened
         }
-    return Components.of(engines)
+    return Components(engines)
 
 
 def deserialise(library: Library, runtime: Any, file: Path) -> Any:

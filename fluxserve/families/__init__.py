@@ -1,1 +1,1 @@
-"""Families of models: one folder each, with all that is known of it alone."""
+"""Families of models: one folder each, which alone knows what its members are and how they are drawn."""

@@ -23,7 +23,9 @@ from typing import Any
 
 import jsonschema
 
+from fluxserve.engine import Signature
 from fluxserve.errors import ArtifactDamaged, ArtifactError, CheckpointError
+from fluxserve.families import registry
 from fluxserve.folders import checkpoint as checkpoints
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.folders.files import expanded, files_below
@@ -101,6 +103,11 @@ class Component:
     compute_dtype: str
     shapes: Mapping[str, Range]
     engines: Mapping[str, str]
+
+    def signature(self, spec: ModelSpec) -> Signature:
+        """Return the component's signature with only the shapes that its engine was built for."""
+        whole = registry.of(spec).signatures(spec)[self.name]
+        return whole.narrowed({symbol: (least, most) for symbol, (least, _, most) in self.shapes.items()})
 
 
 @dataclass(frozen=True)

@@ -8,39 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fluxserve import spec as specs
 from fluxserve.errors import CheckpointError, UnsupportedArchitecture
-from fluxserve.folders import foreign
+from fluxserve.families import registry
 from fluxserve.folders import weights as component_weights
 from fluxserve.folders.files import MODEL_INDEX, locate, read_json
 from fluxserve.folders.weights import Weights
-from fluxserve.spec import EncoderSpec, ModelSpec, TransformerSpec
-from fluxserve.spec.tensors import tensors
-
-_FLUX1 = {
-    "transformer": "FluxTransformer2DModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "T5EncoderModel",
-}
-_KLEIN = {
-    "transformer": "Flux2Transformer2DModel",
-    "vae": "AutoencoderKLFlux2",
-    "text_encoder": "Qwen3ForCausalLM",
-}
-_FLUX2 = {**_KLEIN, "text_encoder": "Mistral3ForConditionalGeneration"}
-_PIPELINES = {
-    "FluxPipeline": _FLUX1,
-    "FluxImg2ImgPipeline": _FLUX1,
-    "Flux2KleinPipeline": _KLEIN,
-    "Flux2Pipeline": _FLUX2,
-}
-"""Pipeline → the classes of its components, by their folders."""
+from fluxserve.spec import ModelSpec
 
 _DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model", "model"
 """What the names of weights begin with in the folders of either library."""
-
-_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 @dataclass(frozen=True)
@@ -53,7 +29,7 @@ class Checkpoint:
     @property
     def folders(self) -> tuple[str, ...]:
         """The components' folders that hold weights."""
-        return (*(encoder.folder for encoder in self.spec.text.encoders), "transformer", "vae")
+        return registry.of(self.spec).folders(self.spec)
 
     def component(self, name: str) -> Path:
         return self.path / name
@@ -76,9 +52,8 @@ class Checkpoint:
         folder, config = self.component(name), self.config(name)
         of_diffusers = "_class_name" in config
         module = config["_class_name"] if of_diffusers else (config.get("architectures") or [None])[0]
-        read = [max(encoder.layers) for encoder in self.spec.text.encoders if encoder.folder == name and encoder.layers]
         try:
-            listed = tensors(str(module), config, *read)
+            listed = registry.of(self.spec).tensors(self.spec, name, str(module), config)
         except KeyError as error:
             raise CheckpointError(f"{folder / 'config.json'}: lacks {error}") from error
         except (TypeError, ValueError, AttributeError) as error:
@@ -98,7 +73,7 @@ def read(path: Path, weights: bool = True, model: str = "") -> Checkpoint:
     Raises:
         CheckpointError: missing, unreadable, incomplete or truncated.
         UnsafeWeights: weights only as pickles.
-        UnsupportedArchitecture: not a pipeline of FLUX.1 or FLUX.2, or not that of `model`.
+        UnsupportedArchitecture: of no family that is known, or not what `model` says.
     """
     try:
         found = _read(path, weights)
@@ -111,14 +86,10 @@ def _read(path: Path, weights: bool) -> Checkpoint:
     path = locate(path)
     index = read_json(path / MODEL_INDEX)
     pipeline = str(index.get("_class_name"))
-    if pipeline not in _PIPELINES:
-        raise UnsupportedArchitecture(f"{path / MODEL_INDEX}: _class_name", pipeline, " or ".join(_PIPELINES))
-    if _PIPELINES[pipeline] is _KLEIN and index.get("is_distilled") is not True:
-        allowed = "true: a base model takes a second pass per step for its guidance, which the loop lacks"
-        raise UnsupportedArchitecture(f"{path / MODEL_INDEX}: is_distilled", index.get("is_distilled"), allowed)
-    for name, architecture in _PIPELINES[pipeline].items():
-        _check_config(path / name, architecture)
-    found = Checkpoint(path, _spec(path))
+    family = registry.by_pipeline(pipeline)
+    if family is None:
+        raise UnsupportedArchitecture(f"{path / MODEL_INDEX}: _class_name", pipeline, " or ".join(registry.pipelines()))
+    found = Checkpoint(path, family.read(path, index))
     for name in found.folders if weights else ():
         files = found.weights(name).set
         if len(files.files) > 1 and files.index is None:
@@ -127,53 +98,7 @@ def _read(path: Path, weights: bool) -> Checkpoint:
 
 
 def _named(found: Checkpoint, model: str) -> Checkpoint:
-    alike = {member.name: member for member in specs.FAMILY if member.transformer == found.spec.transformer}
-    if model not in alike:
-        expected = f"{' or '.join(alike) or 'no name'}, by its transformer's shape"
-        raise UnsupportedArchitecture(f"{found.path}: model", model, expected)
-    return replace(found, spec=specs.as_member(found.spec, alike[model]))
-
-
-def _spec(path: Path) -> ModelSpec:
-    transformer = read_json(path / "transformer" / "config.json")
-    vae = read_json(path / "vae" / "config.json")
-    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    if scheduler.get("_class_name") != _SCHEDULER:
-        where = f"{path / 'scheduler' / 'scheduler_config.json'}: _class_name"
-        raise UnsupportedArchitecture(where, scheduler.get("_class_name"), _SCHEDULER)
     try:
-        spec = specs.from_configs(transformer, vae, scheduler)
-        text = spec.text
-        for encoder in text.encoders:
-            config = read_json(path / encoder.folder / "config.json")
-            config = config.get("text_config", config)  # of a model that has eyes as well
-            _check_width(encoder, config, spec.transformer, encoder is spec.text.sequence)
-            text = text.changed(encoder.name, vocabulary=config["vocab_size"])
-        return replace(spec, text=text)
-    except KeyError as error:
-        raise CheckpointError(f"{path}: a config.json lacks {error}") from error
-    except (TypeError, ValueError) as error:
-        raise UnsupportedArchitecture(str(path), str(error), "numbers of one FLUX model") from error
-
-
-def _check_width(encoder: EncoderSpec, config: dict[str, Any], transformer: TransformerSpec, sequence: bool) -> None:
-    """A text encoder's states are as wide as the transformer's input that they go to. Raises ValueError, KeyError."""
-    width = config["d_model"] if "d_model" in config else config["hidden_size"]
-    states = len(encoder.layers) or 1
-    expected = transformer.joint_attention_dim if sequence else transformer.pooled_projection_dim
-    if width * states != expected:
-        got = f"{encoder.folder}: {states} states of {width}"
-        raise ValueError(f"{got} must be the {expected} that the transformer reads; it is another model's")
-
-
-def _check_config(folder: Path, architecture: str) -> None:
-    """A component's class, and that nothing of it is quantised."""
-    file = folder / "config.json"
-    config = read_json(file)
-    expected: str | list[str] = architecture if "_class_name" in config else [architecture]
-    if (got := config.get("_class_name", config.get("architectures"))) != expected:
-        raise UnsupportedArchitecture(f"{file}: architecture", got, architecture)
-    beside = folder / "hf_quant_config.json"
-    for source, values in ((file, config), *([(beside, read_json(beside))] if beside.exists() else [])):
-        if quantiser := foreign.quantiser(values):
-            raise CheckpointError(f"{source}: got {quantiser}")
+        return replace(found, spec=registry.of(found.spec).named(found.spec, model))
+    except ValueError as error:
+        raise UnsupportedArchitecture(f"{found.path}: model", model, str(error)) from error

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fluxserve.errors import CheckpointError
+from fluxserve.errors import CheckpointError, UnsupportedArchitecture
 from fluxserve.folders import foreign
 
 MODEL_INDEX = "model_index.json"
@@ -147,3 +147,16 @@ def files_below(folder: Path) -> Iterator[Path]:
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not is_hidden(Path(name))]
         yield from (Path(root) / name for name in names if not is_hidden(Path(name)))
+
+
+def check_config(folder: Path, architecture: str) -> None:
+    """Check a component's class, and that nothing is quantised. Raises CheckpointError, UnsupportedArchitecture."""
+    file = folder / "config.json"
+    config = read_json(file)
+    expected: str | list[str] = architecture if "_class_name" in config else [architecture]
+    if (got := config.get("_class_name", config.get("architectures"))) != expected:
+        raise UnsupportedArchitecture(f"{file}: architecture", got, architecture)
+    beside = folder / "hf_quant_config.json"
+    for source, values in ((file, config), *([(beside, read_json(beside))] if beside.exists() else [])):
+        if quantiser := foreign.quantiser(values):
+            raise CheckpointError(f"{source}: got {quantiser}")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from fluxserve.errors import CheckpointError, UnsafeWeights
 from fluxserve.folders import foreign
 from fluxserve.folders.files import read_json, visible
-from fluxserve.spec.tensors import Shape, TensorList
+from fluxserve.folders.tensor_list import Shape, TensorList
 
 _FLOATING = ("BF16", "F16", "F32", "F64")
 _FEW = 5

@@ -6,17 +6,42 @@ x_σ = σ·noise + (1 − σ)·x₀. The arithmetic is float32 on the host, in d
 """
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from fluxserve.spec import ScheduleSpec
+from fluxserve.spec import Numbers
 
 FloatArray = npt.NDArray[np.float32]
 
 _LARGE = 4300
 """Image tokens above which FLUX.2's shift does not depend on the number of steps."""
+
+
+@dataclass(frozen=True)
+class ScheduleSpec(Numbers):
+    """FlowMatchEulerDiscreteScheduler: a static `shift`, or one that grows with the number of image tokens.
+
+    With `empirical_shift` the latter is Flux2Pipeline's, which depends on the number of steps as well. `base_sigmas`
+    are the noise levels before the shift, one for each step, of a model that was distilled to them and to no others.
+    """
+
+    use_dynamic_shifting: bool
+    shift: float = 1.0
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    num_train_timesteps: int = 1000
+    empirical_shift: bool = False
+    base_sigmas: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_image_seq_len <= self.base_image_seq_len:
+            raise ValueError(f"max_image_seq_len: got {self.max_image_seq_len}; expected > {self.base_image_seq_len}")
 
 
 def shift_mu(image_tokens: int, schedule: ScheduleSpec) -> float:

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 
 from fluxserve import contract, source
-from fluxserve.errors import Cancelled, FluxserveError, InvalidRequest, NotFinite
-from fluxserve.job import Job, split
+from fluxserve.errors import Cancelled, FluxserveError, NotFinite
+from fluxserve.families import registry
+from fluxserve.job import Job
 from fluxserve.pipeline import Drawing, Pipeline
+from fluxserve.serving import envelope, shared_memory, tensors
 from fluxserve.serving import errors as triton_errors
-from fluxserve.serving import shared_memory, tensors
+from fluxserve.serving.envelope import Delivery
 from fluxserve.serving.files import Files, Finish
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import DrawingMetrics
@@ -39,10 +41,7 @@ class _Asked:
 
     request: Any
     job: Job
-    ticket: int
-    output_format: str
-    quality: int
-    encoding: str
+    delivery: Delivery
 
     @property
     def sender(self) -> Any:
@@ -51,7 +50,7 @@ class _Asked:
     @property
     def steps(self) -> int:
         """Of all its images."""
-        return self.job.steps * len(self.job.noise_seeds)
+        return self.job.steps * len(self.job.seeds)
 
 
 class GenerateModel(ServedModel):
@@ -105,30 +104,15 @@ class GenerateModel(ServedModel):
         self._pipeline.close()
 
     def _read(self, request: Any) -> _Asked:
-        arrays = tensors.read(request, contract.GENERATE)
-        for name, array in arrays.items():
-            if len(array) != 1:
-                raise InvalidRequest(
-                    name, f"a batch of {len(array)}", "one request at a time; Triton forms the batches"
-                )
-        job = Job(
-            token_ids=arrays["token_ids"][0],
-            token_ids_2=arrays["token_ids_2"][0],
-            pixels=arrays["pixels"][0],
-            sigmas=arrays["sigmas"][0],
-            guidance=float(arrays["guidance"][0, 0]),
-            noise_seeds=tuple(int(seed) for seed in arrays["noise_seeds"][0]),
-            token_mask=arrays["token_mask"][0],
-            references=split(arrays["references"][0], arrays["reference_sizes"][0]),
-        )
-        job.check(self._spec)
-        return _Asked(request, job, int(arrays["ticket"][0, 0]), *_format(arrays))
+        job, delivery = envelope.opened(tensors.read(request, contract.GENERATE))
+        registry.of(self._spec).check(job, self._spec)
+        return _Asked(request, job, delivery)
 
     def _parts(self, group: Sequence[_Asked]) -> Iterator[list[_Asked]]:
         """Requests that go through the loop together: as many as have max_rows images between them, or one."""
         part: list[_Asked] = []
         for asked in group:
-            rows = sum(len(a.job.noise_seeds) for a in (*part, asked))
+            rows = sum(len(a.job.seeds) for a in (*part, asked))
             if part and rows > self._max_rows:
                 yield part
                 part = []
@@ -141,7 +125,7 @@ class GenerateModel(ServedModel):
         waited: list[float] = []
         for asked in part:
             try:
-                waited.append(self._table.start(asked.ticket, asked.steps))
+                waited.append(self._table.start(asked.delivery.ticket, asked.steps))
                 started.append(asked)
             except FluxserveError as error:  # cancelled, or not admitted by `prepare`
                 tensors.send(asked.sender, self._refusal(error))
@@ -169,22 +153,22 @@ class GenerateModel(ServedModel):
 
     def _given_back(self, started: Sequence[_Asked]) -> list[int]:
         """Release the slots of requests that are over; return how many steps each has done."""
-        done = [self._table.progress(asked.ticket).step for asked in started]
+        done = [self._table.progress(asked.delivery.ticket).step for asked in started]
         for asked in started:
-            self._table.release(asked.ticket)
+            self._table.release(asked.delivery.ticket)
         return done
 
     def _stepped(self, asked: _Asked) -> bool:
         """Note a step; False once the request was cancelled, through `control` or (called directly) through gRPC."""
-        wanted = self._table.advance(asked.ticket)
-        self._pace.step(last=self._table.progress(asked.ticket).step % asked.job.steps == 0)
+        wanted = self._table.advance(asked.delivery.ticket)
+        self._pace.step(last=self._table.progress(asked.delivery.ticket).step % asked.job.steps == 0)
         return wanted and not asked.request.is_cancelled()
 
     def _hand_over(self, asked: _Asked, drawing: Drawing, timings: dict[str, float]) -> None:
         """Do with the files what the GPU has to, and leave the rest to a thread."""
         begin = time.perf_counter()
         try:
-            finish = self._files.begin(drawing, asked.output_format, asked.quality)
+            finish = self._files.begin(drawing, asked.delivery.output_format, asked.delivery.quality)
         except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
             tensors.send(asked.sender, self._refusal(error))
             return
@@ -205,7 +189,7 @@ class GenerateModel(ServedModel):
         if not written:
             self._metrics.stepped(asked.steps)
         else:
-            images = len(asked.job.noise_seeds)
+            images = len(asked.job.seeds)
             self._metrics.drawn(images, images * math.prod(size), asked.steps, timings)
 
     def _answer(self, asked: _Asked, finish: Finish, size: tuple[int, ...], timings: dict[str, float]) -> bool:
@@ -213,7 +197,7 @@ class GenerateModel(ServedModel):
         begin = time.perf_counter()
         try:
             files = finish()
-            if asked.encoding == "base64":
+            if asked.delivery.encoding == "base64":
                 files = [base64.b64encode(file) for file in files]
         except Exception as error:  # noqa: BLE001 (the border: nobody would hear of it on a thread)
             tensors.send(asked.sender, self._refusal(error))
@@ -235,26 +219,13 @@ class GenerateModel(ServedModel):
         return triton_errors.response(error)
 
 
-def _format(arrays: Mapping[str, Any]) -> tuple[str, int, str]:
-    """Output format, quality and encoding, looked at before anything is drawn. Raises InvalidRequest."""
-    quality = int(arrays["resolved_quality"][0, 0])
-    if not 1 <= quality <= 100:
-        raise InvalidRequest("resolved_quality", str(quality), "1 to 100")
-    words = []
-    for name, choices in (("resolved_format", contract.OUTPUT_FORMATS), ("resolved_encoding", contract.ENCODINGS)):
-        words.append(arrays[name][0, 0].decode(errors="replace"))
-        if words[-1] not in choices:
-            raise InvalidRequest(name, repr(words[-1][:40]), ", ".join(choices))
-    return words[0], quality, words[1]
-
-
 def _answer(asked: _Asked, files: list[bytes], size: tuple[int, ...], timings: Mapping[str, float]) -> Any:
     """Files and what belongs to them; each output with the batch dimension of 1."""
     return tensors.response(
         contract.GENERATE,
         {
             "images": [files],
-            "seeds": [asked.job.noise_seeds],
+            "seeds": [asked.job.seeds],
             "timings": [[json.dumps({stage: round(spent, 3) for stage, spent in timings.items()}).encode()]],
             "image_size": [size],
         },

@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fluxserve import contract, errors, request, source
+from fluxserve import contract, errors, source
+from fluxserve.families import registry
 from fluxserve.inflight import HANDOVER_S, checked_id
-from fluxserve.job import Job, join, plan
+from fluxserve.request import Request
+from fluxserve.serving import envelope, tensors
 from fluxserve.serving import errors as triton_errors
-from fluxserve.serving import tensors
 from fluxserve.serving.decoder import Decoder
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import RefusalMetrics
@@ -38,6 +39,7 @@ class PrepareModel(ServedModel):
     def load(self, config: Settings, args: dict[str, str]) -> None:  # noqa: ARG002 (Triton's; not needed here)
         found = source.find(config)
         self._spec, self._tokenizers = found.spec, Tokenizers(found.checkpoint)
+        self._family = registry.of(found.spec)
         self._metrics = RefusalMetrics()
         self._decoder = Decoder()
 
@@ -58,7 +60,7 @@ class PrepareModel(ServedModel):
         """The answer, or None if it is sent later."""
         try:
             request_id = checked_id(triton_request.request_id())
-            parsed = request.parse(tensors.read_scalars(triton_request, contract.PREPARE), self._spec)
+            parsed = self._family.draft(tensors.read_scalars(triton_request, contract.PREPARE), self._spec).complete()
             ticket = self._claim(request_id)
         except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
             return self._refusal(error)
@@ -73,12 +75,12 @@ class PrepareModel(ServedModel):
         submitted.add_done_callback(triton_errors.report)
         return None
 
-    def _admit(self, parsed: request.Request, ticket: int) -> Any:
+    def _admit(self, parsed: Request, ticket: int) -> Any:
         """Answer a request that has a slot: with a job for `generate`, or the slot is given back."""
         try:
-            job = plan(parsed, self._spec, self._tokenizers, self._decoder.decode)
-            response = tensors.response(contract.PREPARE, _job_tensors(job, ticket) | _format_tensors(parsed))
-            self._table.enqueue(ticket, job.steps * len(job.noise_seeds))
+            job = self._family.lay_out(parsed, self._spec, self._tokenizers, self._decoder.decode)
+            response = tensors.response(contract.PREPARE, envelope.sealed(job, ticket, parsed))
+            self._table.enqueue(ticket, job.steps * len(job.seeds))
         except Exception as error:  # noqa: BLE001 (the border: nobody would hear of it on a thread)
             self._table.release(ticket)
             return self._refusal(error)
@@ -98,28 +100,3 @@ class PrepareModel(ServedModel):
                 if self._table.drawing or time.monotonic() > deadline:
                     raise
             time.sleep(_POLL_S)
-
-
-def _job_tensors(job: Job, ticket: int) -> dict[str, Any]:
-    """contract.PREPARE's outputs; each with the batch dimension of 1 that `generate` takes."""
-    references, sizes = join(job.references)
-    return {
-        "token_ids": job.token_ids[None],
-        "token_ids_2": job.token_ids_2[None],
-        "token_mask": job.token_mask[None],
-        "pixels": job.pixels[None],
-        "references": references[None],
-        "reference_sizes": sizes[None],
-        "sigmas": job.sigmas[None],
-        "guidance": [[job.guidance]],
-        "noise_seeds": [job.noise_seeds],
-        "ticket": [[ticket]],
-    }
-
-
-def _format_tensors(parsed: request.Request) -> dict[str, Any]:
-    return {
-        "resolved_format": [[parsed.output_format.encode()]],
-        "resolved_quality": [[parsed.quality]],
-        "resolved_encoding": [[parsed.encoding.encode()]],
-    }

@@ -9,14 +9,16 @@ import torch
 from PIL import Image
 
 from fluxserve.engines.open import open_components
+from fluxserve.families import registry
 from fluxserve.families.flux import tokens
-from fluxserve.job import Job, plan
+from fluxserve.families.flux.models import FLUX2_DEV_TURBO
+from fluxserve.families.flux.parts import FluxSpec
+from fluxserve.job import Job
 from fluxserve.media.images import write_image
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import parse
-from fluxserve.spec import FLUX2_DEV_TURBO, ModelSpec
 from fluxserve.text import Tokenizers
 from tests.support import parity, random_flux2
+from tests.support.jobs import changed, check
 from tests.support.parity import RELATIVE, relative
 from tests.support.random_flux2 import TOKENS, RandomFlux2
 
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("klein")
 PROMPT = "a fox on a blue background"
 
 
-def opened(flux: RandomFlux2, tokens: int = TOKENS, max_rows: int = 1, model: ModelSpec | None = None) -> Pipeline:
+def opened(flux: RandomFlux2, tokens: int = TOKENS, max_rows: int = 1, model: FluxSpec | None = None) -> Pipeline:
     folder = flux.checkpoint(tokens, model)
     return Pipeline(folder.spec, open_components("torch_eager", folder, "cpu", "float32"), max_rows=max_rows)
 
@@ -38,7 +40,7 @@ def job_of(
     prompt: str = PROMPT,
     tokens: int = TOKENS,
     images: Sequence[np.ndarray] = (),
-    model: ModelSpec | None = None,
+    model: FluxSpec | None = None,
     **more: object,
 ) -> Job:
     """As `prepare` makes it."""
@@ -47,10 +49,27 @@ def job_of(
     fields |= {"num_inference_steps": steps} if steps else {}
     fields |= {"height": size[0], "width": size[1]} if size else {}
     fields |= {"image": [write_image(image, "png", 90) for image in images]} if images else {}
-    request = parse({**fields, "prompt": prompt.encode()}, folder.spec)
-    job = replace(plan(request, folder.spec, Tokenizers(folder)), noise_seeds=tuple(seeds))
-    job.check(folder.spec)
+    planned = registry.plan({**fields, "prompt": prompt.encode()}, folder.spec, Tokenizers(folder))
+    job = replace(planned, seeds=tuple(seeds))
+    check(job, folder.spec)
     return job
+
+
+def encoder_of(job: Job) -> str:
+    (name,) = (name.removeprefix("ids.") for name in job.arrays if name.startswith("ids."))
+    return name
+
+
+def ids_of(job: Job) -> np.ndarray:
+    return job[f"ids.{encoder_of(job)}"]
+
+
+def mask_of(job: Job) -> np.ndarray:
+    return job[f"mask.{encoder_of(job)}"]
+
+
+def guidance_of(job: Job) -> float:
+    return float(job["guidance"][0])
 
 
 def their_run(
@@ -71,9 +90,9 @@ def their_run(
         height=job.height if size else None,
         width=job.width if size else None,
         num_inference_steps=steps,
-        guidance_scale=job.guidance,
-        num_images_per_prompt=len(job.noise_seeds),
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in job.noise_seeds],
+        guidance_scale=guidance_of(job),
+        num_images_per_prompt=len(job.seeds),
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in job.seeds],
         max_sequence_length=tokens,
         callback_on_step_end=parity.noting(seen),
         output_type="np",
@@ -111,7 +130,7 @@ def test_at_its_full_length_of_text() -> None:
     klein = random_flux2.klein()
     full = 512
     job = job_of(klein, tokens=full)
-    assert len(job.token_ids) == full
+    assert len(ids_of(job)) == full
     parity.agree(opened(klein, full), job, *their_run(klein, job, 4, tokens=full))
 
 
@@ -136,14 +155,14 @@ def test_editing(sizes: list[tuple[int, int]], size: tuple[int, int] | None, ste
     """One to four references, of several sizes, some no multiples of 16, for one picture or two of another size."""
     klein, images = random_flux2.klein(), random_flux2.pictures(*sizes)
     job = job_of(klein, size, steps, seeds, images=images)
-    assert len(job.references) == len(sizes)
+    assert len(job.numbered("references")) == len(sizes)
     parity.agree(opened(klein), job, *their_run(klein, job, steps, images=images, size=size))
 
 
 def test_editing_with_a_reference_that_is_scaled_down() -> None:
     klein, images = random_flux2.klein(), random_flux2.pictures((900, 1300), (64, 64))
     job = job_of(klein, steps=2, images=images)
-    assert job.references[0].shape == (848, 1216, 3)
+    assert job["references.0"].shape == (848, 1216, 3)
     parity.agree(opened(klein), job, *their_run(klein, job, 2, images=images))
 
 
@@ -173,7 +192,7 @@ def test_dev(
     flux, images, tokens = random_flux2.dev(), random_flux2.pictures(*sizes), 256
     prompt = "a fox [IMG] on a blue background"
     job = job_of(flux, size, steps, seeds, prompt, tokens, images, guidance_scale=guidance)
-    assert not job.token_mask.all() and job.token_mask[-1] == 1
+    assert not mask_of(job).all() and mask_of(job)[-1] == 1
     parity.agree(opened(flux, tokens), job, *their_run(flux, job, steps, prompt, tokens, images))
 
 
@@ -186,11 +205,11 @@ def test_turbo(size: tuple[int, int], seeds: list[int], sizes: list[tuple[int, i
     pipeline = opened(flux, tokens, model=FLUX2_DEV_TURBO)
     job = job_of(flux, size, None, seeds, tokens=tokens, images=images, model=FLUX2_DEV_TURBO)
     base = FLUX2_DEV_TURBO.schedule.base_sigmas
-    assert (job.steps, job.guidance) == (len(base), 2.5) == (8, 2.5)
+    assert (job.steps, guidance_of(job)) == (len(base), 2.5) == (8, 2.5)
     theirs = their_run(flux, job, 8, tokens=tokens, images=images, sigmas=base)
     parity.agree(pipeline, job, *theirs)
     dev = job_of(flux, size, 8, seeds, tokens=tokens, images=images)
-    other = parity.our_steps(pipeline, replace(dev, guidance=job.guidance))
+    other = parity.our_steps(pipeline, changed(dev, {"guidance": job["guidance"]}))
     assert relative(other[-1], theirs[0][-1]) > RELATIVE, "the judge sees dev's own noise levels"
 
 
@@ -199,23 +218,23 @@ def wrong_schedule(job: Job) -> Job:
 
 
 def unmasked(job: Job) -> Job:
-    return replace(job, token_mask=np.ones_like(job.token_mask))
+    return changed(job, {f"mask.{encoder_of(job)}": np.ones_like(mask_of(job))})
 
 
 def other_padding(job: Job) -> Job:
-    return replace(job, token_ids=np.where(job.token_mask == 1, job.token_ids, 5))
+    return changed(job, {f"ids.{encoder_of(job)}": np.where(mask_of(job) == 1, ids_of(job), 5)})
 
 
 def other_order(job: Job) -> Job:
-    return replace(job, references=job.references[::-1])
+    return changed(job, {"references.0": job["references.1"], "references.1": job["references.0"]})
 
 
 def other_picture(job: Job) -> Job:
-    return replace(job, references=(job.references[0], 255 - job.references[1]))
+    return changed(job, {"references.1": 255 - job["references.1"]})
 
 
 def one_less(job: Job) -> Job:
-    return replace(job, references=job.references[:1])
+    return changed(job, {"references.1": None})
 
 
 @pytest.mark.parametrize("spoil", [other_order, other_picture, one_less])

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fluxserve.engines import signatures
-from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
+from fluxserve.engines.torch_eager import TorchEngine, load_module
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.models import FLUX2_DEV
+from fluxserve.families.registry import architectures
 from fluxserve.folders.checkpoint import Checkpoint
-from fluxserve.spec import FLUX2_DEV
 from tests.conformance.test_fused import BF16, GPU, TEXT, inputs_of, relative, transformer, velocity
 from tests.support import flux2_blocks
 

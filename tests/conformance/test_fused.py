@@ -18,19 +18,19 @@ from torch import Tensor
 
 from fluxserve import settings
 from fluxserve.engine import Bound
-from fluxserve.engines import signatures
 from fluxserve.engines.fused import clip, t5, vae
 from fluxserve.engines.fused.arena import Buffer
 from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
 from fluxserve.engines.fused.transformer import FusedTransformer
-from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
+from fluxserve.engines.torch_eager import TorchEngine, load_module
 from fluxserve.errors import ArtifactError, CheckpointError, ShapeError
-from fluxserve.families.flux import tokens
+from fluxserve.families.flux import signatures, tokens
+from fluxserve.families.flux.models import FLUX1_DEV
+from fluxserve.families.registry import architectures
 from fluxserve.folders import checkpoint
 from fluxserve.folders.artifact import Scales
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import Operations, as_they_are
-from fluxserve.spec import FLUX1_DEV
 from testing import random_weights
 from tests.support.fused import KERNELS
 

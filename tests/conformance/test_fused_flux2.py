@@ -9,11 +9,12 @@ import torch
 from fluxserve_export.calibrate import watched
 
 from fluxserve.engine import Components
-from fluxserve.engines import signatures
 from fluxserve.engines.fused.build import BF16, FP8, Precision
 from fluxserve.engines.fused.open import assemble
 from fluxserve.engines.open import open_components
-from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
+from fluxserve.engines.torch_eager import TorchEngine, load_module
+from fluxserve.families.flux import signatures
+from fluxserve.families.registry import architectures
 from fluxserve.folders.artifact import Scales
 from fluxserve.job import Job
 from fluxserve.kernels.operations import PLAIN

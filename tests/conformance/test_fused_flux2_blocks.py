@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fluxserve.engines.fused.build import BF16, FP8, Precision
 from fluxserve.errors import ArtifactError, CheckpointError
+from fluxserve.families.flux.models import FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
-from fluxserve.spec import FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from tests.conformance.test_fused import (
     DEVICE,
     GPU,
@@ -32,7 +33,7 @@ from tests.conformance.test_fused import (
 )
 from tests.support import flux2_blocks
 
-WIDE: list[tuple[ModelSpec, int, int]] = [(FLUX2_KLEIN_4B, 1, 1)]
+WIDE: list[tuple[FluxSpec, int, int]] = [(FLUX2_KLEIN_4B, 1, 1)]
 if GPU:
     WIDE += [(FLUX2_KLEIN_4B, 2, 2), (FLUX2_KLEIN_9B, 1, 1), (FLUX2_KLEIN_9B, 2, 2), (FLUX2_DEV, 1, 1)]
 

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fluxserve.engines import signatures
 from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
 from fluxserve.engines.fused.qwen3 import FusedQwen3
-from fluxserve.engines.torch_eager import LanguageModel, TorchEngine, load_module
+from fluxserve.engines.torch_eager import TorchEngine, load_module
 from fluxserve.errors import CheckpointError, UnsupportedArchitecture
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.reference import LanguageModel
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from fluxserve.engine import Engine
-from fluxserve.engines import signatures
 from fluxserve.engines.fused.build import BF16, FP8, Build, Precision
 from fluxserve.engines.fused.clip import FusedClip
 from fluxserve.engines.fused.t5 import FusedT5
-from fluxserve.engines.torch_eager import T5, Clip, TorchEngine, load_module
+from fluxserve.engines.torch_eager import TorchEngine, load_module
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.reference import T5, Clip
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
 from tests.support import random_flux

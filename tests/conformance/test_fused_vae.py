@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxserve.engines.fused import vae
 from fluxserve.engines.fused.build import BF16, Build, Precision
-from fluxserve.engines.torch_eager import architectures
 from fluxserve.errors import CheckpointError
+from fluxserve.families.flux.models import FLUX2_KLEIN_4B
+from fluxserve.families.flux.parts import FluxSpec
+from fluxserve.families.registry import architectures
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
-from fluxserve.spec import FLUX2_KLEIN_4B, ModelSpec
 from tests.support import random_flux
 
 GPU = torch.cuda.is_available()
@@ -81,7 +82,7 @@ class Judge:
     def __init__(self, kind: str, folder: Path) -> None:
         self.module = module_of(kind)
         self.module.save_pretrained(folder / "vae")  # type: ignore[operator]
-        spec: ModelSpec = FLUX2_KLEIN_4B if isinstance(self.module, FLUX2) else random_flux.make().spec
+        spec: FluxSpec = FLUX2_KLEIN_4B if isinstance(self.module, FLUX2) else random_flux.make().spec
         self.folder = Checkpoint(folder, spec)
         known = architectures(spec)
         self.decode = known["vae_decoder"].wrapper(self.module)

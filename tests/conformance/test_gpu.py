@@ -7,10 +7,10 @@ import torch
 from fluxserve import settings
 from fluxserve.device import DeviceClock, Pacer
 from fluxserve.engines.open import open_components
+from fluxserve.families import registry
 from fluxserve.folders import checkpoint
-from fluxserve.job import Job, plan
+from fluxserve.job import Job
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import parse
 from fluxserve.text import Tokenizers
 from tests.support.waiting import loop_never_waits
 
@@ -35,8 +35,8 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 def job_of(pipeline: Pipeline, **fields: object) -> Job:
     folder = checkpoint.read(settings.default_checkpoint())
-    request = parse({"prompt": b"a fox on a blue background", "seed": 3, **fields}, pipeline.spec)
-    return plan(request, pipeline.spec, Tokenizers(folder))
+    fields = {"prompt": b"a fox on a blue background", "seed": 3, **fields}
+    return registry.plan(fields, pipeline.spec, Tokenizers(folder))
 
 
 def draw(pipeline: Pipeline, *jobs: Job) -> list[np.ndarray]:

@@ -10,10 +10,10 @@ from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
 from fluxserve.engine import Components
-from fluxserve.job import Job
+from fluxserve.families.flux.parts import FluxSpec
+from fluxserve.job import Array, Job
 from fluxserve.pipeline import Pipeline
 from fluxserve.sampling import schedule
-from fluxserve.spec import ModelSpec
 from tests.support import exports, parity, random_flux
 from tests.support.fused import FusedOf
 from tests.support.parity import RELATIVE, our_steps, relative
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("parity")
 
 
 def job_of(
-    spec: ModelSpec,
+    spec: FluxSpec,
     size: tuple[int, int],
     steps: int,
     guidance: float,
@@ -37,12 +37,13 @@ def job_of(
     clip_ids = rng.integers(0, random_flux.VOCABULARY - 2, spec.text.named("clip").tokens)
     clip_ids[20:] = random_flux.VOCABULARY - 1
     sigmas = schedule.sigmas(steps, spec.image_tokens(*size), spec.schedule)
-    pixels = np.empty((*size, 0), dtype=np.uint8)
+    arrays: dict[str, Array] = {}
     if image is not None:
-        pixels = image
+        arrays["image"] = image
         sigmas = sigmas[schedule.image_to_image_start(steps, strength) :]
     t5_ids = rng.integers(0, random_flux.VOCABULARY, spec.text.sequence.tokens)
-    return Job(clip_ids, t5_ids, pixels, sigmas, guidance, tuple(seeds))
+    arrays |= {"ids.clip": clip_ids, "ids.t5": t5_ids, "guidance": np.array([guidance], np.float32)}
+    return Job(*size, tuple(seeds), sigmas, arrays)
 
 
 def their_run(
@@ -52,19 +53,19 @@ def their_run(
     cls = FluxPipeline if image is None else FluxImg2ImgPipeline
     pipe = cls(flux.new_scheduler(), flux.vae, None, None, None, None, flux.transformer)
     pipe.set_progress_bar_config(disable=True)
-    rows = len(job.noise_seeds)
+    rows = len(job.seeds)
     seen: list[torch.Tensor] = []
 
     # One image a row: given a single one, diffusers draws the posterior's sample from the first generator alone.
     task = {} if image is None else {"image": [Image.fromarray(image)] * rows, "strength": strength}
     images = pipe(
-        prompt_embeds=flux.t5(torch.from_numpy(job.token_ids_2)[None]).last_hidden_state.expand(rows, -1, -1),
-        pooled_prompt_embeds=flux.clip(torch.from_numpy(job.token_ids)[None]).pooler_output.expand(rows, -1),
+        prompt_embeds=flux.t5(torch.from_numpy(job["ids.t5"])[None]).last_hidden_state.expand(rows, -1, -1),
+        pooled_prompt_embeds=flux.clip(torch.from_numpy(job["ids.clip"])[None]).pooler_output.expand(rows, -1),
         height=job.height,
         width=job.width,
         num_inference_steps=steps,
-        guidance_scale=job.guidance,
-        generator=[torch.Generator("cpu").manual_seed(s) for s in job.noise_seeds],
+        guidance_scale=float(job["guidance"][0]),
+        generator=[torch.Generator("cpu").manual_seed(s) for s in job.seeds],
         callback_on_step_end=parity.noting(seen),
         output_type="np",
         **task,

@@ -6,10 +6,9 @@ import torch
 from diffusers import FluxPipeline
 
 from fluxserve import settings, source
+from fluxserve.families import registry
 from fluxserve.folders import checkpoint
-from fluxserve.job import plan
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import parse
 from fluxserve.text import Tokenizers
 from tests.support.exports import Exports
 
@@ -38,15 +37,15 @@ def ours(request: pytest.FixtureRequest, export: Exports) -> Pipeline:
     "prompt", ["a fox on a blue background", "A Red APPLE!", "übermäßig 🦊 zyzzyva", "a fox " * 60]
 )
 def test_a_prompt_becomes_the_same_picture(theirs: FluxPipeline, ours: Pipeline, prompt: str) -> None:
-    request = parse({"prompt": prompt.encode(), "seed": 8, "num_inference_steps": 6}, ours.spec)
-    (drawing,) = ours.draw([plan(request, ours.spec, Tokenizers(checkpoint.read(FOLDER)))])
+    fields = {"prompt": prompt.encode(), "seed": 8, "num_inference_steps": 6}
+    (drawing,) = ours.draw([registry.plan(fields, ours.spec, Tokenizers(checkpoint.read(FOLDER)))])
     assert drawing is not None
     (expected,) = theirs(
         prompt,
         height=128,
         width=128,
         num_inference_steps=6,
-        guidance_scale=request.guidance_scale,
+        guidance_scale=ours.spec.defaults.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(8),
         max_sequence_length=ours.spec.text.sequence.tokens,
         output_type="np",

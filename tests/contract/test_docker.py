@@ -18,9 +18,11 @@ import yaml
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from fluxserve import __version__, contract, settings, spec
+from fluxserve import __version__, contract, settings
 from fluxserve import supervisor as server
 from fluxserve.cli import main as cli
+from fluxserve.families.flux.models import FLUX1_DEV, FLUX2_KLEIN_4B, MEMBERS
+from fluxserve.spec import ModelSpec
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -244,7 +246,7 @@ def instances(model: str) -> int:
     return int(group.count)
 
 
-def largest_body(model: spec.ModelSpec) -> int:
+def largest_body(model: ModelSpec) -> int:
     """Bytes of the largest request that a model takes: its image files in base64, and a MiB for all else."""
     files = max(model.limits.max_references, 1) * model.limits.max_image_bytes
     return math.ceil(files / 3) * 4 + 2**20
@@ -257,10 +259,10 @@ def shared_memory_needed(gpus: int = 1) -> int:
     body that reaches Triton, for `control` too. Triton 2.51 bounds none; a proxy does, and keeps clients to `flux` and
     `control`.
     """
-    body = max(largest_body(model) for model in spec.FAMILY)
-    limits = max((model.limits for model in spec.FAMILY), key=lambda limits: limits.max_pixels)
+    body = max(largest_body(model) for model in MEMBERS)
+    limits = max((model.limits for model in MEMBERS), key=lambda limits: limits.max_pixels)
     image = 3 * limits.max_pixels  # RGB; as much as all references have
-    assert image >= 3 * max(m.limits.max_references * m.limits.max_reference_pixels for m in spec.FAMILY)
+    assert image >= 3 * max(m.limits.max_references * m.limits.max_reference_pixels for m in MEMBERS)
     answer = limits.max_images * image * 4 // 3  # a PNG of noise is as large as its pixels, and base64 adds a third
     generate = contract.MAX_BATCH_SIZE * (image + answer)
     return instances("prepare") * (body + image) + instances("control") * body + gpus * generate
@@ -277,7 +279,7 @@ def test_shared_memory() -> None:
 def test_the_proxys_limits_are_the_models() -> None:
     """A body of a megabyte less could hold no request of the largest size, and one of more holds no other."""
     text = (DOCKER / "README.md").read_text(encoding="utf-8")
-    for model, name in ((spec.FLUX1_DEV, "FLUX.1"), (spec.FLUX2_KLEIN_4B, "FLUX.2")):
+    for model, name in ((FLUX1_DEV, "FLUX.1"), (FLUX2_KLEIN_4B, "FLUX.2")):
         assert f"{math.ceil(largest_body(model) / 1e6)} MB for {name}" in text
 
 

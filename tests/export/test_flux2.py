@@ -13,17 +13,19 @@ from fluxserve.engine import Components
 from fluxserve.engines import torch_eager
 from fluxserve.engines.fused import open as fused
 from fluxserve.engines.fused.scales import of_block
+from fluxserve.families import registry
+from fluxserve.families.flux.models import FLUX2_KLEIN_4B, FLUX2_KLEIN_9B
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders import checkpoint
 from fluxserve.folders.artifact import Artifact
-from fluxserve.job import Job, plan
+from fluxserve.job import Job
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import Request
-from fluxserve.spec import FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from fluxserve.text import Tokenizers
 from testing import random_weights
 from tests.support import random_flux2
 from tests.support.exports import QUICK, SHAPES, TINY, Exports, run
+from tests.support.jobs import parse
 
 pytestmark = pytest.mark.xdist_group("export-klein")
 
@@ -152,18 +154,21 @@ def test_calibration_edits_what_it_drew(monkeypatch: pytest.MonkeyPatch) -> None
     pipeline = Pipeline(folder.spec, torch_eager.from_modules(folder.spec, modules))
     asked = calibrate.Calibration(calibrate.Prompts(("a fox", "a hat"), ""), 2, 1, 0, "max", "cpu")
 
-    def noted(request: Request, *others: Any) -> Job:
-        seen.append((request.prompt, [(image.height, image.width) for image in request.images]))
-        return plan(request, *others)
+    plan = registry.plan
 
-    monkeypatch.setattr(calibrate, "plan", noted)
+    def noted(fields: dict[str, Any], *others: Any) -> Job:
+        request = parse(fields, folder.spec)
+        seen.append((request.prompt, [(image.height, image.width) for image in request.images]))
+        return plan(fields, *others)
+
+    monkeypatch.setattr(registry, "plan", noted)
     found = calibrate.calibrate(pipeline, Tokenizers(folder), modules, asked, (64, 80))
     assert seen == [("a fox", []), ("a fox", [(64, 80)]), ("a hat", []), ("a hat", [(64, 80)])]
     assert set(found) == {"transformer", "qwen3"}
 
 
 @pytest.mark.parametrize("spec", [FLUX2_KLEIN_4B, FLUX2_KLEIN_9B], ids=lambda spec: spec.name)
-def test_random_weights_keep_digits_as_trained_ones_do(tmp_path: Path, spec: ModelSpec, plainly: None) -> None:
+def test_random_weights_keep_digits_as_trained_ones_do(tmp_path: Path, spec: FluxSpec, plainly: None) -> None:
     """As deep as a klein, with its vocabulary: what is timed on a GPU must pass the same gates."""
     folder = random_weights.write(tmp_path / "klein", spec, narrow=16)
     out = tmp_path / "artifact"

@@ -11,10 +11,10 @@ from fluxserve_export.verify import verify
 from fluxserve import source
 from fluxserve.engines.fused import open as fused
 from fluxserve.errors import ArtifactDamaged, DeviceUnsuited, SettingsError
+from fluxserve.families.flux.models import FLUX1_DEV
 from fluxserve.folders.artifact import Artifact
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.settings import Settings
-from fluxserve.spec import FLUX1_DEV
 from testing import random_weights
 from tests.support.exports import QUICK, SHAPES, TINY, Exports, run
 

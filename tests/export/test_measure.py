@@ -15,8 +15,9 @@ from torch import Tensor
 from fluxserve import settings
 from fluxserve.engines.fused import open as fused
 from fluxserve.engines.fused.probe import Kept
-from fluxserve.engines.torch_eager import architectures, load_module
+from fluxserve.engines.torch_eager import load_module
 from fluxserve.errors import ExportError
+from fluxserve.families.registry import architectures
 from fluxserve.folders import checkpoint
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import PLAIN

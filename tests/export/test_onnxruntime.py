@@ -15,11 +15,12 @@ from fluxserve_export.metrics import outputs_of, relative_error
 from fluxserve_export.trace import MODULE
 from safetensors.torch import load_file
 
-from fluxserve import spec as specs
-from fluxserve.engines import signatures
 from fluxserve.engines.open import open_artifact
-from fluxserve.engines.torch_eager import ARCHITECTURES, load_module
+from fluxserve.engines.torch_eager import load_module
 from fluxserve.errors import ExportError, ShapeError
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.models import TINY as TINY_SPEC
+from fluxserve.families.flux.reference import ARCHITECTURES
 from fluxserve.folders import artifact as artifacts
 from fluxserve.folders import checkpoint
 from fluxserve.folders.artifact import Scales
@@ -27,7 +28,7 @@ from tests.support.exports import QUICK, SHAPES, TINY, Exports, run
 
 pytestmark = pytest.mark.xdist_group("export")
 
-COMPONENTS = specs.TINY.components
+COMPONENTS = TINY_SPEC.components
 PRECISIONS = ("fp32", "fp16", "fp8")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "fp8": torch.float32}
 
@@ -101,7 +102,7 @@ def test_any_size_and_batch_within_the_profile(
     plain = plainly(DTYPES[precision], scales)
 
     components = open_artifact(artifact, "cpu")
-    got = reference.call(components.by_name()[component], inputs)
+    got = reference.call(components.by_name[component], inputs)
     for name, wanted in expected.items():
         allowed = reference.GATE * relative_error(plain[name], wanted) + reference.FLOOR
         assert relative_error(got[name].float(), wanted) <= allowed

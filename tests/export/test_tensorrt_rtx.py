@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fluxserve.families.flux.models import FLUX1_SCHNELL
 from fluxserve.folders import artifact as artifacts
 from fluxserve.folders.artifact import Artifact
-from fluxserve.spec import FLUX1_SCHNELL
 from testing import random_weights
 from tests.support.exports import TINY, Exports, run
 

@@ -14,10 +14,10 @@ import pytest
 from triton.backends.nvidia.compiler import get_ptxas
 
 from fluxserve.errors import LibraryMissing
+from fluxserve.families.flux.models import FLUX1_DEV, FLUX2_DEV, FLUX2_KLEIN_9B, TINY
 from fluxserve.kernels.gemm import hopper
 from fluxserve.kernels.jit import disk_cache, nvrtc
 from fluxserve.kernels.norm import modulated
-from fluxserve.spec import FLUX1_DEV, FLUX2_DEV, FLUX2_KLEIN_9B, TINY
 from tests.kernels.hopper import TARGET
 from tests.kernels.test_compiled import SHARED_MEMORY
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from fluxserve.families.flux.models import FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.gemm import hopper as hopper
 from fluxserve.kernels.gemm import plain as plain
 from fluxserve.kernels.gemm import portable as kernels
-from fluxserve.spec import FLUX2_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from tests.kernels.judge import DEVICE, INTERPRETED, of_product, poisoned, random, same
 from tests.kernels.test_linear import HEAD, extremes, heads_of, operands, row_by_row
 
@@ -169,7 +170,7 @@ def test_heads_and_an_activation_in_one_launch(rows: int, ending: str) -> None:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("spec", [FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, FLUX2_DEV], ids=lambda spec: spec.name)
 @pytest.mark.parametrize("rows", [576, 4608])
-def test_products_of_flux2_at_their_widths(spec: ModelSpec, rows: int) -> None:
+def test_products_of_flux2_at_their_widths(spec: FluxSpec, rows: int) -> None:
     """Both of its gated products and the one back, text and image apart, each as a block calls it."""
     d, m = spec.transformer.hidden_size, spec.transformer.mlp_width
     x, x_scale, up = operands(rows, 2 * m, d, E4M3)

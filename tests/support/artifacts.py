@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fluxserve.families.flux.models import TINY
 from fluxserve.folders.artifact import ANYWHERE, CHECKPOINT, MANIFEST, REFERENCE, sha256
 from fluxserve.settings import default_checkpoint
-from fluxserve.spec import TINY
 
 ROWS = (1, 1, 2)
 RANGES = {

@@ -65,14 +65,14 @@ class OnnxOf:
     def __call__(self, flux: "RandomFlux") -> Components:
         if id(flux) not in self._traced:
             self._traced[id(flux)] = self._trace(flux, self._folder / str(len(self._traced)))
-        return Components.of(self._traced[id(flux)])
+        return Components(self._traced[id(flux)])
 
     def _trace(self, flux: "RandomFlux", folder: Path) -> dict[str, Engine]:
         import torch
         from fluxserve_export import options, trace
 
-        from fluxserve.engines import signatures
         from fluxserve.engines.onnxruntime import OrtEngine
+        from fluxserve.families.flux import signatures
         from fluxserve.folders.checkpoint import Checkpoint
 
         flux.save(folder)

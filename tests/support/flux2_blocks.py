@@ -11,8 +11,9 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from torch import nn
 
+from fluxserve.families.flux.models import FLUX2_DEV
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.checkpoint import Checkpoint
-from fluxserve.spec import FLUX2_DEV, ModelSpec
 
 SMALL = replace(
     FLUX2_DEV,
@@ -22,7 +23,7 @@ SMALL = replace(
 """As wide as its kernels' tiles at least; with guidance."""
 
 
-def write(folder: Path, spec: ModelSpec, double: int, single: int) -> Checkpoint:
+def write(folder: Path, spec: FluxSpec, double: int, single: int) -> Checkpoint:
     """Make the folder; weights in bfloat16."""
     shape = replace(spec.transformer, num_layers=double, num_single_layers=single)
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fluxserve.job import Job
-from fluxserve.pipeline import Conditioning, Pipeline
+from fluxserve.pipeline import Pipeline
 
 RELATIVE = 1e-4
 
@@ -29,10 +29,9 @@ def noting(seen: list[torch.Tensor]) -> Callable[[object, int, object, State], S
 
 def our_steps(pipeline: Pipeline, job: Job) -> list[torch.Tensor]:
     with torch.inference_mode():
-        rows = Conditioning.stack([pipeline.encode(job)] * len(job.noise_seeds))
-        latents = torch.cat([pipeline.start(job, seed) for seed in job.noise_seeds])
-        size = pipeline.spec.latent_size(job.height, job.width)
-        return [x.clone() for x in pipeline.denoise(latents, rows, job.sigmas, size)]
+        encoded = pipeline.encode(job)
+        _, *steps = [x.clone() for x in pipeline.denoise([(job, seed, encoded) for seed in job.seeds])]
+        return steps
 
 
 def agree(pipeline: Pipeline, job: Job, theirs: list[torch.Tensor], their_images: np.ndarray) -> None:

@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from fluxserve import spec as specs
 from fluxserve.engine import Components
 from fluxserve.engines import torch_eager
-from fluxserve.spec import ModelSpec
+from fluxserve.families.flux.configs import from_configs
+from fluxserve.families.flux.parts import FluxSpec
 
 VOCABULARY = 512
 SCHEDULER = {
@@ -34,7 +34,7 @@ class RandomFlux:
     transformer: FluxTransformer2DModel
     vae: AutoencoderKL
     scheduler: dict[str, object]
-    spec: ModelSpec
+    spec: FluxSpec
 
     def components(self) -> Components:
         modules = {"clip": self.clip, "t5": self.t5, "transformer": self.transformer}
@@ -84,7 +84,7 @@ def make(guidance_embeds: bool = True, dynamic: bool = True, seed: int = 0) -> R
         shift_factor=0.1159,
     )
     scheduler = {**SCHEDULER, "use_dynamic_shifting": dynamic, "shift": 3.0 if dynamic else 1.0}
-    spec = specs.from_configs(transformer.config, vae.config, scheduler)
+    spec = from_configs(transformer.config, vae.config, scheduler)
     spec = replace(spec, text=spec.text.changed("t5", tokens=24))
     modules = (_clip(), _t5(), transformer, vae)
     return RandomFlux(*(m.eval().requires_grad_(False) for m in modules), scheduler=scheduler, spec=spec)

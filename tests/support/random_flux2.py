@@ -33,9 +33,10 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from fluxserve.families.flux.configs import as_member
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders import checkpoint
 from fluxserve.folders.checkpoint import Checkpoint
-from fluxserve.spec import ModelSpec, as_member
 from testing.stand_in import qwen_tokenizer
 from tests.support.random_flux import SCHEDULER
 
@@ -56,7 +57,7 @@ class RandomFlux2:
     def folder(self) -> Path:
         return Path(self._folder.name)
 
-    def checkpoint(self, tokens: int = TOKENS, model: ModelSpec | None = None) -> Checkpoint:
+    def checkpoint(self, tokens: int = TOKENS, model: FluxSpec | None = None) -> Checkpoint:
         """As it is read, but with fewer tokens: 512 would take most of the time, and most of them are padding.
 
         Args:

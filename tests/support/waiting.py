@@ -9,9 +9,8 @@ from fluxserve.pipeline import Pipeline
 def loop_never_waits(pipeline: Pipeline, job: Job) -> None:
     """Between the first step and the last nothing synchronises: torch raises on any call that would."""
     with torch.inference_mode():
-        conditioning, latents = pipeline.encode(job), pipeline.start(job, 3)
-        size = pipeline.spec.latent_size(job.height, job.width)
-        steps = pipeline.denoise(latents, conditioning, job.sigmas, size)
+        steps = pipeline.denoise([(job, 3, pipeline.encode(job))])
+        next(steps)  # the beginning
         next(steps)
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -19,9 +19,8 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from fluxserve import contract, settings, source
-from fluxserve.job import plan
+from fluxserve.families import registry
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import parse
 from fluxserve.supervisor import Ports, TritonServer
 from fluxserve.supervisor.installation import bundled
 from fluxserve.text import Tokenizers
@@ -185,7 +184,7 @@ def drawn_by(given: dict[str, str], fields: dict[str, object]) -> np.ndarray:
     """The picture that the pipeline draws in this process."""
     found = source.find(settings.load({name: {"string_value": value} for name, value in given.items()}))
     pipeline = Pipeline(found.spec, found.open_components("cpu", "float32"))
-    request = parse({**fields, "prompt": str(fields["prompt"]).encode()}, found.spec)
-    (drawing,) = pipeline.draw([plan(request, found.spec, Tokenizers(found.checkpoint))])
+    given = {**fields, "prompt": str(fields["prompt"]).encode()}
+    (drawing,) = pipeline.draw([registry.plan(given, found.spec, Tokenizers(found.checkpoint))])
     assert drawing is not None
     return drawing.images[0]

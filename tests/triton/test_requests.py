@@ -12,11 +12,10 @@ from PIL import Image
 
 from fluxserve import settings
 from fluxserve.engines.open import open_components
+from fluxserve.families import registry
 from fluxserve.folders import checkpoint
-from fluxserve.job import plan
 from fluxserve.media import images as imaging
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import parse
 from fluxserve.supervisor import TritonServer
 from fluxserve.text import Tokenizers
 from tests.triton.conftest import PATIENCE, PlainClient, counters, plain, running, wait_for
@@ -83,8 +82,8 @@ def test_through_triton_as_in_process(server: TritonServer) -> None:
     """The server adds nothing to the pipeline and takes nothing from it."""
     folder = checkpoint.read(settings.load().checkpoint_path)
     pipeline = Pipeline(folder.spec, open_components("torch_eager", folder, "cpu", "float32"))
-    request = parse({"prompt": b"a red apple", "seed": 5}, folder.spec)
-    (drawing,) = pipeline.draw([plan(request, folder.spec, Tokenizers(folder))])
+    fields = {"prompt": b"a red apple", "seed": 5}
+    (drawing,) = pipeline.draw([registry.plan(fields, folder.spec, Tokenizers(folder))])
     assert drawing is not None
     theirs = pixels(plain(server, "grpc").draw(seed=5)["images"][0])
     assert np.abs(theirs.astype(int) - drawing.images[0]).max() <= 1

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from fluxserve.engines import signatures
 from fluxserve.errors import ArtifactDamaged, ArtifactError, ShapeError
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.models import TINY
 from fluxserve.folders import artifact as artifacts
 from fluxserve.folders import checkpoint as checkpoints
 from fluxserve.folders.artifact import MANIFEST
 from fluxserve.settings import default_checkpoint
-from fluxserve.spec import TINY
 from tests.support import artifacts as made
 
 ENGINE = "transformer/any/model.onnx"

@@ -16,9 +16,9 @@ from benchmarks.closeness import Measure, judges_features, measures, ms_ssim, re
 from benchmarks.distance import Asked, Drawn, Model, models_of
 from benchmarks.sheet import Row, difference, sheet
 from fluxserve.errors import ArtifactError, SettingsError
+from fluxserve.families.flux.models import TINY
 from fluxserve.folders import artifact as artifacts
 from fluxserve.folders.artifact import MANIFEST
-from fluxserve.spec import TINY
 from tests.support import artifacts as made
 
 WAYS = ("psnr", "ms_ssim", "judge", "AlexNet", "VGG16")

@@ -10,8 +10,9 @@ from fluxserve_export.fp8 import simulated
 from benchmarks import drift
 from benchmarks.drift import leaving_the_mean_in, with_the_means_range
 from fluxserve import settings
-from fluxserve.engines import signatures
-from fluxserve.engines.torch_eager import TorchEngine, architectures, load_module
+from fluxserve.engines.torch_eager import TorchEngine, load_module
+from fluxserve.families.flux import signatures
+from fluxserve.families.registry import architectures
 from fluxserve.folders import checkpoint
 from tests.conformance.test_fused import DEVICE, FP8, KERNELS, TEXT, Judge, relative, transformer, velocity
 from tests.support.exports import Exports

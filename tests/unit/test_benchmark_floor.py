@@ -4,7 +4,8 @@ import pytest
 
 from benchmarks import timing
 from benchmarks.floor import flops, products
-from fluxserve.spec import FLUX1_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
+from fluxserve.families.flux.models import FLUX1_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B
+from fluxserve.families.flux.parts import FluxSpec
 
 
 def test_a_step_of_flux1() -> None:
@@ -16,7 +17,7 @@ def test_a_step_of_flux1() -> None:
     ("spec", "references", "expected"),
     [(FLUX2_KLEIN_4B, 0, 34.79), (FLUX2_KLEIN_9B, 0, 75.45), (FLUX2_KLEIN_4B, 1, 76.67), (FLUX2_KLEIN_9B, 1, 161.22)],
 )
-def test_a_step_of_a_klein(spec: ModelSpec, references: int, expected: float) -> None:
+def test_a_step_of_a_klein(spec: FluxSpec, references: int, expected: float) -> None:
     """13 D² of weights a row and block: SwiGLU's gate beside what it opens, and M = 3·D. References are rows too."""
     found = flops(spec.transformer, 4096 * (1 + references) + 512)
     d, blocks = spec.transformer.hidden_size, spec.transformer.num_layers + spec.transformer.num_single_layers

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import floor, flops
-from fluxserve.spec import FLUX1_DEV, FLUX2_KLEIN_9B
+from fluxserve.families.flux.models import FLUX1_DEV, FLUX2_KLEIN_9B
 
 SIZE = (512, 512)
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import floor, peers, served
 from benchmarks.proof import PARTS, commands, markdown
-from fluxserve.spec import FLUX1_SCHNELL, FLUX2_KLEIN_4B
+from fluxserve.families.flux.models import FLUX1_SCHNELL, FLUX2_KLEIN_4B
 
 RESULTS = Path(served.__file__).parent / "results"
 FLOOR = {"gpu": "G", "torch": "T", "commit": "C", "steps": 4, "total_ms": 100.0, "step_ms": 25.0}

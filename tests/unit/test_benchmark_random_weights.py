@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from benchmarks import peers
 from fluxserve import settings
-from fluxserve import spec as specs
-from fluxserve.engines import signatures
-from fluxserve.engines.torch_eager import architectures, load_module
-from fluxserve.families.flux import tokens
+from fluxserve.engines.torch_eager import load_module
+from fluxserve.families.flux import signatures, tokens
+from fluxserve.families.flux.configs import from_configs
+from fluxserve.families.flux.models import FLUX1_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B
+from fluxserve.families.flux.parts import FluxSpec
+from fluxserve.families.registry import architectures
 from fluxserve.folders import checkpoint
 from fluxserve.sampling import schedule
-from fluxserve.spec import FLUX1_DEV, FLUX2_KLEIN_4B, FLUX2_KLEIN_9B, ModelSpec
 from fluxserve.text import Tokenizers
 from testing import published, random_weights
 from testing.stand_in import QWEN_WORDS
@@ -36,12 +37,12 @@ LATENTS, TEXT = (16, 16), 32
 
 
 @pytest.fixture(scope="module", params=[FLUX2_KLEIN_4B, FLUX2_KLEIN_9B], ids=lambda spec: spec.name)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSpec, Path]:
-    spec: ModelSpec = request.param
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[FluxSpec, Path]:
+    spec: FluxSpec = request.param
     return spec, random_weights.write(tmp_path_factory.mktemp("random") / "klein", spec, 1, 2, narrow=16)
 
 
-def test_it_is_a_klein(folder: tuple[ModelSpec, Path]) -> None:
+def test_it_is_a_klein(folder: tuple[FluxSpec, Path]) -> None:
     spec, path = folder
     read = checkpoint.read(path)
     assert read.spec.text == spec.text and read.spec.schedule == spec.schedule
@@ -64,17 +65,17 @@ def test_a_flux1_knows_as_many_words(tmp_path: Path, layers: int | None, words: 
 
 
 @pytest.mark.parametrize("spec", [FLUX2_KLEIN_4B, FLUX2_KLEIN_9B], ids=lambda spec: spec.name)
-def test_published_shapes_make_the_published_model(spec: ModelSpec) -> None:
+def test_published_shapes_make_the_published_model(spec: FluxSpec) -> None:
     """Not narrowed, a folder is of the model itself: its limits, its name and with it its floor go by the shapes."""
     with init_empty_weights():
         transformer, vae = (published.module(spec, name).config for name in ("transformer", "vae_decoder"))
     named = {**transformer, "_class_name": "Flux2Transformer2DModel"}
-    found = specs.from_configs(named, vae, asdict(spec.schedule))
+    found = from_configs(named, vae, asdict(spec.schedule))
     assert (found.name, found.transformer, found.limits) == (spec.name, spec.transformer, spec.limits)
 
 
 @pytest.mark.parametrize("reference", [None, (96, 64)])
-def test_diffusers_draws_from_it(folder: tuple[ModelSpec, Path], reference: tuple[int, int] | None) -> None:
+def test_diffusers_draws_from_it(folder: tuple[FluxSpec, Path], reference: tuple[int, int] | None) -> None:
     """Through its own pipeline, from the prompt, and the picture is no flat one."""
     peer = peers.Peer(folder[1], "cpu", reference)
     drawn = peer.draw(2, SIZE, 0)
@@ -118,7 +119,7 @@ class Seen:
 class Likeness:
     """A narrow model as deep as the published one, and what its first step shows."""
 
-    def __init__(self, folder: Path, spec: ModelSpec) -> None:
+    def __init__(self, folder: Path, spec: FluxSpec) -> None:
         folder = random_weights.write(folder / spec.name, spec, text_layers=1, narrow=16)
         self.spec = checkpoint.read(folder, weights=False).spec
         self.module = load_module(checkpoint.read(folder, weights=False), "transformer", "cpu", torch.float32)
@@ -252,7 +253,7 @@ def test_rounding_does_not_grow(like: Likeness) -> None:
 
 
 @pytest.mark.parametrize("spec", [FLUX1_DEV, FLUX2_KLEIN_9B], ids=lambda spec: spec.name)
-def test_the_same_arguments_give_the_same_bytes(tmp_path: Path, spec: ModelSpec) -> None:
+def test_the_same_arguments_give_the_same_bytes(tmp_path: Path, spec: FluxSpec) -> None:
     """And plain ones differ in the transformer alone."""
     once, again, plain = (
         random_weights.write(tmp_path / name, spec, 1, 1, text_layers=1, narrow=8, trained=name != "plain")
@@ -265,7 +266,7 @@ def test_the_same_arguments_give_the_same_bytes(tmp_path: Path, spec: ModelSpec)
 
 
 @pytest.mark.parametrize("spec", [FLUX1_DEV, FLUX2_KLEIN_4B], ids=lambda spec: spec.name)
-def test_plain_weights_are_merely_random(tmp_path: Path, spec: ModelSpec) -> None:
+def test_plain_weights_are_merely_random(tmp_path: Path, spec: FluxSpec) -> None:
     """They are bit by bit one tile's numbers, as wide as keeps a layer's output."""
     folder = random_weights.write(tmp_path / "plain", spec, 1, 2, text_layers=1, narrow=16, trained=False)
     tile = torch.randn(2**22 - 3, generator=torch.Generator().manual_seed(0)).bfloat16()

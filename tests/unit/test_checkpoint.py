@@ -18,11 +18,11 @@ from fluxserve import errors
 from fluxserve.engines.open import open_components
 from fluxserve.engines.torch_eager import load_module
 from fluxserve.errors import CheckpointError, EngineError, UnsafeWeights, UnsupportedArchitecture
+from fluxserve.families.flux.models import FLUX2_DEV, FLUX2_DEV_TURBO, FLUX2_KLEIN_4B, TINY
+from fluxserve.families.flux.tensors import tensors
 from fluxserve.folders import checkpoint
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.settings import default_checkpoint
-from fluxserve.spec import FLUX2_DEV, FLUX2_DEV_TURBO, FLUX2_KLEIN_4B, TINY
-from fluxserve.spec.tensors import tensors
 from tests.support import random_flux2
 from tests.support.random_flux2 import RandomFlux2
 

@@ -8,11 +8,12 @@ import torch
 
 from fluxserve import errors
 from fluxserve.engine import FLOATING, Bound, Components, Dim, Engine, Shapes, Signature, TensorSpec
-from fluxserve.engines import signatures
 from fluxserve.engines.open import ENGINES, open_components
 from fluxserve.errors import ShapeError
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.models import MEMBERS, TINY
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.checkpoint import Checkpoint
-from fluxserve.spec import FAMILY, TINY, ModelSpec
 from tests.support import random_flux
 
 ROWS, SIDE = Dim("rows", 1, 4), Dim("side", 2, 8, scale=8)
@@ -48,8 +49,8 @@ def test_resolve_refuses(shapes: Shapes, message: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("spec", FAMILY, ids=lambda m: m.name)
-def test_signatures_hold_every_size_within_the_limits(spec: ModelSpec) -> None:
+@pytest.mark.parametrize("spec", MEMBERS, ids=lambda m: m.name)
+def test_signatures_hold_every_size_within_the_limits(spec: FluxSpec) -> None:
     limits, t = spec.limits, spec.transformer
     channels, axes = spec.vae.latent_channels, len(t.axes_dims_rope)
     for height, width in ((limits.min_side, limits.max_side), (limits.max_side, limits.max_side), (64, 64)):
@@ -156,6 +157,6 @@ def test_bind_refuses_what_the_signature_does(components: Components) -> None:
 
 def test_close_frees_every_engine(components: Components) -> None:
     components.close()
-    for engine in components.by_name().values():
+    for engine in components.by_name.values():
         with pytest.raises(AssertionError, match="bind after close"):
             engine.bind({})

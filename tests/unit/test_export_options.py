@@ -26,24 +26,24 @@ from fluxserve_export.options import (
 )
 
 from fluxserve.engine import Dim
-from fluxserve.engines import signatures
 from fluxserve.errors import ExportError, InvalidRequest
-from fluxserve.folders.artifact import Artifact
-from fluxserve.folders.checkpoint import Checkpoint
-from fluxserve.request import parse
-from fluxserve.spec import (
-    FAMILY,
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.models import (
     FLUX1_DEV,
     FLUX1_SCHNELL,
     FLUX2_DEV,
     FLUX2_KLEIN_4B,
     FLUX2_KLEIN_9B,
+    MEMBERS,
     TINY,
-    ModelSpec,
 )
+from fluxserve.families.flux.parts import FluxSpec
+from fluxserve.folders.artifact import Artifact
+from fluxserve.folders.checkpoint import Checkpoint
+from tests.support.jobs import parse
 
 USUAL = default_sizes(TINY)
-NAMES = [spec.name for spec in FAMILY]
+NAMES = [spec.name for spec in MEMBERS]
 ENGINES = (ONNXRUNTIME, TENSORRT, TENSORRT_RTX)
 LESS = (64, 64)
 
@@ -52,7 +52,7 @@ def options(engine: str = ONNXRUNTIME, precision: str = "fp32", sizes: Sizes = U
     return Options(engine, precision, sizes, architectures)
 
 
-def refusal(asked: Sizes | Options, spec: ModelSpec = TINY) -> str:
+def refusal(asked: Sizes | Options, spec: FluxSpec = TINY) -> str:
     with pytest.raises(ExportError) as caught:
         asked.check(spec)
     return str(caught.value)
@@ -61,8 +61,8 @@ def refusal(asked: Sizes | Options, spec: ModelSpec = TINY) -> str:
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", FAMILY, ids=NAMES)
-def test_default_sizes(spec: ModelSpec) -> None:
+@pytest.mark.parametrize("spec", MEMBERS, ids=NAMES)
+def test_default_sizes(spec: FluxSpec) -> None:
     sizes, side = default_sizes(spec), spec.defaults.side
     assert sizes == Sizes((spec.limits.min_side,) * 2, (side, side), (side, side), max_batch=1)
     sizes.check(spec)
@@ -217,7 +217,7 @@ def test_ranges_of_every_component() -> None:
 
 
 @pytest.mark.parametrize(("spec", "text"), [(FLUX1_DEV, 512), (FLUX1_SCHNELL, 256)], ids=["dev", "schnell"])
-def test_ranges_of_the_published_models(spec: ModelSpec, text: int) -> None:
+def test_ranges_of_the_published_models(spec: FluxSpec, text: int) -> None:
     sizes = default_sizes(spec)
     assert ranges("transformer", spec, sizes) == {
         "rows": (1, 1, 1),
@@ -228,8 +228,8 @@ def test_ranges_of_the_published_models(spec: ModelSpec, text: int) -> None:
     assert ranges("vae_decoder", spec, sizes)["latent_width"] == (8, 128, 128)
 
 
-@pytest.mark.parametrize(("spec", "component"), [(spec, name) for spec in FAMILY for name in spec.components])
-def test_ranges_are_for_the_symbols_of_the_signature(spec: ModelSpec, component: str) -> None:
+@pytest.mark.parametrize(("spec", "component"), [(spec, name) for spec in MEMBERS for name in spec.components])
+def test_ranges_are_for_the_symbols_of_the_signature(spec: FluxSpec, component: str) -> None:
     """And inside of what it allows at all."""
     signature = signatures.BY_COMPONENT[component](spec)
     dims = {d.symbol: d for t in signature.inputs for d in t.dims if isinstance(d, Dim)}
@@ -285,10 +285,10 @@ def test_profiles() -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(
     ("spec", "sizes"),
-    [*((spec, default_sizes(spec)) for spec in FAMILY), *((TINY, sizes) for sizes in SEVERAL)],
+    [*((spec, default_sizes(spec)) for spec in MEMBERS), *((TINY, sizes) for sizes in SEVERAL)],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_examples(component: str, batch: int, spec: ModelSpec, sizes: Sizes) -> None:
+def test_examples(component: str, batch: int, spec: FluxSpec, sizes: Sizes) -> None:
     """Inside the ranges; never 0 or 1 where a dimension varies; whole patches."""
     shapes = ranges(component, spec, replace(sizes, max_batch=batch))
     found = example(shapes)
@@ -310,8 +310,8 @@ def test_an_example_of_the_smallest_sides() -> None:
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", FAMILY, ids=NAMES)
-def test_the_prompts_that_come_with_the_export(spec: ModelSpec) -> None:
+@pytest.mark.parametrize("spec", MEMBERS, ids=NAMES)
+def test_the_prompts_that_come_with_the_export(spec: FluxSpec) -> None:
     """What a real model is calibrated with, if it brings no prompts of its own."""
     file = Path(__file__).parents[2] / "export/src/fluxserve_export/prompts.txt"
     prompts = read_prompts(file).lines
@@ -351,7 +351,7 @@ def test_methods() -> None:
 
 @pytest.mark.parametrize("spec", [FLUX2_KLEIN_4B, FLUX2_KLEIN_9B], ids=lambda s: s.name)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_flux2_is_exported_for_the_fused_engine_alone(engine: str, spec: ModelSpec) -> None:
+def test_flux2_is_exported_for_the_fused_engine_alone(engine: str, spec: FluxSpec) -> None:
     expected = f"{engine}: {spec.name} is not exported yet; fused and torch_eager run it"
     assert refusal(options(engine, "fp32"), spec) == expected
 

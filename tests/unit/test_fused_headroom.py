@@ -9,10 +9,10 @@ from fluxserve import settings
 from fluxserve.engines.fused import headroom, open, vae
 from fluxserve.engines.fused.build import Precision
 from fluxserve.errors import OutOfMemory
+from fluxserve.families.flux.models import FLUX1_DEV
 from fluxserve.folders import checkpoint
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import PLAIN
-from fluxserve.spec import FLUX1_DEV
 
 CPU = torch.device("cpu")
 GIB = 2**30

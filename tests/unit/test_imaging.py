@@ -16,10 +16,11 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image, ImageCms
 
 from fluxserve.errors import InvalidRequest
+from fluxserve.families.flux.models import FLUX1_DEV, FLUX2_KLEIN_4B
+from fluxserve.families.flux.request import _check_reference
 from fluxserve.media.images import Fit, InputImage, decode, read_image, write_image
 from fluxserve.media.png.texts import without_texts
-from fluxserve.request import _check_reference
-from fluxserve.spec import FLUX1_DEV, FLUX2_KLEIN_4B, Limits
+from fluxserve.spec import Limits
 
 LIMITS = FLUX1_DEV.limits
 RNG = np.random.default_rng(0)
@@ -424,4 +425,4 @@ def test_diffusers_refuses_what_a_request_may_not_hold(size: tuple[int, int]) ->
     with pytest.raises(ValueError, match=r"."):
         Flux2ImageProcessor(vae_scale_factor=16).check_image_input(Image.new("RGB", size))
     with pytest.raises(InvalidRequest):
-        _check_reference(InputImage(b"", size[1], size[0]), FLUX2_KLEIN_4B.limits)
+        _check_reference(InputImage(b"", size[1], size[0]), FLUX2_KLEIN_4B.limits, 0, 1)

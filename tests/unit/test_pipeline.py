@@ -1,7 +1,7 @@
 """pipeline.Pipeline beside the parity with diffusers: cancellation, chunks of rows, bounds, job planning, strength."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,17 +11,19 @@ import torch
 
 from fluxserve.engine import Bound, Shapes
 from fluxserve.errors import InvalidRequest, NotFinite
+from fluxserve.families import registry
 from fluxserve.families.flux import tokens
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders import checkpoint
-from fluxserve.job import Job, join, plan, split
-from fluxserve.media.images import read_image, write_image
+from fluxserve.job import Array, Job
+from fluxserve.job import parse as job_of
+from fluxserve.media.images import write_image
 from fluxserve.pipeline import _BOUNDS_KEPT, Pipeline
-from fluxserve.request import Request
 from fluxserve.sampling import schedule
 from fluxserve.settings import default_checkpoint
-from fluxserve.spec import ModelSpec
 from fluxserve.text import Tokenizers
 from tests.support import random_flux, random_flux2
+from tests.support.jobs import changed, check
 
 STEPS = 4
 FLUX = random_flux.make
@@ -34,7 +36,8 @@ def a_job(seeds: tuple[int, ...] = (0,), steps: int = STEPS, prompt: int = 5, si
     clip_ids[:8] = prompt
     sigmas = schedule.sigmas(steps, spec.image_tokens(side, side), spec.schedule)
     t5_ids = np.full(spec.text.sequence.tokens, prompt)
-    return Job(clip_ids, t5_ids, np.empty((side, side, 0), np.uint8), sigmas, 3.5, seeds)
+    arrays = {"ids.clip": clip_ids, "ids.t5": t5_ids, "guidance": np.array([3.5], np.float32)}
+    return Job(side, side, seeds, sigmas, arrays)
 
 
 class Runs:
@@ -98,8 +101,8 @@ def test_every_step_of_every_image_is_told(pipeline: Pipeline) -> None:
 @pytest.mark.parametrize("off", [1, 2, STEPS])
 @pytest.mark.parametrize("max_rows", [1, 2])
 def test_jobs_that_are_called_off_stop_within_a_step(off: int, max_rows: int) -> None:
-    transformer, decoder = Runs(FLUX().components().transformer), Runs(FLUX().components().vae_decoder)
-    components = replace(FLUX().components(), transformer=transformer, vae_decoder=decoder)
+    transformer, decoder = Runs(FLUX().components().network), Runs(FLUX().components().vae_decoder)
+    components = FLUX().components().replacing(transformer=transformer, vae_decoder=decoder)
     jobs = [a_job((k,)) for k in range(max_rows)]
     watch = Watch(job0=off, job1=off)
     assert Pipeline(FLUX().spec, components, max_rows=max_rows).draw(jobs, watch) == [None] * max_rows
@@ -109,9 +112,9 @@ def test_jobs_that_are_called_off_stop_within_a_step(off: int, max_rows: int) ->
 
 
 def test_the_images_after_the_one_that_is_called_off_are_not_begun() -> None:
-    transformer = Runs(FLUX().components().transformer)
+    transformer = Runs(FLUX().components().network)
     watch = Watch(job0=2)
-    pipeline = Pipeline(FLUX().spec, replace(FLUX().components(), transformer=transformer))
+    pipeline = Pipeline(FLUX().spec, FLUX().components().replacing(transformer=transformer))
     assert pipeline.draw([a_job((1, 2, 3))], watch) == [None]
     assert watch.steps == {0: 2} and transformer.rows == [1, 1]
 
@@ -148,8 +151,8 @@ def test_rows_that_run_together_stop_when_nobody_wants_any(pipeline: Pipeline) -
 @pytest.mark.parametrize(("max_rows", "chunks"), [(1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (8, [5])])
 def test_chunks(max_rows: int, chunks: list[int]) -> None:
     components = FLUX().components()
-    transformer, decoder = Runs(components.transformer), Runs(components.vae_decoder)
-    components = replace(components, transformer=transformer, vae_decoder=decoder)
+    transformer, decoder = Runs(components.network), Runs(components.vae_decoder)
+    components = components.replacing(transformer=transformer, vae_decoder=decoder)
     drawings = Pipeline(FLUX().spec, components, max_rows=max_rows).draw([a_job((1, 2, 3)), a_job((4, 5), prompt=7)])
     assert transformer.rows == [rows for rows in chunks for _ in range(STEPS)]
     assert decoder.rows == chunks
@@ -158,7 +161,7 @@ def test_chunks(max_rows: int, chunks: list[int]) -> None:
 
 def test_bounds_are_kept_and_no_more_than_a_few() -> None:
     decoder = Runs(FLUX().components().vae_decoder)
-    pipeline = Pipeline(FLUX().spec, replace(FLUX().components(), vae_decoder=decoder))
+    pipeline = Pipeline(FLUX().spec, FLUX().components().replacing(vae_decoder=decoder))
     spec = pipeline.spec
 
     def decode(rows: int) -> None:
@@ -204,12 +207,11 @@ def test_noise_does_not_depend_on_the_global_generator(pipeline: Pipeline) -> No
 def test_conditionings_do_not_share_memory(pipeline: Pipeline) -> None:
     """Two prompts go through one bound; the first must survive the second."""
     with torch.inference_mode():
-        first = pipeline.encode(a_job(prompt=5))
-        assert first.pooled is not None
-        kept = replace(first, pooled=first.pooled.clone(), sequence=first.sequence.clone())
+        (first,) = pipeline.encode(a_job(prompt=5)).states
+        kept = {name: value.clone() for name, value in first.items()}
         pipeline.encode(a_job(prompt=9))
-    assert kept.pooled is not None
-    assert torch.equal(first.pooled, kept.pooled) and torch.equal(first.sequence, kept.sequence)
+    assert set(kept) == {"pooled", "sequence"}
+    assert all(torch.equal(first[name], value) for name, value in kept.items())
 
 
 # --- job.plan, and drawing what it plans -----------------------------------------------------------------------------
@@ -222,18 +224,19 @@ def tokenizers() -> Tokenizers:
 
 def planned(tokenizers: Tokenizers, steps: int = 8, strength: float | None = None, side: int = 64) -> Job:
     spec = replace(FLUX().spec, text=FLUX().spec.text.changed("t5", tokens=32))
-    images = (read_image(write_image(IMAGE, "png", 90), spec.limits),) if strength is not None else ()
-    request = Request("a fox", side, side, steps, 3.5, 40, 2, images, strength, "png", 90, "binary")
-    return plan(request, spec, tokenizers)
+    fields = {"prompt": b"a fox", "height": side, "width": side, "num_inference_steps": steps, "guidance_scale": 3.5}
+    fields |= {"seed": 40, "num_images": 2}
+    fields |= {"image": [write_image(IMAGE, "png", 90)], "strength": strength} if strength is not None else {}
+    return registry.plan(fields, spec, tokenizers)
 
 
 def test_plan(tokenizers: Tokenizers) -> None:
     job = planned(tokenizers)
-    assert (job.height, job.width, job.steps, job.guidance, job.noise_seeds) == (64, 64, 8, 3.5, (40, 41))
-    assert not job.is_image_to_image and job.pixels.nbytes == 0
+    assert (job.height, job.width, job.steps, job["guidance"].tolist(), job.seeds) == (64, 64, 8, [3.5], (40, 41))
+    assert set(job.arrays) == {"ids.clip", "ids.t5", "guidance"}
     assert np.array_equal(job.sigmas, schedule.sigmas(8, 16, FLUX().spec.schedule))
-    assert np.array_equal(job.token_ids, tokenizers("a fox")["clip"].ids)
-    assert np.array_equal(job.token_ids_2, tokenizers("a fox")["t5"].ids)
+    assert np.array_equal(job["ids.clip"], tokenizers("a fox")["clip"].ids)
+    assert np.array_equal(job["ids.t5"], tokenizers("a fox")["t5"].ids)
 
 
 @pytest.mark.parametrize(
@@ -243,35 +246,37 @@ def test_plan_with_an_image(tokenizers: Tokenizers, strength: float, steps: int)
     job = planned(tokenizers, strength=strength)
     assert job.steps == steps, "at least one step runs"
     assert np.array_equal(job.sigmas, schedule.sigmas(8, 16, FLUX().spec.schedule)[-steps - 1 :])
-    assert job.is_image_to_image and np.array_equal(job.pixels, IMAGE)
+    assert np.array_equal(job["image"], IMAGE)
 
 
 def test_the_image_is_scaled_to_the_size(tokenizers: Tokenizers) -> None:
     job = planned(tokenizers, strength=0.5, side=96)
-    assert job.pixels.shape == (96, 96, 3)
+    assert job["image"].shape == (96, 96, 3)
 
 
 def test_likeness(tokenizers: Tokenizers) -> None:
     job = planned(tokenizers)
-    assert job.likeness == replace(job, guidance=1.0, noise_seeds=(9,), token_ids=job.token_ids + 1).likeness
+    other = {"guidance": np.array([1.0], np.float32), "ids.clip": job["ids.clip"] + 1}
+    assert job.likeness == changed(job, other, seeds=(9,)).likeness
     others = [
         planned(tokenizers, steps=7),
         planned(tokenizers, side=96),
         planned(tokenizers, strength=1.0),
         replace(job, sigmas=job.sigmas**2),
-        replace(job, token_ids_2=job.token_ids_2[:-1]),
-        replace(job, token_ids=job.token_ids[:-1]),
+        changed(job, {"ids.t5": job["ids.t5"][:-1]}),
+        changed(job, {"ids.clip": job["ids.clip"][:-1]}),
     ]
     assert len({j.likeness for j in [job, *others]}) == 7
 
 
 def test_strength_decides_how_much_of_the_image_stays(pipeline: Pipeline) -> None:
     """Right after the start: the image's own latents at sigma 0, the noise alone at sigma 1, in between a mixture."""
-    base = replace(a_job(), pixels=IMAGE)
+    base = changed(a_job(), {"image": IMAGE})
     with torch.inference_mode():
 
         def start(sigma: float) -> torch.Tensor:
-            return pipeline.start(replace(base, sigmas=np.array([sigma, 0.0], np.float32)), seed=7)
+            job = replace(base, sigmas=np.array([sigma, 0.0], np.float32))
+            return next(pipeline.denoise([(job, 7, pipeline.encode(job))]))
 
         clean, noise, half = start(0.0), start(1.0), start(0.5)
     torch.testing.assert_close(half, (clean + noise) / 2)
@@ -285,58 +290,97 @@ def test_strength_decides_how_much_of_the_image_stays(pipeline: Pipeline) -> Non
 # --- what `generate` checks of a job that nobody planned -------------------------------------------------------------
 
 
-def klein_job(**changed: Any) -> tuple[ModelSpec, Job]:
-    blank, ids = np.empty((64, 64, 0), np.uint8), np.zeros(64, np.int64)
-    job = Job(ids, ids[:0], blank, np.array([1, 0], np.float32), 1.0, (0,), token_mask=np.ones(64, np.int64))
-    return random_flux2.klein().checkpoint(64).spec, replace(job, **changed)
+def klein_job(arrays: Mapping[str, Array | None] | None = None) -> tuple[FluxSpec, Job]:
+    own = {"ids.qwen3": np.zeros(64, np.int64), "mask.qwen3": np.ones(64, np.int64)}
+    job = Job(64, 64, (0,), np.array([1, 0], np.float32), {**own, "guidance": np.ones(1, np.float32)})
+    return random_flux2.klein().checkpoint(64).spec, changed(job, arrays or {})
 
 
 @pytest.mark.parametrize("mask", [np.zeros(64), np.ones(63), np.full(64, 2), np.empty(0)], ids=str)
 def test_a_mask_that_can_not_be(mask: np.ndarray) -> None:
     spec, good = klein_job()
-    good.check(spec)
-    with pytest.raises(InvalidRequest, match="token_mask"):
-        replace(good, token_mask=mask.astype(np.int64)).check(spec)
+    check(good, spec)
+    with pytest.raises(InvalidRequest, match=r"mask\.qwen3"):
+        check(changed(good, {"mask.qwen3": mask.astype(np.int64)}), spec)
 
 
 def test_a_klein_redraws_no_image() -> None:
-    spec, job = klein_job(pixels=IMAGE)
-    with pytest.raises(InvalidRequest, match="pixels of 0 channels"):
-        job.check(spec)
+    spec, job = klein_job({"image": IMAGE})
+    with pytest.raises(InvalidRequest, match="an array 'image'"):
+        check(job, spec)
+
+
+def numbered(sizes: Sequence[tuple[int, int]]) -> dict[str, Array | None]:
+    return {f"references.{index}": np.zeros((*size, 3), np.uint8) for index, size in enumerate(sizes)}
 
 
 @pytest.mark.parametrize("sizes", [[(64, 64)] * 5, [(48, 64)], [(64, 72)], [(64, 64), (1040, 1024)]], ids=str)
 def test_references_that_prepare_would_not_send(sizes: list[tuple[int, int]]) -> None:
-    spec, job = klein_job(references=tuple(np.zeros((*size, 3), np.uint8) for size in sizes))
+    spec, job = klein_job(numbered(sizes))
     with pytest.raises(InvalidRequest, match="references"):
-        job.check(spec)
-    klein_job(references=(np.zeros((64, 2880, 3), np.uint8),))[1].check(spec)
+        check(job, spec)
+    check(klein_job(numbered([(64, 2880)]))[1], spec)
 
 
 def test_flux1_draws_after_no_reference() -> None:
-    with pytest.raises(InvalidRequest, match=r"references: got 1; allowed: at most 0"):
-        replace(a_job(), references=(IMAGE,)).check(FLUX().spec)
+    with pytest.raises(InvalidRequest, match=r"an array 'references\.0'"):
+        check(changed(a_job(), {"references.0": IMAGE}), FLUX().spec)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"ids.t5": None}, r"job: got no ids\.t5"),
+        ({"ids.t5": np.zeros(512, np.int32)}, r"ids\.t5: got int32 \[512\]"),
+        ({"ids.t5": np.full(512, 2**40)}, r"ids\.t5: got 512 ids"),
+        ({"ids.t5": np.full(513, 1)}, r"ids\.t5: got 513 ids"),
+        ({"guidance": np.empty(0, np.float32)}, r"guidance: got float32 \[0\]"),
+        ({"guidance": np.array([np.nan], np.float32)}, "guidance: got nan"),
+        ({"image": IMAGE[:32]}, r"image: got \[32, 64, 3\]"),
+        ({"more": IMAGE}, "job: got an array 'more'"),
+    ],
+)
+def test_arrays_that_prepare_would_not_send(arrays: dict[str, Array | None], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        check(changed(a_job(), arrays), FLUX().spec)
 
 
 @pytest.mark.parametrize("sizes", [[], [(64, 80)], [(64, 64), (80, 96), (64, 64)]], ids=str)
-def test_references_cross_as_two_arrays(sizes: list[tuple[int, int]]) -> None:
-    rng = np.random.default_rng(0)
-    sent = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-    pixels, shapes = join(sent)
-    assert (pixels.dtype, shapes.dtype, shapes.shape) == (np.uint8, np.int32, (len(sizes), 2))
-    came = split(pixels, shapes)
-    assert len(came) == len(sent) and all(map(np.array_equal, came, sent))
+def test_a_job_crosses_as_it_is(sizes: list[tuple[int, int]]) -> None:
+    job = klein_job(numbered(sizes))[1]
+    came, numbers = job_of(job.dump(ticket=2**62, quality=90), ("ticket", "quality"))
+    assert numbers == {"ticket": 2**62, "quality": 90}
+    assert (came.height, came.width, came.seeds, came.likeness) == (job.height, job.width, job.seeds, job.likeness)
+    assert all(np.array_equal(came[name], array) for name, array in job.arrays.items())
 
 
-@pytest.mark.parametrize("sizes", [[(64, 64)], [(-64, -64)], [(64, -64), (64, 64)], [(0, 64)], [(2**31 - 1,) * 2], []])
-def test_references_whose_bytes_do_not_add_up(sizes: list[tuple[int, int]]) -> None:
-    with pytest.raises(InvalidRequest, match="references: got 100 bytes"):
-        split(np.zeros(100, np.uint8), np.array(sizes, np.int32).reshape(-1, 2))
+def test_jobs_of_one_likeness_are_as_long() -> None:
+    """What Triton batches by."""
+    jobs = [a_job((seed,), prompt=prompt) for seed, prompt in ((1, 5), (2**62, 9))]
+    assert len({len(job.dump(ticket=ticket)) for job in jobs for ticket in (0, 2**62)}) == 1
+    assert len(a_job((1, 2)).dump(ticket=0)) != len(jobs[0].dump(ticket=0))
+
+
+@pytest.mark.parametrize(
+    ("wire", "message"),
+    [
+        (b"", "job: got 0 bytes"),
+        (b"\xff" * 64, "job: got 64 bytes"),
+        (a_job().dump()[:-1], "job: got"),
+        (a_job().dump(quality=1), "job: got arrays"),
+        (a_job().dump(ticket=1, more=2), "job: got arrays"),
+        (replace(a_job(), sigmas=np.ones((2, 2), np.float32)).dump(ticket=1), "job: sigmas: got float32"),
+    ],
+    ids=["empty", "noise", "cut", "another number", "one more", "another rank"],
+)
+def test_bytes_that_are_no_job(wire: bytes, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        job_of(wire, ("ticket",))
 
 
 def test_references_of_other_sizes_are_not_alike() -> None:
-    images = [np.zeros((*size, 3), np.uint8) for size in ((64, 80), (80, 64))]
-    jobs = [klein_job(references=tuple(chosen))[1] for chosen in ([], images[:1], images[1:], images, images[::-1])]
+    sizes = [(64, 80), (80, 64)]
+    jobs = [klein_job(numbered(chosen))[1] for chosen in ([], sizes[:1], sizes[1:], sizes, sizes[::-1])]
     assert len({job.likeness for job in jobs}) == 5
 
 
@@ -373,8 +417,8 @@ SPOILT = [("transformer", "velocity"), ("vae_decoder", "pixels")]
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("component", "output"), SPOILT)
 def test_a_picture_that_is_not_finite_is_never_given_out(component: str, output: str, value: float) -> None:
-    spoils = Spoils(getattr(FLUX().components(), component), output, value, runs=(1,))
-    pipeline = Pipeline(FLUX().spec, replace(FLUX().components(), **{component: spoils}))
+    spoils = Spoils(FLUX().components().by_name[component], output, value, runs=(1,))
+    pipeline = Pipeline(FLUX().spec, FLUX().components().replacing(**{component: spoils}))
     jobs = [a_job((1,)), a_job((2, 3)), a_job((4,))]
     drawings = pipeline.draw(jobs)
     spoilt = 0 if component == "transformer" else 1  # the second step of the first image, or the second image
@@ -390,13 +434,13 @@ def test_a_picture_that_is_not_finite_is_never_given_out(component: str, output:
 @pytest.mark.parametrize("name", ["clip", "t5"])
 def test_what_conditions_a_picture_shows_in_it(name: str) -> None:
     output = {"clip": "pooled", "t5": "sequence"}[name]
-    text = {**FLUX().components().text, name: Spoils(FLUX().components().text[name], output, float("nan"), (0,))}
-    (drawing,) = Pipeline(FLUX().spec, replace(FLUX().components(), text=text)).draw([a_job((1,))])
+    spoils = Spoils(FLUX().components().by_name[name], output, float("nan"), (0,))
+    (drawing,) = Pipeline(FLUX().spec, FLUX().components().replacing(**{name: spoils})).draw([a_job((1,))])
     assert drawing is not None and not drawing.finite
 
 
 @pytest.mark.parametrize(("component", "output"), [*SPOILT, ("vae_encoder", "mean")])
 def test_a_model_that_draws_nan_does_not_become_ready(component: str, output: str) -> None:
-    spoils = Spoils(getattr(FLUX().components(), component), output, float("nan"), tuple(range(99)))
+    spoils = Spoils(FLUX().components().by_name[component], output, float("nan"), tuple(range(99)))
     with pytest.raises(NotFinite):
-        Pipeline(FLUX().spec, replace(FLUX().components(), **{component: spoils})).warm_up()
+        Pipeline(FLUX().spec, FLUX().components().replacing(**{component: spoils})).warm_up()

@@ -10,28 +10,29 @@ import pytest
 from PIL import Image
 
 from fluxserve.errors import InvalidRequest
-from fluxserve.media.images import decode, write_image
-from fluxserve.request import DRAWN_SEEDS, MAX_SEED, Request, _fit, parse
-from fluxserve.spec import (
-    FAMILY,
+from fluxserve.families.flux.models import (
     FLUX1_DEV,
     FLUX1_SCHNELL,
     FLUX2_DEV,
     FLUX2_DEV_TURBO,
     FLUX2_KLEIN_4B,
     FLUX2_KLEIN_9B,
+    MEMBERS,
     TINY,
-    ModelSpec,
 )
+from fluxserve.families.flux.parts import FluxSpec
+from fluxserve.media.images import decode, write_image
+from fluxserve.request import DRAWN_SEEDS, MAX_SEED, Request, fit
+from tests.support.jobs import parse
 
 PNG = write_image(np.zeros((96, 160, 3), np.uint8), "png", 90)
 
 
-def ask(spec: ModelSpec = TINY, **fields: Any) -> Request:
+def ask(spec: FluxSpec = TINY, **fields: Any) -> Request:
     return parse({"prompt": b"a fox", **fields}, spec)
 
 
-def refusal(spec: ModelSpec = TINY, **fields: Any) -> InvalidRequest:
+def refusal(spec: FluxSpec = TINY, **fields: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as caught:
         ask(spec, **fields)
     return caught.value
@@ -41,7 +42,7 @@ def refusal(spec: ModelSpec = TINY, **fields: Any) -> InvalidRequest:
     ("spec", "side", "steps", "guidance"),
     [(FLUX1_DEV, 1024, 28, 3.5), (FLUX1_SCHNELL, 1024, 4, 0.0), (FLUX2_KLEIN_4B, 1024, 4, 1.0), (TINY, 128, 20, 3.0)],
 )
-def test_defaults(spec: ModelSpec, side: int, steps: int, guidance: float) -> None:
+def test_defaults(spec: FluxSpec, side: int, steps: int, guidance: float) -> None:
     r = ask(spec)
     assert (r.height, r.width, r.num_inference_steps, r.guidance_scale) == (side, side, steps, guidance)
     assert (r.num_images, r.output_format, r.quality) == (1, "png", 90)
@@ -65,7 +66,7 @@ def test_edges_are_taken(field: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("spec", [FLUX2_KLEIN_4B, FLUX2_KLEIN_9B], ids=lambda m: m.name)
-def test_what_makes_no_sense_for_a_klein(spec: ModelSpec) -> None:
+def test_what_makes_no_sense_for_a_klein(spec: FluxSpec) -> None:
     for scale in (0.0, 1.0):
         assert ask(spec, guidance_scale=scale).guidance_scale == scale, "both say: none"
     allowed = f"1, or nothing: {spec.name} is distilled to be drawn without"
@@ -189,7 +190,7 @@ def test_an_input_image_gives_the_size() -> None:
     ids=str,
 )
 def test_one_side_beside_an_image_keeps_its_proportions(
-    spec: ModelSpec, asked: dict[str, int], expected: tuple[int, int]
+    spec: FluxSpec, asked: dict[str, int], expected: tuple[int, int]
 ) -> None:
     r = ask(spec, image=[PNG], **asked)
     assert (r.height, r.width) == expected
@@ -218,25 +219,25 @@ def test_an_image_that_is_no_image(image: bytes) -> None:
 SIDES = (1, 2, 15, 16, 17, 63, 64, 65, 100, 511, 512, 513, 2047, 2048, 2049, 3333, 7919, 30_000)
 
 
-@pytest.mark.parametrize("spec", FAMILY, ids=lambda m: m.name)
-def test_every_input_size_gives_a_valid_one(spec: ModelSpec) -> None:
+@pytest.mark.parametrize("spec", MEMBERS, ids=lambda m: m.name)
+def test_every_input_size_gives_a_valid_one(spec: FluxSpec) -> None:
     """Whatever the aspect ratio: what `_fit` proposes is accepted when it is asked for by name."""
     limits = spec.limits
     sizes = [s for s in itertools.product(SIDES, SIDES) if s[0] * s[1] <= limits.max_image_pixels]
     sizes += [(1, limits.max_image_pixels), (limits.max_image_pixels, 1)]
     for height, width in sizes:
-        h, w = _fit(height, width, spec)
+        h, w = fit(height, width, spec)
         assert (ask(spec, height=h, width=w).height, ask(spec, height=h, width=w).width) == (h, w), (height, width)
 
 
 def test_a_size_within_the_limits_is_kept() -> None:
     for height, width in itertools.product(range(64, 513, 16), repeat=2):
-        assert _fit(height, width, TINY) == (height, width)
+        assert fit(height, width, TINY) == (height, width)
 
 
 def test_a_longer_side_becomes_the_longest_allowed() -> None:
     for side in range(2049, 6000):
-        assert _fit(side, side // 2, FLUX1_DEV)[0] == 2048, side
+        assert fit(side, side // 2, FLUX1_DEV)[0] == 2048, side
 
 
 @pytest.mark.parametrize("size", [(1, 300), (300, 1), (3, 5)])
@@ -293,7 +294,7 @@ def test_a_reference_gives_the_size(reference: tuple[int, int], size: tuple[int,
         (FLUX2_KLEIN_4B, [PNG, PNG, b"GIF89a"], "got 6 bytes of a GIF file as number 3 of 3; allowed:"),
     ],
 )
-def test_images_that_are_refused(spec: ModelSpec, images: list[bytes], message: str) -> None:
+def test_images_that_are_refused(spec: FluxSpec, images: list[bytes], message: str) -> None:
     assert str(refusal(spec, image=images)).startswith(f"image: {message}")
 
 

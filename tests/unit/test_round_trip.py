@@ -14,8 +14,9 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file
 
-from fluxserve.engines.torch_eager import architectures, load_module
+from fluxserve.engines.torch_eager import load_module
 from fluxserve.errors import CheckpointError
+from fluxserve.families.registry import architectures
 from fluxserve.folders import checkpoint, spiece
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.settings import default_checkpoint

@@ -11,8 +11,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from fluxserve.families.flux import tokens
+from fluxserve.families.flux.models import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV_TURBO, FLUX2_KLEIN_4B
 from fluxserve.sampling import schedule as schedules
-from fluxserve.spec import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV_TURBO, FLUX2_KLEIN_4B, ScheduleSpec
+from fluxserve.sampling.schedule import ScheduleSpec
 
 STEPS = (1, 2, 3, 4, 7, 20, 28, 50, 99, 100)
 TOKENS = (16, 64, 255, 256, 257, 1024, 4096, 4300, 4301, 16384)

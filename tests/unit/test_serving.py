@@ -19,6 +19,7 @@ from fluxserve.contract import MAX_WAITING
 from fluxserve.inflight import MAX_ID_BYTES, InflightTable
 from fluxserve.media.images import write_image
 from fluxserve.serving import decoder
+from fluxserve.serving.envelope import opened
 from tests.support.admission import admitted
 from tests.support.fake_triton import FINAL, InferenceRequest, Logger, counted, error_of, installed, outputs, prepared
 
@@ -73,33 +74,32 @@ def test_what_prepare_gives_is_its_contract(prepare: Any, table: InflightTable) 
         assert out[tensor.name].dtype == want, tensor.name
         assert len(out[tensor.name].shape) == len(tensor.dims)
         assert all(d in (contract.ANY, s) for d, s in zip(tensor.dims, out[tensor.name].shape, strict=True))
-    assert out["pixels"].shape == (1, 128, 64, 0)
-    assert out["noise_seeds"].tolist() == [[7, 8, 9]]
-    assert out["sigmas"].shape == (1, 21)
-    assert (out["resolved_format"][0, 0], out["resolved_quality"][0, 0], out["guidance"][0, 0]) == (b"jpeg", 3, 3.0)
+    assert out["batch_key"].shape == (1, 128, 64, 20, 0)
+    job, delivery = opened(out)
+    assert (job.height, job.width, job.seeds, job.steps) == (128, 64, (7, 8, 9), 20)
+    assert (delivery.output_format, delivery.quality, delivery.encoding) == ("jpeg", 3, "binary")
     assert table.status("r").state == "queued"
-    assert table.start(int(out["ticket"][0, 0]), 20) >= 0
+    assert table.start(delivery.ticket, 20) >= 0
 
 
 def test_prepare_with_an_image(prepare: Any) -> None:
     (response,) = prepared(prepare, [ask(prompt=b"a fox", image=PNG, strength=0.25, num_inference_steps=8)])
-    out = outputs(response)
-    assert out["pixels"].shape == (1, 64, 96, 3)
-    assert np.array_equal(out["pixels"][0], np.asarray(Image.open(io.BytesIO(PNG))))
-    assert out["sigmas"].shape == (1, 3), "two of eight steps"
+    job, _ = opened(outputs(response))
+    assert np.array_equal(job["image"], np.asarray(Image.open(io.BytesIO(PNG))))
+    assert job.steps == 2, "of eight"
 
 
 @pytest.mark.parametrize("strength", [1e-30, 1e-7, 1e-3])
 def test_a_tiny_strength_runs_one_step(prepare: Any, strength: float) -> None:
     (response,) = prepared(prepare, [ask(prompt=b"a fox", image=PNG, strength=strength)])
-    assert outputs(response)["sigmas"].shape == (1, 2)
+    assert opened(outputs(response))[0].steps == 1
 
 
 @pytest.mark.parametrize("steps", [5, 10, 20])
 def test_a_strength_as_fp32_is_the_number_that_was_typed(prepare: Any, steps: int) -> None:
     given = {"prompt": b"a fox", "image": PNG, "num_inference_steps": steps}
-    default, typed = (outputs(r) for r in prepared(prepare, [ask(**given), ask(strength=0.6, **given)]))
-    assert typed["sigmas"].shape == default["sigmas"].shape
+    default, typed = (opened(outputs(r))[0] for r in prepared(prepare, [ask(**given), ask(strength=0.6, **given)]))
+    assert typed.steps == default.steps
 
 
 def test_one_bad_request_among_good_ones(prepare: Any, table: InflightTable) -> None:
@@ -146,7 +146,7 @@ def test_a_failure_after_the_claim_gives_the_slot_back(
     def fail(*_: object) -> None:
         raise RuntimeError("the tokenizer broke")
 
-    monkeypatch.setattr(serving["prepare"], "plan", fail)
+    monkeypatch.setattr(prepare._family, "lay_out", fail)
     assert refused(prepare, ask("r", prompt=b"x")) == ("INTERNAL", "internal error: RuntimeError: the tokenizer broke")
     assert table.live() == 0
     assert counted("fluxserve_rejected_requests_total", reason="internal") == 1
@@ -163,8 +163,8 @@ def test_requests_with_and_without_images_together(
         prepare,
         [ask("a", prompt=b"a fox"), ask("b", image=PNG, **fields), ask("c", image=PNG[:-3000], **fields), ask("d")],
     )
-    assert outputs(without)["pixels"].shape == (1, 128, 128, 0)
-    assert outputs(whole)["pixels"].shape == (1, 64, 96, 3)
+    assert opened(outputs(without))[0].get("image") is None
+    assert opened(outputs(whole))[0]["image"].shape == (64, 96, 3)
     status, message = error_of(damaged)
     assert status == "INVALID_ARG" and message.startswith("image: got a damaged or truncated PNG file")
     assert error_of(bad)[0] == "INVALID_ARG"

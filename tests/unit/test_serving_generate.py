@@ -16,6 +16,7 @@ from PIL import Image
 from fluxserve import contract
 from fluxserve.errors import ServerError
 from fluxserve.inflight import InflightTable
+from fluxserve.job import Job
 from fluxserve.media.png import strips
 from fluxserve.serving import files
 from fluxserve.serving.processes import ProcessTable
@@ -69,24 +70,21 @@ def job(
     request_id: str = "",
     cancelled_after: int | None = None,
     output_format: bytes = b"raw",
-    **changed: Any,
+    sigmas: np.ndarray | None = None,
+    index: int | None = None,
+    quality: int = 90,
+    encoding: int = 0,
 ) -> InferenceRequest:
+    arrays = {"ids.clip": np.full(77, 5), "ids.t5": np.full(32, 5), "guidance": np.array([3.0], np.float32)}
+    levels = np.linspace(1, 0, steps + 1, dtype=np.float32) if sigmas is None else sigmas
+    planned = Job(*size, seeds, levels, arrays)
+    file = contract.OUTPUT_FORMATS.index(output_format.decode()) if index is None else index
+    wire = planned.dump(ticket=ticket, output_format=file, quality=quality, encoding=encoding)
     values = {
-        "token_ids": np.full((1, 77), 5, np.int64),
-        "token_ids_2": np.full((1, 32), 5, np.int64),
-        "token_mask": np.empty((1, 0), np.int64),
-        "references": np.empty((1, 0), np.uint8),
-        "reference_sizes": np.empty((1, 0, 2), np.int32),
-        "pixels": np.zeros((1, *size, 0), np.uint8),
-        "sigmas": np.linspace(1, 0, steps + 1, dtype=np.float32)[None],
-        "guidance": np.full((1, 1), 3.0, np.float32),
-        "noise_seeds": np.array([seeds]),
-        "ticket": np.array([[ticket]]),
-        "resolved_format": np.array([[output_format]], dtype=object),
-        "resolved_quality": np.array([[90]], dtype=np.int32),
-        "resolved_encoding": np.array([[b"binary"]], dtype=object),
+        "job": np.frombuffer(wire, np.uint8)[None],
+        "batch_key": np.empty((1, *planned.batch_key, 0), np.uint8),
     }
-    return InferenceRequest({**values, **changed}, request_id, cancelled_after)
+    return InferenceRequest(values, request_id, cancelled_after)
 
 
 def images(response: Any) -> np.ndarray:
@@ -180,17 +178,14 @@ def test_a_gpu_that_fails_at_a_file_fails_that_request_alone(
 @pytest.mark.parametrize(
     ("changed", "field"),
     [
-        ({"output_format": b"bmp"}, "resolved_format: got 'bmp'; allowed: png, jpeg, webp, raw"),
-        ({"output_format": b"\xff"}, "resolved_format: got "),
-        (
-            {"resolved_encoding": np.array([[b"hex"]], dtype=object)},
-            "resolved_encoding: got 'hex'; allowed: binary, base64",
-        ),
-        ({"resolved_quality": np.array([[0]], np.int32)}, "resolved_quality: got 0; allowed: 1 to 100"),
+        ({"index": 4}, "output_format: got 4; allowed: 0 to 3: png, jpeg, webp, raw"),
+        ({"index": -1}, "output_format: got -1"),
+        ({"encoding": 2}, "encoding: got 2; allowed: 0 to 1: binary, base64"),
+        ({"quality": 0}, "quality: got 0; allowed: 1 to 100"),
     ],
 )
 def test_a_file_that_can_not_be_is_refused_before_it_is_drawn(
-    generate: Any, table: InflightTable, changed: dict[str, Any], field: str
+    generate: Any, table: InflightTable, changed: dict[str, int], field: str
 ) -> None:
     steps = spent("steps_total")
     (response,) = answers(generate, [job(**changed)])
@@ -227,7 +222,7 @@ def test_a_job_past_the_door_is_refused(generate: Any, table: InflightTable, tic
 
 def test_unlike_jobs_in_one_batch(generate: Any, table: InflightTable) -> None:
     """Triton's shapes leave the schedule open; each job gets what it gets alone, in the order of the requests."""
-    other = np.linspace(1, 0, STEPS + 1, dtype=np.float32)[None] ** 2
+    other = np.linspace(1, 0, STEPS + 1, dtype=np.float32) ** 2
     batch = [{"seeds": (1,)}, {"seeds": (2,), "sigmas": other}, {"seeds": (3,)}, {"seeds": (1,), "sigmas": other}]
     alone = [images(answers(generate, [job(admitted(table), **b)])[0]) for b in batch]  # type: ignore[arg-type]
     together = answers(generate, [job(admitted(table, str(k)), **b) for k, b in enumerate(batch)])  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ import pytest
 
 from fluxserve import process, settings
 from fluxserve.errors import SettingsError
+from fluxserve.families.flux.models import MEMBERS
 from fluxserve.settings import Settings
-from fluxserve.spec import FAMILY
 
 NAMES = [f.name for f in fields(Settings)]
 
@@ -62,7 +62,7 @@ def test_precedence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("dtype", "int8", "auto, float32, bfloat16, float16"),
         ("dtype", "", "auto, float32, bfloat16, float16"),
-        ("model", "flux.2-turbo", f"{', '.join(member.name for member in FAMILY)}; or nothing"),
+        ("model", "flux.2-turbo", f"{', '.join(member.name for member in MEMBERS)}; or nothing"),
         ("threads", "many", "an integer"),
         ("threads", "1.5", "an integer"),
         ("threads", "", "an integer"),

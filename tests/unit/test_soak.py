@@ -18,9 +18,9 @@ from benchmarks.soak.cases import ABANDONED, BAD, FORMATS, IN_USE, WAYS, Case, S
 from benchmarks.soak.promises import Promise, promises
 from benchmarks.soak.watch import MIB, Watch, growth
 from fluxserve.errors import InvalidRequest
+from fluxserve.families.flux.models import TINY
 from fluxserve.media.images import decode
-from fluxserve.request import parse
-from fluxserve.spec import TINY
+from tests.support.jobs import parse
 
 MANY = 4000
 

@@ -8,7 +8,6 @@ import pytest
 from fluxserve import source
 from fluxserve.cli import main as cli
 from fluxserve.engine import Components
-from fluxserve.engines import signatures
 from fluxserve.engines.open import ARTIFACTS, ENGINES, WEIGHTS
 from fluxserve.errors import (
     ArtifactDamaged,
@@ -19,10 +18,11 @@ from fluxserve.errors import (
     SettingsError,
     UnknownEngine,
 )
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.models import TINY
 from fluxserve.pipeline import Pipeline
 from fluxserve.settings import Settings, default_checkpoint
 from fluxserve.source import Source
-from fluxserve.spec import TINY
 from tests.support import artifacts as made
 
 
@@ -180,7 +180,7 @@ def test_an_onnx_file_for_one_architecture_only(tmp_path: Path) -> None:
 
 def test_weights_are_opened_by_torch() -> None:
     components = source.find(Settings()).open_components("cpu", "float32")
-    assert type(components.transformer).__module__ == WEIGHTS["torch_eager"]
+    assert type(components.network).__module__ == WEIGHTS["torch_eager"]
     components.close()
 
 
@@ -205,7 +205,7 @@ def test_rows(folder: Path, rows: int) -> None:
     found = source.find(Settings(artifact=str(folder), max_rows=rows))
     assert found.artifact
     engines = {n: Stub(signatures.exported(found.artifact.component(n), found.spec)) for n in found.spec.components}
-    components = Components.of(engines)  # type: ignore[arg-type]
+    components = Components(engines)  # type: ignore[arg-type]
     if rows <= made.ROWS[-1]:
         assert Pipeline(found.spec, components, max_rows=rows)
         return

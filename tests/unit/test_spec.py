@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 
-from fluxserve import spec
-from fluxserve.spec import (
+from fluxserve.families.flux import models
+from fluxserve.families.flux.configs import as_member, from_configs
+from fluxserve.families.flux.models import (
     FLUX1_DEV,
     FLUX1_SCHNELL,
     FLUX2_DEV,
@@ -15,8 +16,9 @@ from fluxserve.spec import (
     FLUX2_KLEIN_4B,
     FLUX2_KLEIN_9B,
     TINY,
-    ModelSpec,
 )
+from fluxserve.families.flux.parts import FluxSpec
+from fluxserve.spec import Defaults
 
 # What the published folders say.
 DEV = {
@@ -99,14 +101,14 @@ def without(config: dict[str, Any], name: str) -> dict[str, Any]:
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_the_tables_agree_with_the_published_configurations(
-    transformer: dict[str, Any], vae: dict[str, Any], schedule: dict[str, Any], model: ModelSpec
+    transformer: dict[str, Any], vae: dict[str, Any], schedule: dict[str, Any], model: FluxSpec
 ) -> None:
-    assert spec.from_configs(transformer, vae, schedule) == model
+    assert from_configs(transformer, vae, schedule) == model
 
 
 def test_what_a_configuration_of_flux2_leaves_out_is_as_diffusers_has_it() -> None:
     bare = without(without(KLEIN_9B, "mlp_ratio"), "rope_theta")
-    assert spec.from_configs(bare, KLEIN_VAE, DEV_SCHEDULE) == FLUX2_KLEIN_9B
+    assert from_configs(bare, KLEIN_VAE, DEV_SCHEDULE) == FLUX2_KLEIN_9B
 
 
 def test_the_family() -> None:
@@ -118,24 +120,24 @@ def test_the_family() -> None:
     assert (FLUX1_DEV.transformer.rope_theta, FLUX2_KLEIN_4B.transformer.rope_theta) == (10000, 2000)
     assert FLUX1_DEV.components == ("clip", "t5", "transformer", "vae_encoder", "vae_decoder")
     assert FLUX2_KLEIN_4B.components == ("qwen3", "transformer", "vae_encoder", "vae_decoder")
-    assert FLUX1_DEV.defaults == spec.Defaults(1024, 28, 3.5)
-    assert FLUX1_SCHNELL.defaults == spec.Defaults(1024, 4, 0.0)
-    assert FLUX2_KLEIN_4B.defaults == FLUX2_KLEIN_9B.defaults == spec.Defaults(1024, 4, 1.0)
-    assert FLUX2_DEV_TURBO.defaults == spec.Defaults(1024, 8, 2.5)
-    assert len({m.name for m in spec.FAMILY}) == len(spec.FAMILY) == 7
-    assert len({m.transformer for m in spec.FAMILY}) == 6, "dev's Turbo has dev's"
+    assert FLUX1_DEV.defaults == Defaults(1024, 28, 3.5)
+    assert FLUX1_SCHNELL.defaults == Defaults(1024, 4, 0.0)
+    assert FLUX2_KLEIN_4B.defaults == FLUX2_KLEIN_9B.defaults == Defaults(1024, 4, 1.0)
+    assert FLUX2_DEV_TURBO.defaults == Defaults(1024, 8, 2.5)
+    assert len({m.name for m in models.MEMBERS}) == len(models.MEMBERS) == 7
+    assert len({m.transformer for m in models.MEMBERS}) == 6, "dev's Turbo has dev's"
 
 
 def test_turbo_is_dev_drawn_in_eight_steps() -> None:
-    turbo = spec.as_member(spec.from_configs(FLUX2, KLEIN_VAE, {**DEV_SCHEDULE, "shift": 2.0}), FLUX2_DEV_TURBO)
+    turbo = as_member(from_configs(FLUX2, KLEIN_VAE, {**DEV_SCHEDULE, "shift": 2.0}), FLUX2_DEV_TURBO)
     assert turbo == replace(FLUX2_DEV_TURBO, schedule=replace(FLUX2_DEV_TURBO.schedule, shift=2.0))
     assert (turbo.only_steps, turbo.limits.max_references) == (8, FLUX2_DEV.limits.max_references)
-    assert spec.as_member(turbo, FLUX2_DEV).schedule.base_sigmas == ()
-    assert {m.name for m in spec.FAMILY if m.only_steps} == {"flux.2-dev-turbo"}
+    assert as_member(turbo, FLUX2_DEV).schedule.base_sigmas == ()
+    assert {m.name for m in models.MEMBERS if m.only_steps} == {"flux.2-dev-turbo"}
 
 
 def test_base_sigmas_are_not_the_folders_to_say() -> None:
-    assert spec.from_configs(FLUX2, KLEIN_VAE, {**DEV_SCHEDULE, "base_sigmas": [1.0, 0.5]}) == FLUX2_DEV
+    assert from_configs(FLUX2, KLEIN_VAE, {**DEV_SCHEDULE, "base_sigmas": [1.0, 0.5]}) == FLUX2_DEV
 
 
 @pytest.mark.parametrize("change", ["defaults", "limits"])
@@ -144,8 +146,8 @@ def test_other_steps_than_base_sigmas(change: str) -> None:
         replace(FLUX2_DEV_TURBO, **{change: getattr(FLUX2_DEV, change)})
 
 
-@pytest.mark.parametrize("model", spec.FAMILY, ids=lambda m: m.name)
-def test_defaults_are_within_the_limits(model: ModelSpec) -> None:
+@pytest.mark.parametrize("model", models.MEMBERS, ids=lambda m: m.name)
+def test_defaults_are_within_the_limits(model: FluxSpec) -> None:
     d, limits = model.defaults, model.limits
     assert limits.min_side <= d.side <= limits.max_side and d.side % model.size_multiple == 0
     assert d.side**2 <= limits.max_pixels
@@ -174,7 +176,7 @@ def test_sizes() -> None:
 
 def test_a_fine_tune_keeps_its_bases_defaults_but_has_its_own_vae_and_schedule() -> None:
     vae = {**VAE, "scaling_factor": 0.5, "block_out_channels": [32, 64, 64]}
-    model = spec.from_configs(SCHNELL, vae, {**SCHNELL_SCHEDULE, "shift": 2.0})
+    model = from_configs(SCHNELL, vae, {**SCHNELL_SCHEDULE, "shift": 2.0})
     assert (model.name, model.defaults, model.text) == ("flux.1-schnell", FLUX1_SCHNELL.defaults, FLUX1_SCHNELL.text)
     assert (model.vae.scaling_factor, model.vae.downscale, model.size_multiple) == (0.5, 4, 8)
     assert model.schedule.shift == 2.0
@@ -183,9 +185,9 @@ def test_a_fine_tune_keeps_its_bases_defaults_but_has_its_own_vae_and_schedule()
 @pytest.mark.parametrize(
     ("base", "like"), [(DEV, FLUX1_DEV), (SCHNELL, FLUX1_SCHNELL), (KLEIN_9B, FLUX2_KLEIN_9B), (FLUX2, FLUX2_DEV)]
 )
-def test_a_shape_nobody_published(base: dict[str, Any], like: ModelSpec) -> None:
+def test_a_shape_nobody_published(base: dict[str, Any], like: FluxSpec) -> None:
     vae = KLEIN_VAE if base in (KLEIN_9B, FLUX2) else VAE
-    model = spec.from_configs({**base, "num_layers": 9}, vae, DEV_SCHEDULE)
+    model = from_configs({**base, "num_layers": 9}, vae, DEV_SCHEDULE)
     assert model.name == "custom"
     assert model.transformer == replace(like.transformer, num_layers=9)
     assert (model.defaults, model.limits, model.text) == (like.defaults, like.limits, like.text)
@@ -194,11 +196,11 @@ def test_a_shape_nobody_published(base: dict[str, Any], like: ModelSpec) -> None
 def test_a_flux2_that_does_not_name_its_axes() -> None:
     """The default is FLUX.1's, and sums to the same 128."""
     with pytest.raises(KeyError, match="axes_dims_rope"):
-        spec.from_configs(without(KLEIN_4B, "axes_dims_rope"), KLEIN_VAE, DEV_SCHEDULE)
+        from_configs(without(KLEIN_4B, "axes_dims_rope"), KLEIN_VAE, DEV_SCHEDULE)
 
 
 def test_lists_become_tuples() -> None:
-    model = spec.from_configs({**DEV, "axes_dims_rope": [16, 56, 56]}, VAE, DEV_SCHEDULE)
+    model = from_configs({**DEV, "axes_dims_rope": [16, 56, 56]}, VAE, DEV_SCHEDULE)
     assert model.name == "flux.1-dev"
     assert hash(model) == hash(FLUX1_DEV)
 
@@ -206,13 +208,13 @@ def test_lists_become_tuples() -> None:
 @pytest.mark.parametrize("name", ["latent_channels", "block_out_channels", "scaling_factor", "shift_factor"])
 def test_a_number_that_the_vae_lacks(name: str) -> None:
     with pytest.raises(KeyError, match=name):
-        spec.from_configs(DEV, without(VAE, name), DEV_SCHEDULE)
+        from_configs(DEV, without(VAE, name), DEV_SCHEDULE)
 
 
 @pytest.mark.parametrize("name", ["num_layers", "num_attention_heads", "pooled_projection_dim", "guidance_embeds"])
 def test_a_number_that_the_transformer_lacks(name: str) -> None:
     with pytest.raises(KeyError, match=name):
-        spec.from_configs(without(DEV, name), VAE, DEV_SCHEDULE)
+        from_configs(without(DEV, name), VAE, DEV_SCHEDULE)
 
 
 @pytest.mark.parametrize(
@@ -228,13 +230,13 @@ def test_a_number_that_the_transformer_lacks(name: str) -> None:
 )
 def test_numbers_that_contradict_each_other(transformer: dict[str, Any], vae: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must"):
-        spec.from_configs(transformer, vae, DEV_SCHEDULE)
+        from_configs(transformer, vae, DEV_SCHEDULE)
 
 
 @pytest.mark.parametrize("name", ["scaling_factor", "shift_factor"])
 def test_a_vae_number_that_is_null(name: str) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
-        spec.from_configs(DEV, {**VAE, name: None}, DEV_SCHEDULE)
+        from_configs(DEV, {**VAE, name: None}, DEV_SCHEDULE)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def test_a_vae_number_that_is_null(name: str) -> None:
 )
 def test_a_schedule_that_is_not_implemented(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(option))):
-        spec.from_configs(DEV, VAE, {**DEV_SCHEDULE, **option})
+        from_configs(DEV, VAE, {**DEV_SCHEDULE, **option})
 
 
 def test_a_spec_is_frozen() -> None:

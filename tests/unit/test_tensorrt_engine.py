@@ -16,8 +16,9 @@ import torch
 from fluxserve import settings
 from fluxserve.engine import FLOATING, Components, Dim, Signature, TensorSpec
 from fluxserve.engines import open as engines
-from fluxserve.engines import signatures, tensorrt, tensorrt_library
+from fluxserve.engines import tensorrt, tensorrt_library
 from fluxserve.errors import ArtifactDamaged, ArtifactError, LibraryMissing, LibraryRefused, ShapeError
+from fluxserve.families.flux import signatures
 from fluxserve.folders import checkpoint as checkpoints
 from fluxserve.folders.artifact import Artifact
 from tests.support import fake_tensorrt as fake
@@ -98,7 +99,7 @@ def build(key: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Built:
 
 
 def test_a_bound_computes_at_fixed_addresses(built: Built) -> None:
-    bound = built.open().transformer.bind(TRANSFORMER)
+    bound = built.open().network.bind(TRANSFORMER)
     addresses = [t.data_ptr() for t in (*bound.inputs.values(), *bound.outputs.values())]
     for value in (1.0, 3.0):
         bound.inputs["hidden_states"].fill_(value)
@@ -154,7 +155,7 @@ def test_a_bound_waits_before_it_goes(built: Built) -> None:
 
 def test_an_input_that_the_model_does_not_use(built: Built) -> None:
     built.replan("transformer", without=("guidance",))
-    bound = built.open().transformer.bind(TRANSFORMER)
+    bound = built.open().network.bind(TRANSFORMER)
     bound.inputs["guidance"].fill_(1000.0)
     bound.run()
     assert torch.all(bound.outputs["velocity"] == 0)
@@ -347,7 +348,7 @@ def test_a_real_graph(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for entry in made.artifact.manifest["components"].values():
         entry["engines"] = {architecture: entry["engines"]["sm90"]}
     components = made.open()
-    bounds = [components.transformer.bind(TRANSFORMER), components.vae_decoder.bind({"latents": (1, 16, 8, 16)})]
+    bounds = [components.network.bind(TRANSFORMER), components.vae_decoder.bind({"latents": (1, 16, 8, 16)})]
     executed = len(made.trace.named("execute"))
     for value, stream in ((1.0, torch.cuda.default_stream()), (3.0, torch.cuda.Stream())):
         with torch.cuda.stream(stream):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxserve import __version__, process
-from fluxserve.engines.torch_eager import architectures
 from fluxserve.errors import ExportError
+from fluxserve.families import registry
 from fluxserve.folders.artifact import (
     ANYWHERE,
     CHECKPOINT,
@@ -115,7 +115,7 @@ def _component(stages: Stages, name: str, numerics: Result, partial: Path) -> di
 
 def _of_checkpoint(stages: Stages, name: str) -> dict[str, Any]:
     """The entry of a component whose engine reads the checkpoint's own weights."""
-    file = f"{CHECKPOINT}/{architectures(stages.checkpoint.spec)[name].folder}/config.json"
+    file = f"{CHECKPOINT}/{registry.architectures(stages.checkpoint.spec)[name].folder}/config.json"
     return {
         "precision": stages.options.precision_of(name),
         "compute_dtype": str(stages.options.dtype).removeprefix("torch."),
@@ -127,7 +127,7 @@ def _of_checkpoint(stages: Stages, name: str) -> dict[str, Any]:
 
 def _link_weights(checkpoint: Checkpoint, target: Path) -> None:
     """The checkpoint's weights beside their configurations; the same files, if they are on the same file system."""
-    for folder in sorted({architecture.folder for architecture in architectures(checkpoint.spec).values()}):
+    for folder in sorted({architecture.folder for architecture in registry.architectures(checkpoint.spec).values()}):
         weights = checkpoint.weights(folder).set
         if weights.index is not None:
             shutil.copy(weights.index, target / folder / weights.index.name)

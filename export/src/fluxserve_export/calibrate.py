@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from fluxserve.errors import ExportError
+from fluxserve.families import registry
 from fluxserve.folders.artifact import Scales
-from fluxserve.job import plan
 from fluxserve.media.images import write_image
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import DEFAULT_QUALITY, parse
+from fluxserve.request import DEFAULT_QUALITY
 from fluxserve.text import Tokenizers
 from fluxserve_export.fp8 import ATTENTION, KEPT, attention_modules, quantised_linears, root_scale, watched_attention
 
@@ -201,7 +201,7 @@ def calibrate(
 
 def _draw(pipeline: Pipeline, tokenizers: Tokenizers, fields: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
     """What a caller would get, uint8 [height, width, 3]."""
-    (drawing,) = pipeline.draw([plan(parse(fields, pipeline.spec), pipeline.spec, tokenizers)])
+    (drawing,) = pipeline.draw([registry.plan(fields, pipeline.spec, tokenizers)])
     assert drawing is not None, "nobody can cancel it"
     image: npt.NDArray[np.uint8] = drawing.images[0]
     return image

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxserve.errors import ArtifactUnsuited, DeviceUnsuited, ExportError, FluxserveError, LibraryMissing
-from fluxserve.spec import FAMILY
+from fluxserve.families.flux.models import MEMBERS
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve_export import console
 from fluxserve_export.fp8 import KEPT
 from fluxserve_export.options import (
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from fluxserve_export.stages import Stages
 
 STAGES = ("onnx", "quantize", "build", "verify")
-_NAMES = tuple(dict.fromkeys(name for spec in FAMILY for name in spec.components))
+_NAMES = tuple(dict.fromkeys(name for spec in MEMBERS for name in spec.components))
 _PROMPTS = Path(__file__).parent / "prompts.txt"
 _EPILOG = """\
 examples:
@@ -219,7 +220,7 @@ def _stages(options: argparse.Namespace, stage: str) -> "Stages":
     from fluxserve_export.work import Work
 
     folder = checkpoint.read(options.checkpoint)
-    usual = default_sizes(folder.spec)
+    usual = default_sizes(FluxSpec.of(folder.spec))
     opt = options.opt_size or usual.opt_size
     sizes = Sizes(options.min_size or usual.min_size, opt, options.max_size or opt, options.max_batch)
     if not options.gate > 0:
@@ -248,7 +249,7 @@ def _stages(options: argparse.Namespace, stage: str) -> "Stages":
         not options.no_numerics,
         options.gate,
     )
-    wanted.check(folder.spec)  # before anything is made
+    wanted.check(FluxSpec.of(folder.spec))  # before anything is made
     if not stage:
         refuse_foreign(options.out, folder.spec.name)
     out = options.out.resolve()

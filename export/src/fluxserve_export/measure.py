@@ -29,8 +29,9 @@ from fluxserve.engines.fused.blocks import DoubleBlock, SingleBlock
 from fluxserve.engines.fused.build import FP8, Build
 from fluxserve.engines.fused.probe import Image, Kept, Probe
 from fluxserve.engines.fused.weights import Reader
-from fluxserve.engines.torch_eager import architectures
 from fluxserve.errors import ExportError
+from fluxserve.families import registry
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.artifact import Scales
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.folders.weights import Weights
@@ -97,9 +98,9 @@ def measure(
     Raises:
         CheckpointError, ArtifactError: weights or scales are of another model.
     """
-    weights, place = checkpoint.weights(architectures(checkpoint.spec)[COMPONENT].folder), torch.device(device)
+    weights, place = checkpoint.weights(registry.architectures(checkpoint.spec)[COMPONENT].folder), torch.device(device)
     build = Build.of(weights, place, FP8, run)
-    probe, reference = Probe(checkpoint.spec, build, scales), _Reference(checkpoint, weights, place)
+    probe, reference = Probe(FluxSpec.of(checkpoint.spec), build, scales), _Reference(checkpoint, weights, place)
     found: list[Measured] = []
     for given in inputs:
         judge, total = _Judge(probe, probe.images(given)), len(reference.blocks) * len(inputs)
@@ -195,7 +196,7 @@ class _Reference:
     """
 
     def __init__(self, checkpoint: Checkpoint, weights: Weights, device: torch.device) -> None:
-        architecture = architectures(checkpoint.spec)[COMPONENT]
+        architecture = registry.architectures(checkpoint.spec)[COMPONENT]
         cls: Any = architecture.module
         with init_empty_weights(include_buffers=False):
             self._module: nn.Module = cls.from_config(cls.load_config(str(weights.folder)))

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fluxserve.engines import signatures
-from fluxserve.engines.signatures import MAX_ROWS
 from fluxserve.errors import ExportError
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.parts import PATCH, FluxSpec
+from fluxserve.families.flux.signatures import MAX_ROWS
 from fluxserve.folders.artifact import Range
-from fluxserve.spec import PATCH, ModelSpec
 from fluxserve_export.fp8 import ATTENTION, KEPT
 
 ONNXRUNTIME, TENSORRT, TENSORRT_RTX, FUSED = "onnxruntime", "tensorrt", "tensorrt-rtx", "fused"
@@ -50,7 +50,7 @@ class Sizes:
     max_size: Size
     max_batch: int = 1
 
-    def check(self, spec: ModelSpec) -> None:
+    def check(self, spec: FluxSpec) -> None:
         """Raises ExportError, which names the size, what came and what the model allows."""
         limits, step = spec.limits, spec.size_multiple
         for name in ("min_size", "opt_size", "max_size"):
@@ -68,7 +68,7 @@ class Sizes:
             raise ExportError(f"max_batch: got {self.max_batch}; expected 1 to {MAX_ROWS}")
 
 
-def default_sizes(spec: ModelSpec) -> Sizes:
+def default_sizes(spec: FluxSpec) -> Sizes:
     """From the model's smallest picture to its default size, where it is fastest."""
     side = spec.defaults.side
     return Sizes((spec.limits.min_side,) * 2, (side, side), (side, side))
@@ -108,7 +108,7 @@ class Options:
             return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
         return self.precision
 
-    def check(self, spec: ModelSpec) -> None:
+    def check(self, spec: FluxSpec) -> None:
         """Raises ExportError."""
         missing = [name for name in spec.components if name in _NOT_FUSED]
         if missing:
@@ -128,7 +128,7 @@ class Options:
             raise ExportError(f"sm: got {', '.join(self.architectures)}; ONNX Runtime's files are for any machine")
 
 
-def ranges(component: str, spec: ModelSpec, sizes: Sizes) -> dict[str, Range]:
+def ranges(component: str, spec: FluxSpec, sizes: Sizes) -> dict[str, Range]:
     """The varying dimensions of a component's signature: least, typical, most.
 
     Text is always padded to its full length, so that its dimension does not vary. References add to the tokens, and

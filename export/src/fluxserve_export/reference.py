@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from fluxserve.engine import Bound, Components, Engine, Shapes, Signature
 from fluxserve.errors import ExportError
+from fluxserve.families import registry
 from fluxserve.folders.artifact import Scales
-from fluxserve.job import Job, plan
+from fluxserve.job import Job
 from fluxserve.media.images import write_image
 from fluxserve.pipeline import Pipeline
-from fluxserve.request import DEFAULT_QUALITY, parse
+from fluxserve.request import DEFAULT_QUALITY
 from fluxserve.spec import ModelSpec
 from fluxserve.text import Tokenizers
 from fluxserve_export.fp8 import simulated
@@ -82,7 +83,7 @@ class Asked:
         if self.edits or self.strength is not None:
             assert first is not None
             fields["image"] = [write_image(first, "png", DEFAULT_QUALITY)]
-        return plan(parse({**fields, "prompt": self.prompt.encode()}, spec), spec, tokenizers)
+        return registry.plan({**fields, "prompt": self.prompt.encode()}, spec, tokenizers)
 
 
 def pictures(spec: ModelSpec, sizes: Sizes, prompts: Sequence[str], steps: int, seed: int) -> list[Asked]:
@@ -158,12 +159,12 @@ def record(
     """Draw with the reference's components; their calls and the images."""
     steps = asked[0].num_inference_steps
     calls = {"transformer": (0, steps // 2, steps - 1, steps)}  # the last: the first step of the second picture
-    noted = {name: Noted(engine, calls.get(name, (0, 1))) for name, engine in components.by_name().items()}
+    noted = {name: Noted(engine, calls.get(name, (0, 1))) for name, engine in components.by_name.items()}
     rows = rows_of(asked)
-    images = draw(asked, Pipeline(spec, Components.of(noted), device, rows), tokenizers)
+    images = draw(asked, Pipeline(spec, Components(noted), device, rows), tokenizers)
     for name in (*components.text, "vae_encoder"):  # the pipeline calls these for one row at a time
         if rows > 1:
-            noted[name].cases.append(_together(components.by_name()[name], noted[name].cases, rows))
+            noted[name].cases.append(_together(components.by_name[name], noted[name].cases, rows))
     return {name: engine.cases for name, engine in noted.items()}, images
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from fluxserve.engine import Components
-from fluxserve.engines import signatures, tensorrt_library, torch_eager
+from fluxserve.engines import tensorrt_library, torch_eager
 from fluxserve.engines.tensorrt import Cuda
-from fluxserve.engines.torch_eager import architectures
 from fluxserve.errors import ExportError
+from fluxserve.families import registry
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.artifact import ANYWHERE, SCALES, Range, Scales
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.pipeline import Pipeline
@@ -82,7 +83,7 @@ class Stages:
     def __init__(
         self, checkpoint: Checkpoint, options: Options, calibration: calibrate.Calibration, work: Work
     ) -> None:
-        options.check(checkpoint.spec)
+        options.check(FluxSpec.of(checkpoint.spec))
         self.checkpoint, self.options, self.calibration, self.work = checkpoint, options, calibration, work
 
     def check_engine(self) -> None:
@@ -116,10 +117,10 @@ class Stages:
         return {"python": platform.python_version(), **found}
 
     def ranges(self, component: str) -> dict[str, Range]:
-        return ranges(component, self.checkpoint.spec, self.options.sizes)
+        return ranges(component, FluxSpec.of(self.checkpoint.spec), self.options.sizes)
 
     def _weights(self, components: Iterable[str]) -> dict[str, str]:
-        found = architectures(self.checkpoint.spec)
+        found = registry.architectures(self.checkpoint.spec)
         folders = tuple(f"{found[name].folder}/" for name in components)
         return {name: digest for name, digest in self.hashes.items() if name.startswith(folders)}
 
@@ -157,10 +158,10 @@ class Stages:
         def make(folder: Path, line: Line) -> dict[str, Any]:
             line.say("loading")
             spec, modules = self.checkpoint.spec, self._modules(calibrate.dtype_on(asked.device))
-            engines = self._components(modules).by_name()
+            engines = dict(self._components(modules).by_name)
             wanted = calls_to_keep(asked.steps, spec.takes_references)
             engines["transformer"] = noted = reference.Noted(engines["transformer"], wanted)
-            pipeline = Pipeline(spec, Components.of(engines), asked.device)
+            pipeline = Pipeline(spec, Components(engines), asked.device)
             found = calibrate.calibrate(
                 pipeline, Tokenizers(self.checkpoint), modules, asked, self.options.sizes.opt_size, line.progress
             )
@@ -253,7 +254,7 @@ class Stages:
     def numerics(self, component: str) -> Result:
         """The ONNX file through ONNX Runtime against the reference's calls, which have two shapes."""
         graph, kept = self.graph(component), self.reference()
-        signature = signatures.BY_COMPONENT[component](self.checkpoint.spec)
+        signature = registry.of(self.checkpoint.spec).signatures(self.checkpoint.spec)[component]
         needed, free = numerics.memory_needed(graph.path / ONNX), numerics.memory_free()
         fits = needed < free
 
@@ -287,7 +288,7 @@ class Stages:
         """The component's plan for one GPU architecture; its graph is checked first."""
         self.numerics(component)
         graph, shapes = self.graph(component), self.ranges(component)
-        signature = signatures.BY_COMPONENT[component](self.checkpoint.spec)
+        signature = registry.of(self.checkpoint.spec).signatures(self.checkpoint.spec)[component]
         points = [signature.at(profile(shapes, which)) for which in range(3)]
         inputs = {t.name: (points[0][t.name], points[1][t.name], points[2][t.name]) for t in signature.inputs}
         attention = (
@@ -351,8 +352,9 @@ class Stages:
                 del modules, components
                 modules = self._modules(self.options.dtype)
             with reference.in_precision(modules, scales, centred=self.options.engine == FUSED):
-                for name, each in architectures(spec).items():
-                    signature, wrapper = signatures.BY_COMPONENT[name](spec), each.wrapper(modules[name])
+                signatures = registry.of(spec).signatures(spec)
+                for name, each in registry.architectures(spec).items():
+                    signature, wrapper = signatures[name], each.wrapper(modules[name])
                     reference.measure_plain(name, signature, wrapper, cases[name])
                 pipeline = self._pipeline(modules, reference.rows_of(asked))
                 plain = reference.draw(asked, pipeline, tokenizers, images[0])

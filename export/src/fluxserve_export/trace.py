@@ -23,10 +23,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fluxserve.engine import FLOATING, Dim, TensorSpec
-from fluxserve.engines import signatures
 from fluxserve.engines.finite import extremes, refuse_infinite
-from fluxserve.engines.torch_eager import architectures, hollow_module, load_module
+from fluxserve.engines.torch_eager import hollow_module, load_module
 from fluxserve.errors import ExportError
+from fluxserve.families import registry
 from fluxserve.folders.artifact import Range
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.folders.weights import Stored, Weights
@@ -60,9 +60,9 @@ def trace(
     Returns:
         a model whose large initialisers are lazy; `save` writes it.
     """
-    signature = signatures.BY_COMPONENT[component](checkpoint.spec)
+    signature = registry.of(checkpoint.spec).signatures(checkpoint.spec)[component]
     with _weights_of(checkpoint, component, dtype) as (module, weights):
-        wrapper = architectures(checkpoint.spec)[component].wrapper(module).eval().requires_grad_(False)
+        wrapper = registry.architectures(checkpoint.spec)[component].wrapper(module).eval().requires_grad_(False)
         at = signature.at(example(shapes))
         program = torch.onnx.export(
             wrapper,
@@ -110,7 +110,7 @@ def _weights_of(
     if component in _LOADED:
         yield load_module(checkpoint, component, "cpu", dtype), {}
         return
-    architecture = architectures(checkpoint.spec)[component]
+    architecture = registry.architectures(checkpoint.spec)[component]
     module = _hollow(checkpoint, component, dtype)
     yield module, dict(_lazy_parameters(module, checkpoint.weights(architecture.folder)))
 

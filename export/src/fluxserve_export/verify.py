@@ -36,7 +36,7 @@ def verify(artifact: Artifact, device: str) -> dict[str, Any]:
     try:
         files = _files(artifact)
         rows = []
-        for name, engine in components.by_name().items():
+        for name, engine in components.by_name.items():
             cases = reference.load_cases(files[name])
             results = [reference.call(engine, case.inputs) for case in cases]
             rows += [{"component": name, **row} for row in reference.compare(cases, results)]
@@ -58,7 +58,7 @@ def verify(artifact: Artifact, device: str) -> dict[str, Any]:
 
 def _saturated(components: Components) -> dict[str, list[int]] | None:
     """Values that were too large for a static scale: block → of attention, of the hidden layer. None: nobody counts."""
-    engine = components.transformer
+    engine = components.network
     return {name: list(pair) for name, pair in engine.saturated().items()} if isinstance(engine, Saturating) else None
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from fluxserve.engines.fused.build import Build, Precision
 from fluxserve.engines.fused.scales import BlockScales, of_block
 from fluxserve.engines.fused.weights import Reader
+from fluxserve.families.flux.parts import TransformerSpec
 from fluxserve.kernels.gemm.layers import Centre, Heads, Linear, Watched, in_halves, in_turns
 from fluxserve.kernels.operations import Operations, as_they_are
-from fluxserve.spec import TransformerSpec
 
 Arrange = Callable[[Linear], Linear]
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from fluxserve.engine import Shapes
-from fluxserve.engines import signatures
 from fluxserve.engines.fused.build import Build, Dense
 from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.errors import UnsupportedArchitecture
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.checkpoint import Checkpoint
 
 FOLDER = "text_encoder"
@@ -62,7 +63,7 @@ class FusedClip:
         config: dict[str, Any] = {**usual, **checkpoint.config(FOLDER)}
         if config["hidden_act"] != _QUICK_GELU:
             raise UnsupportedArchitecture(f"{FOLDER}/config.json: hidden_act", config["hidden_act"], _QUICK_GELU)
-        self.signature = signatures.clip(checkpoint.spec)
+        self.signature = signatures.clip(FluxSpec.of(checkpoint.spec))
         read = build.read
         self._words, self._positions = (
             read.shaped(f"embeddings.{part}_embedding.weight", config[rows], config["hidden_size"]).to(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fluxserve.engines.fused.weights import Reader
+from fluxserve.families.flux.parts import PATCH, FluxSpec
 from fluxserve.folders.checkpoint import Checkpoint
-from fluxserve.spec import PATCH
 
 _USED = True
 """Quant convolutions are there where a configuration does not say: the default of diffusers' classes."""
@@ -57,9 +57,10 @@ class Statistics:
 
 def statistics(read: Reader, checkpoint: Checkpoint) -> Statistics | None:
     """Of FLUX.2; None of FLUX.1, whose loop scales by two constants. Raises CheckpointError."""
-    if checkpoint.spec.transformer.generation == 1:
+    spec = FluxSpec.of(checkpoint.spec)
+    if spec.transformer.generation == 1:
         return None
-    channels = checkpoint.spec.vae.latent_channels
+    channels = spec.vae.latent_channels
     mean, variance = (
         read.shaped(f"bn.running_{part}", channels * PATCH * PATCH).float().view(channels, PATCH, PATCH)
         for part in ("mean", "var")

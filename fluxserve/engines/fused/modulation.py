@@ -15,9 +15,9 @@ from torch import Tensor
 from fluxserve.engines.fused.blocks import DoubleBlock, SingleBlock
 from fluxserve.engines.fused.build import Build, Dense
 from fluxserve.engines.fused.weights import Reader
+from fluxserve.families.flux.parts import TransformerSpec
 from fluxserve.kernels.gemm.adaln import quantise_channels
 from fluxserve.kernels.operations import Operations
-from fluxserve.spec import TransformerSpec
 
 AHEAD = 32
 """Rows whose modulation is held at once: 4 MB each for FLUX.1."""

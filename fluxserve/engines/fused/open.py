@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from fluxserve.engine import Components, Engine
-from fluxserve.engines import signatures
 from fluxserve.errors import DeviceUnsuited, EngineError, LibraryMissing, OutOfMemory, SettingsError
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.artifact import CHECKPOINT, Artifact, Scales
 from fluxserve.folders.checkpoint import Checkpoint
-from fluxserve.spec import ModelSpec
 
 try:
     from fluxserve.engines.fused import headroom, vae
@@ -64,8 +64,8 @@ def open_artifact(artifact: Artifact, device: str) -> Components:
 
 def _served(components: Components) -> Components:
     """Once nothing can fail any more."""
-    assert isinstance(components.transformer, FusedTransformer)
-    components.transformer.prepare_sizes()
+    assert isinstance(components.network, FusedTransformer)
+    components.network.prepare_sizes()
     return components
 
 
@@ -81,7 +81,7 @@ def assemble(
         CheckpointError, ArtifactError, OutOfMemory.
         EngineError: a model whose text encoder the engine does not have.
     """
-    _check_encoders(checkpoint.spec)
+    _check_encoders(FluxSpec.of(checkpoint.spec))
     try:
         return _load(checkpoint, device, precision, ranges, kernels)
     except torch.OutOfMemoryError as error:
@@ -94,10 +94,10 @@ def check(checkpoint: Checkpoint, device: str, dtype: str) -> None:
     if dtype not in ("auto", "bfloat16"):
         raise SettingsError("dtype", dtype, "auto or bfloat16 with the fused engine; FP8 comes with an artifact")
     usable(device)
-    _check_encoders(checkpoint.spec)
+    _check_encoders(FluxSpec.of(checkpoint.spec))
 
 
-def _check_encoders(spec: ModelSpec) -> None:
+def _check_encoders(spec: FluxSpec) -> None:
     for encoder in spec.text.encoders:
         if encoder.name not in _ENCODERS:
             known = ", ".join(_ENCODERS)
@@ -117,17 +117,20 @@ def _weights_gb(checkpoint: Checkpoint, precision: Precision) -> float:
 def _load(
     checkpoint: Checkpoint, device: torch.device, precision: Precision, ranges: Scales | None, kernels: Operations
 ) -> Components:
-    spec, signature = checkpoint.spec, signatures.transformer(checkpoint.spec)
+    spec = FluxSpec.of(checkpoint.spec)
+    signature = signatures.transformer(spec)
     most = (signature.most("image_tokens"), signature.most("text_tokens"), _ROWS)
 
     def build(folder: str) -> Build:
         return Build.of(checkpoint.weights(folder), device, precision, kernels)
 
     components = Components(
-        transformer=FusedTransformer(spec, replace(build("transformer"), ranges=ranges), most),
-        text={e.name: _ENCODERS[e.name](checkpoint, build(e.folder)) for e in reversed(spec.text.encoders)},
-        vae_decoder=vae.decoder(checkpoint, build(vae.FOLDER)),
-        vae_encoder=vae.encoder(checkpoint, build(vae.FOLDER)),
+        {
+            "transformer": FusedTransformer(spec, replace(build("transformer"), ranges=ranges), most),
+            **{e.name: _ENCODERS[e.name](checkpoint, build(e.folder)) for e in reversed(spec.text.encoders)},
+            "vae_decoder": vae.decoder(checkpoint, build(vae.FOLDER)),
+            "vae_encoder": vae.encoder(checkpoint, build(vae.FOLDER)),
+        }
     )
     if device.type == "cuda":
         torch.cuda.empty_cache()  # a GiB that weights passed through before they were quantised

@@ -16,10 +16,10 @@ from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Rows, SingleBlo
 from fluxserve.engines.fused.build import FP8, Build
 from fluxserve.engines.fused.modulation import Modulation, width
 from fluxserve.engines.fused.transformer import write_rope
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.artifact import Scales
 from fluxserve.kernels.attention.fused import padded
 from fluxserve.kernels.fp8 import E4M3
-from fluxserve.spec import ModelSpec
 
 HOPPER = (9, 0)
 """The compute capability that the kernels are written for."""
@@ -65,7 +65,7 @@ class Probe:
         scales: the transformer's; what they keep is not regarded.
     """
 
-    def __init__(self, spec: ModelSpec, build: Build, scales: Scales) -> None:
+    def __init__(self, spec: FluxSpec, build: Build, scales: Scales) -> None:
         self._spec, self._build, self._device, self._scales = spec.transformer, build, build.device, scales
         self._modulation = Modulation(build, self._spec)
 

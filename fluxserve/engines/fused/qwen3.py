@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fluxserve.engine import Shapes
-from fluxserve.engines import signatures
 from fluxserve.engines.fused.build import Build
 from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.errors import UnsupportedArchitecture
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.checkpoint import Checkpoint
 
 _NAME = "qwen3"
@@ -102,7 +103,7 @@ class FusedQwen3:
         config = checkpoint.config(encoder.folder)
         self.shape, self.precision = _Shape.of(encoder.folder, config), build.precision
         self.kernels = build.kernels
-        self.signature, self.taken = signatures.language_model(checkpoint.spec), encoder.layers
+        self.signature, self.taken = signatures.language_model(FluxSpec.of(checkpoint.spec)), encoder.layers
         read = build.read
         words = read.shaped("embed_tokens.weight", self.shape.words, self.shape.width)
         self.embedding = words.to(self.precision.compute)

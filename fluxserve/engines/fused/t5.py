@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fluxserve.engine import Shapes
-from fluxserve.engines import signatures
 from fluxserve.engines.fused.build import Build
 from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.errors import UnsupportedArchitecture
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.checkpoint import Checkpoint
 
 FOLDER = "text_encoder_2"
@@ -70,7 +71,7 @@ class FusedT5:
 
     def __init__(self, checkpoint: Checkpoint, build: Build) -> None:
         self.shape, self.precision, self.kernels = _Shape.of(checkpoint.config(FOLDER)), build.precision, build.kernels
-        self.signature = signatures.t5(checkpoint.spec)
+        self.signature = signatures.t5(FluxSpec.of(checkpoint.spec))
         read = build.read
         self.embedding = read("shared.weight").to(self.precision.compute)
         width = self.embedding.shape[1]

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from fluxserve.engine import FLOATING, Shapes
-from fluxserve.engines import signatures
 from fluxserve.engines.fused import modulation as modulations
 from fluxserve.engines.fused.arena import Arena, Buffer, Layout, size
 from fluxserve.engines.fused.blocks import Buffers, DoubleBlock, Rows, SingleBlock
 from fluxserve.engines.fused.build import Build, Dense
 from fluxserve.engines.fused.graphs import Replayed
 from fluxserve.engines.fused.modulation import AHEAD, Modulation
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.kernels.attention.fused import attention_ahead, padded
 from fluxserve.kernels.attention.plan_worker import Ahead
-from fluxserve.spec import ModelSpec
 
 KEPT = "kept_"
 """Before the names of buffers of blocks that stay in the compute dtype."""
@@ -35,7 +35,7 @@ class Weights:
         ArtifactError: the scales are of another model.
     """
 
-    def __init__(self, build: Build, spec: ModelSpec) -> None:
+    def __init__(self, build: Build, spec: FluxSpec) -> None:
         shape = spec.transformer
         assert build.precision.quantised == (build.ranges is not None), "ranges are for E4M3, and E4M3 needs them"
         d = shape.hidden_size
@@ -56,7 +56,7 @@ class FusedTransformer:
         most: image tokens with those of references, text tokens and images at once that the arena is sized for.
     """
 
-    def __init__(self, spec: ModelSpec, build: Build, most: tuple[int, int, int]) -> None:
+    def __init__(self, spec: FluxSpec, build: Build, most: tuple[int, int, int]) -> None:
         image, text, rows = most
         ranges = {"rows": (1, rows), "image_tokens": (1, image), "text_tokens": (1, text)}
         self.signature = signatures.transformer(spec).narrowed(ranges)

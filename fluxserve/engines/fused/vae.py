@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn.functional import conv2d, linear
 
 from fluxserve.engine import Shapes, Signature
-from fluxserve.engines import signatures
 from fluxserve.engines.fused import latents
 from fluxserve.engines.fused.build import Build, Dense
 from fluxserve.engines.fused.latents import Pointwise, Squares, Statistics
 from fluxserve.engines.fused.weights import Reader
+from fluxserve.families.flux import signatures
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.checkpoint import Checkpoint
 
 FOLDER = "vae"
@@ -298,7 +299,9 @@ def decoder(checkpoint: Checkpoint, build: Build) -> FusedVae:
     before = latents.before(convolution, latents.statistics(beside, checkpoint), build.precision.compute)
     beside.finish()
     network = _Decoder(_Context(build.below("decoder."), config["norm_num_groups"]), config, before)
-    return FusedVae(signatures.vae_decoder(checkpoint.spec), network, build.precision.compute, build.device)
+    return FusedVae(
+        signatures.vae_decoder(FluxSpec.of(checkpoint.spec)), network, build.precision.compute, build.device
+    )
 
 
 def encoder(checkpoint: Checkpoint, build: Build) -> FusedVae:
@@ -308,7 +311,9 @@ def encoder(checkpoint: Checkpoint, build: Build) -> FusedVae:
     statistics = latents.statistics(beside, checkpoint)
     beside.finish()
     network = _Encoder(_Context(build.below("encoder."), config["norm_num_groups"]), config, then, statistics)
-    return FusedVae(signatures.vae_encoder(checkpoint.spec), network, build.precision.compute, build.device)
+    return FusedVae(
+        signatures.vae_encoder(FluxSpec.of(checkpoint.spec)), network, build.precision.compute, build.device
+    )
 
 
 def peak(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

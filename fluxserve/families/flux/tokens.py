@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fluxserve.spec import PATCH, ScheduleSpec
+from fluxserve.families.flux.parts import PATCH
+from fluxserve.sampling.schedule import ScheduleSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +65,11 @@ def reference_ids(sizes: Sequence[tuple[int, int]], axes: int) -> FloatArray:
     times = (_REFERENCE_TIME * (index + 1) for index in range(len(sizes)))
     ids = [image_ids(height, width, axes, time) for (height, width), time in zip(sizes, times, strict=True)]
     return np.concatenate([np.empty((0, axes), dtype=np.float32), *ids])
+
+
+def joined(places: Sequence[FloatArray]) -> FloatArray:
+    """Return positions of several kinds of tokens, one behind the other."""
+    return np.concatenate(places)
 
 
 def text_ids(tokens: int, axes: int = 3) -> FloatArray:

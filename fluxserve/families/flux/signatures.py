@@ -1,10 +1,10 @@
 """The signature of each component of FLUX: what every engine, whatever it runs on, takes and gives."""
 
+from collections.abc import Mapping
 from math import isqrt
 
 from fluxserve.engine import FLOATING, Dim, Signature, TensorSpec
-from fluxserve.folders.artifact import Component
-from fluxserve.spec import PATCH, ModelSpec
+from fluxserve.families.flux.parts import PATCH, FluxSpec
 
 MAX_ROWS = 64
 _RGB = 3
@@ -14,7 +14,7 @@ def _rows(most: int = MAX_ROWS) -> Dim:
     return Dim("rows", 1, most)
 
 
-def clip(spec: ModelSpec) -> Signature:
+def clip(spec: FluxSpec) -> Signature:
     """Token ids → the pooled embedding, taken at the end-of-text token."""
     tokens, width = Dim("tokens", 1, spec.text.named("clip").tokens), spec.transformer.pooled_projection_dim
     assert width is not None, "a transformer beside CLIP has a pooled projection"
@@ -24,7 +24,7 @@ def clip(spec: ModelSpec) -> Signature:
     )
 
 
-def t5(spec: ModelSpec) -> Signature:
+def t5(spec: FluxSpec) -> Signature:
     """Token ids → the last hidden state of every token."""
     tokens = Dim("tokens", 1, spec.text.named("t5").tokens)
     return Signature(
@@ -33,7 +33,7 @@ def t5(spec: ModelSpec) -> Signature:
     )
 
 
-def language_model(spec: ModelSpec) -> Signature:
+def language_model(spec: FluxSpec) -> Signature:
     """Token ids, and 1 for each that is no padding → the hidden states of every token, padding too, after some layers.
 
     Those of the spec's `layers` are one behind the other.
@@ -48,7 +48,7 @@ def language_model(spec: ModelSpec) -> Signature:
     )
 
 
-def transformer(spec: ModelSpec) -> Signature:
+def transformer(spec: FluxSpec) -> Signature:
     """Packed latents, conditioning, timestep (σ, in 0..1) → velocity; tokens of references are behind the picture's.
 
     FLUX.1 always takes `guidance`, and ignores it if it has no embedding for it; it alone takes a pooled embedding.
@@ -76,7 +76,7 @@ def transformer(spec: ModelSpec) -> Signature:
     )
 
 
-def _sides(spec: ModelSpec, scale: int) -> tuple[Dim, Dim]:
+def _sides(spec: FluxSpec, scale: int) -> tuple[Dim, Dim]:
     """Height and width in units of a latent pixel; a long reference may be longer than any picture."""
     limits, longest = spec.limits, spec.limits.max_side
     if spec.takes_references:
@@ -85,7 +85,7 @@ def _sides(spec: ModelSpec, scale: int) -> tuple[Dim, Dim]:
     return Dim("latent_height", PATCH, most, scale), Dim("latent_width", PATCH, most, scale)
 
 
-def vae_decoder(spec: ModelSpec) -> Signature:
+def vae_decoder(spec: FluxSpec) -> Signature:
     """Latents as the VAE has them (already unscaled) → pixels in −1..1."""
     return Signature(
         inputs=(TensorSpec("latents", FLOATING, (_rows(), spec.vae.latent_channels, *_sides(spec, 1))),),
@@ -93,7 +93,7 @@ def vae_decoder(spec: ModelSpec) -> Signature:
     )
 
 
-def vae_encoder(spec: ModelSpec) -> Signature:
+def vae_encoder(spec: FluxSpec) -> Signature:
     """Pixels in −1..1 → mean and standard deviation of the latents, as the VAE has them."""
     latents = (_rows(), spec.vae.latent_channels, *_sides(spec, 1))
     return Signature(
@@ -111,9 +111,9 @@ BY_COMPONENT = {
     "vae_encoder": vae_encoder,
     "vae_decoder": vae_decoder,
 }
-"""Name of a component → its signature of a ModelSpec, which says what components it has."""
+"""Name of a component → its signature of a FluxSpec, which says what components it has."""
 
 
-def exported(component: Component, spec: ModelSpec) -> Signature:
-    """The signature of an artifact's component: only the shapes that its engine was built for."""
-    return BY_COMPONENT[component.name](spec).narrowed({s: (r[0], r[2]) for s, r in component.shapes.items()})
+def signatures(spec: FluxSpec) -> Mapping[str, Signature]:
+    """Return the signature of every component that a model has."""
+    return {name: BY_COMPONENT[name](spec) for name in spec.components}

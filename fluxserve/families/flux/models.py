@@ -6,16 +6,9 @@ scheduler/scheduler_config.json of FLUX.1-dev and -schnell, FLUX.2-klein and -de
 
 from dataclasses import replace
 
-from fluxserve.spec.parts import (
-    Defaults,
-    EncoderSpec,
-    Limits,
-    ModelSpec,
-    ScheduleSpec,
-    TextSpec,
-    TransformerSpec,
-    VaeSpec,
-)
+from fluxserve.families.flux.parts import FluxSpec, TransformerSpec, VaeSpec
+from fluxserve.sampling.schedule import ScheduleSpec
+from fluxserve.spec import Defaults, EncoderSpec, Limits, TextSpec
 
 _FLUX1 = TransformerSpec(
     num_layers=19,
@@ -37,7 +30,7 @@ def _flux1_text(tokens: int) -> TextSpec:
 
 _FLUX1_LIMITS = Limits(min_side=64, max_side=2048, max_pixels=2048 * 2048)
 
-FLUX1_DEV = ModelSpec(
+FLUX1_DEV = FluxSpec(
     name="flux.1-dev",
     transformer=_FLUX1,
     vae=_FLUX1_VAE,
@@ -46,7 +39,7 @@ FLUX1_DEV = ModelSpec(
     defaults=Defaults(side=1024, num_inference_steps=28, guidance_scale=3.5),
     limits=_FLUX1_LIMITS,
 )
-FLUX1_SCHNELL = ModelSpec(
+FLUX1_SCHNELL = FluxSpec(
     name="flux.1-schnell",
     transformer=replace(_FLUX1, guidance_embeds=False),
     vae=_FLUX1_VAE,
@@ -72,7 +65,7 @@ _KLEIN_4B = TransformerSpec(
 )
 _QWEN3 = EncoderSpec("qwen3", "text_encoder", "tokenizer", tokens=512, vocabulary=151936, layers=(9, 18, 27))
 
-FLUX2_KLEIN_4B = ModelSpec(
+FLUX2_KLEIN_4B = FluxSpec(
     name="flux.2-klein-4b",
     transformer=_KLEIN_4B,
     vae=VaeSpec(latent_channels=32, downscale=8, scaling_factor=1.0, shift_factor=0.0),
@@ -124,7 +117,7 @@ FLUX2_DEV_TURBO = replace(
     defaults=Defaults(side=1024, num_inference_steps=len(_TURBO_SIGMAS), guidance_scale=2.5),
     limits=replace(FLUX2_DEV.limits, max_inference_steps=len(_TURBO_SIGMAS)),
 )
-TINY = ModelSpec(
+TINY = FluxSpec(
     name="tiny",
     transformer=TransformerSpec(
         num_layers=1,
@@ -142,7 +135,7 @@ TINY = ModelSpec(
     limits=Limits(min_side=64, max_side=512, max_pixels=512 * 512),
 )
 
-FAMILY: tuple[ModelSpec, ...] = (
+MEMBERS: tuple[FluxSpec, ...] = (
     FLUX1_DEV,
     FLUX1_SCHNELL,
     FLUX2_KLEIN_4B,

@@ -4,38 +4,13 @@ A list follows from the component's config.json alone, as its class in diffusers
 engines and the exporter hold a folder to it, so that no tensor is dropped or filled in by one of them in silence.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-Shape = tuple[int, ...]
+from fluxserve.folders.tensor_list import Shape, TensorList
+
 Config = Mapping[str, Any]
 _Named = Iterator[tuple[str, Shape]]
-
-
-@dataclass(frozen=True)
-class TensorList:
-    """What one component's files hold.
-
-    Attributes:
-        read: canonical name → shape; every one is needed.
-        spellings: (pattern, replacement) from the names that published files use to the canonical ones.
-        unread: patterns of canonical names that may be there and change nothing.
-    """
-
-    read: Mapping[str, Shape]
-    spellings: tuple[tuple[str, str], ...] = ()
-    unread: tuple[str, ...] = ()
-
-    def canonical(self, name: str) -> str:
-        for pattern, replacement in self.spellings:
-            name = re.sub(pattern, replacement, name, count=1)
-        return name
-
-    def may_hold(self, canonical: str) -> bool:
-        """Whether a tensor that is not read may be there all the same."""
-        return any(re.fullmatch(pattern, canonical) for pattern in self.unread)
 
 
 def tensors(class_name: str, config: Config, layers: int | None = None) -> TensorList:

@@ -1,15 +1,16 @@
-"""The numbers in a diffusers folder → a ModelSpec: which member of the family it is, or what it is nearest to."""
+"""The numbers in a diffusers folder → a FluxSpec: which member of the family it is, or what it is nearest to."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from fluxserve.spec.models import FAMILY, FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV, FLUX2_KLEIN_4B
-from fluxserve.spec.parts import ModelSpec, ScheduleSpec, TransformerSpec, VaeSpec
+from fluxserve.families.flux.models import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV, FLUX2_KLEIN_4B, MEMBERS
+from fluxserve.families.flux.parts import FluxSpec, TransformerSpec, VaeSpec
+from fluxserve.sampling.schedule import ScheduleSpec
 
 
-def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> ModelSpec:
-    """Read a ModelSpec out of a diffusers folder's three config.json files.
+def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> FluxSpec:
+    """Read a FluxSpec out of a diffusers folder's three config.json files.
 
     A fine-tune keeps its base's transformer shape, and with it the base's defaults and limits; the schedule's numbers
     are the folder's own. A shape nobody published gets FLUX.1-dev's or -schnell's defaults, by whether it has a
@@ -23,7 +24,7 @@ def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], schedul
         if scheduler.get(name, neutral) != neutral:
             raise ValueError(f"scheduler {name}: got {scheduler[name]!r}; expected {neutral!r}")
     shape = _transformer(transformer)
-    base = next((m for m in FAMILY if m.transformer == shape), None)
+    base = next((m for m in MEMBERS if m.transformer == shape), None)
     published = base
     if base is None:
         guided, unguided = (FLUX2_DEV, FLUX2_KLEIN_4B) if shape.generation == 2 else (FLUX1_DEV, FLUX1_SCHNELL)
@@ -42,7 +43,7 @@ def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], schedul
     return found
 
 
-def _check_companions(found: ModelSpec, published: ModelSpec) -> None:
+def _check_companions(found: FluxSpec, published: FluxSpec) -> None:
     """A published transformer comes with its own kind of schedule, and a VAE of its latents. Raises ValueError.
 
     Other models' have the same shapes (SD3's VAE in FLUX.1, schnell's transformer with dev's scheduler), and only the
@@ -58,7 +59,7 @@ def _check_companions(found: ModelSpec, published: ModelSpec) -> None:
             raise ValueError(f"{part} {name}: got {got}; expected {expected} {whose}")
 
 
-def as_member(found: ModelSpec, member: ModelSpec) -> ModelSpec:
+def as_member(found: FluxSpec, member: FluxSpec) -> FluxSpec:
     """What a folder holds, taken for a member of the family whose transformer has the same shape.
 
     Defaults, limits and base sigmas are the member's; the VAE's scale and the schedule's shift stay the folder's own.

@@ -1,0 +1,163 @@
+"""FLUX's jobs: what `prepare` lays out, what `generate` checks, and what their arrays are called.
+
+ids.ENCODER     int64 [tokens]          tokens of each text encoder
+mask.ENCODER    int64 [tokens]          0 at padding, of an encoder that is told
+guidance        float32 [1]             distilled guidance
+image           uint8 [height, width, 3]    what is redrawn
+references.N    uint8 [h, w, 3]         what the picture is drawn after, FLUX.2
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fluxserve.errors import InvalidRequest
+from fluxserve.families.flux.parts import FluxSpec
+from fluxserve.families.flux.request import FluxRequest
+from fluxserve.job import Array, Job
+from fluxserve.media.images import Pixels
+from fluxserve.request import Decode, Tokenize, Tokens, numbered
+from fluxserve.sampling import schedule
+from fluxserve.spec import EncoderSpec
+
+IMAGE, REFERENCES, GUIDANCE = "image", "references", "guidance"
+_RGB = 3
+
+
+def ids(encoder: EncoderSpec) -> str:
+    """Return the name of the array of an encoder's tokens."""
+    return f"ids.{encoder.name}"
+
+
+def mask(encoder: EncoderSpec) -> str:
+    """Return the name of the array that says which of an encoder's tokens are no padding."""
+    return f"mask.{encoder.name}"
+
+
+def lay_out(request: FluxRequest, spec: FluxSpec, tokenize: Tokenize, decode: Decode) -> Job:
+    """Lay a request out. Raises InvalidRequest: an image is damaged."""
+    sigmas = schedule.sigmas(
+        request.num_inference_steps, spec.image_tokens(request.height, request.width), spec.schedule
+    )
+    arrays = {**_tokens(tokenize(request.prompt), spec), GUIDANCE: np.array([request.guidance_scale], np.float32)}
+    images = _decoded(request, spec, decode)
+    if request.strength is not None:
+        (arrays[IMAGE],) = images
+        start = schedule.image_to_image_start(request.num_inference_steps, request.strength)
+        sigmas = sigmas[min(start, request.num_inference_steps - 1) :]
+    else:
+        arrays |= {f"{REFERENCES}.{index}": image for index, image in enumerate(images)}
+    return Job(request.height, request.width, request.seeds, sigmas, arrays)
+
+
+def _tokens(words: Mapping[str, Tokens], spec: FluxSpec) -> dict[str, Array]:
+    arrays: dict[str, Array] = {}
+    for encoder in spec.text.encoders:
+        arrays[ids(encoder)] = words[encoder.name].ids
+        if encoder.layers:
+            arrays[mask(encoder)] = words[encoder.name].mask
+    return arrays
+
+
+def _decoded(request: FluxRequest, spec: FluxSpec, decode: Decode) -> tuple[Pixels, ...]:
+    """The images as the model takes them: redrawn in the request's size, or as references in one of their own."""
+    decoded = []
+    for index, image in enumerate(request.images):
+        fit = image.resized(request.height, request.width)
+        if spec.takes_references:
+            fit = image.reference(spec.limits.max_reference_pixels, spec.size_multiple)
+        try:
+            decoded.append(decode(image.data, fit))
+        except InvalidRequest as error:
+            raise numbered(error, index, len(request.images)) from error
+    return tuple(decoded)
+
+
+def nothing(spec: FluxSpec, side: int, image: bool) -> Job:
+    """Return a square job of no words and one step; see families.base."""
+    arrays: dict[str, Array] = {GUIDANCE: np.array([spec.defaults.guidance_scale], np.float32)}
+    for encoder in spec.text.encoders:
+        arrays[ids(encoder)] = np.zeros(encoder.tokens, dtype=np.int64)
+        if encoder.layers:
+            arrays[mask(encoder)] = np.ones(encoder.tokens, dtype=np.int64)
+    if image:
+        name, size = (f"{REFERENCES}.0", spec.limits.min_reference_side) if spec.takes_references else (IMAGE, side)
+        arrays[name] = np.zeros((size, size, _RGB), dtype=np.uint8)
+    return Job(side, side, (0,), np.array([1.0, 0.0], dtype=np.float32), arrays)
+
+
+def check(job: Job, spec: FluxSpec) -> None:
+    """Check what could not be drawn, or would take the GPU's context along.
+
+    Raises:
+        InvalidRequest: names the array, what came and what is allowed.
+    """
+    _check_picture(job, spec)
+    _check_arrays(job, spec)
+    for encoder in spec.text.encoders:
+        _check_tokens(job, encoder)
+    _check_images(job, spec)
+    guidance = float(job[GUIDANCE][0])
+    if not 0 <= guidance <= spec.limits.max_guidance_scale:
+        raise InvalidRequest(GUIDANCE, str(guidance), f"0 to {spec.limits.max_guidance_scale:g}")
+
+
+def _check_picture(job: Job, spec: FluxSpec) -> None:
+    limits, multiple = spec.limits, spec.size_multiple
+    for side in (job.height, job.width):
+        if not limits.min_side <= side <= limits.max_side or side % multiple:
+            allowed = f"sides that are multiples of {multiple} from {limits.min_side} to {limits.max_side}"
+            raise InvalidRequest("size", f"{job.height} x {job.width}", allowed)
+    if job.height * job.width > limits.max_pixels:
+        raise InvalidRequest("size", f"{job.height} x {job.width}", f"at most {limits.max_pixels} pixels")
+    if not 0 < job.steps <= limits.max_inference_steps or not ((job.sigmas >= 0) & (job.sigmas <= 1)).all():
+        allowed = f"2 to {limits.max_inference_steps + 1} numbers from 0 to 1"
+        raise InvalidRequest("sigmas", f"{len(job.sigmas)} numbers", allowed)
+    if not 0 < len(job.seeds) <= limits.max_images or min(job.seeds) < 0:
+        raise InvalidRequest("seeds", f"{len(job.seeds)} seeds", f"1 to {limits.max_images}, none negative")
+
+
+def _check_arrays(job: Job, spec: FluxSpec) -> None:
+    """All that are needed are there, nothing else is, and each has its dtype and rank."""
+    kinds: dict[str, tuple[type, int]] = {GUIDANCE: (np.float32, 1)}
+    for encoder in spec.text.encoders:
+        kinds[ids(encoder)] = (np.int64, 1)
+        if encoder.layers:
+            kinds[mask(encoder)] = (np.int64, 1)
+    if absent := sorted(set(kinds) - set(job.arrays)):
+        raise InvalidRequest("job", f"no {', '.join(absent)}", f"{', '.join(sorted(kinds))} for {spec.name}")
+    kinds |= {IMAGE: (np.uint8, 3)} if not spec.takes_references else {}
+    kinds |= {f"{REFERENCES}.{index}": (np.uint8, 3) for index in range(spec.limits.max_references)}
+    for name, array in job.arrays.items():
+        if name not in kinds:
+            raise InvalidRequest("job", f"an array {name!r}", f"{', '.join(sorted(kinds))} for {spec.name}")
+        dtype, rank = kinds[name]
+        if array.dtype != dtype or array.ndim != rank or not array.size:
+            got = f"{array.dtype} {list(array.shape)}"
+            raise InvalidRequest(name, got, f"{np.dtype(dtype)} of {rank} dimensions, not empty")
+
+
+def _check_tokens(job: Job, encoder: EncoderSpec) -> None:
+    known, tokens = encoder.vocabulary, job[ids(encoder)]
+    if len(tokens) > encoder.tokens or tokens.min() < 0 or tokens.max() >= known:
+        allowed = f"1 to {encoder.tokens} ids from 0 to {known - 1}"
+        raise InvalidRequest(ids(encoder), f"{len(tokens)} ids", allowed)
+    if not encoder.layers:
+        return
+    told = job[mask(encoder)]
+    if len(told) != len(tokens) or not told.any() or not np.isin(told, (0, 1)).all():
+        allowed = f"{len(tokens)} numbers, 0 or 1, not all of them 0"
+        raise InvalidRequest(mask(encoder), f"{len(told)} numbers", allowed)
+
+
+def _check_images(job: Job, spec: FluxSpec) -> None:
+    limits, multiple = spec.limits, spec.size_multiple
+    image = job.get(IMAGE)
+    if image is not None and image.shape != (job.height, job.width, _RGB):
+        raise InvalidRequest(IMAGE, f"{list(image.shape)}", f"{[job.height, job.width, _RGB]}, as the picture")
+    for height, width, channels in (reference.shape for reference in job.numbered(REFERENCES)):
+        unfit = min(height, width) < limits.min_reference_side or height % multiple or width % multiple
+        if unfit or height * width > limits.max_reference_pixels or channels != _RGB:
+            allowed = f"{_RGB} channels, sides that are multiples of {multiple} from {limits.min_reference_side}"
+            allowed += f", at most {limits.max_reference_pixels} pixels"
+            raise InvalidRequest(REFERENCES, f"{height} x {width} x {channels}", allowed)
