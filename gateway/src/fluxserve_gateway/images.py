@@ -14,12 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fluxserve_gateway import answers, bodies, fields
+from fluxserve_gateway import answers, bodies, fields, inputs
 from fluxserve_gateway.access import Access
 from fluxserve_gateway.answers import Echo, Operation
 from fluxserve_gateway.border import Record, error_of, record_of
 from fluxserve_gateway.config import Config
-from fluxserve_gateway.errors import CallerGone, GatewayError, InvalidField, Overloaded, from_client
+from fluxserve_gateway.errors import CallerGone, GatewayError, Overloaded, from_client
 from fluxserve_gateway.fleet import Fleet
 from fluxserve_gateway.keys import Key
 from fluxserve_gateway.leaving import unless_gone
@@ -67,34 +67,29 @@ class Images:
         self._running = 0
 
     async def generations(self, request: Request) -> Response:
-        """`POST /v1/images/generations`."""
+        """Answer `POST /v1/images/generations`."""
         record, key = self._begin(request, "image_generation")
         bodies.media_type(request, _JSON)
-        content = bodies.json_object(await self._bodies.read(request, record.at_end))
+        content = bodies.json_object(await self._bodies.read(request, record.at_end, bodies.MAX_JSON))
         body = fields.parse(fields.Generation, content, text=False)
         return await self._answer(request, key, self._drawing(record, body, "image_generation", ()))
 
     async def edits(self, request: Request) -> Response:
-        """`POST /v1/images/edits`."""
+        """Answer `POST /v1/images/edits`."""
         record, key = self._begin(request, "image_edit")
         kind = bodies.media_type(request, _JSON, _FORM)
-        content = await self._bodies.read(request, record.at_end)
-        body, files, param = await (
-            self._edit_of_json(content) if kind == _JSON else self._edit_of_form(request, content)
-        )
-        pictures = await bodies.pictures(files, param, self._config)
+        body, files, param = await (self._edit_of_json if kind == _JSON else self._edit_of_form)(request, record)
+        pictures = await inputs.pictures(files, param, self._config)
         return await self._answer(request, key, self._drawing(record, body, "image_edit", pictures))
 
-    async def _edit_of_json(self, content: bytes) -> tuple[fields.Edit, list[bytes], str]:
-        given = bodies.json_object(content)
-        if "images" not in given:
-            raise InvalidField("images: got nothing; it is required", param="images", code="missing_required_parameter")
-        files = bodies.referenced(given.pop("images"))
+    async def _edit_of_json(self, request: Request, record: Record) -> tuple[fields.Edit, list[bytes], str]:
+        content = await self._bodies.read(request, record.at_end, self._config.max_body)
+        given, files = await asyncio.to_thread(inputs.edit_of_json, content, self._config.max_images)
         return fields.parse(fields.Edit, given, text=False), files, "images"
 
-    async def _edit_of_form(self, request: Request, content: bytes) -> tuple[fields.Edit, list[bytes], str]:
-        given, files = await bodies.form(request, content, self._config.max_images)
-        return fields.parse(fields.Edit, given, text=True), bodies.uploaded(files), "image"
+    async def _edit_of_form(self, request: Request, record: Record) -> tuple[fields.Edit, list[bytes], str]:
+        given, files = await self._bodies.form(request, record.at_end, self._config.max_images)
+        return fields.parse(fields.Edit, given, text=True), inputs.uploaded(files), "image"
 
     def _begin(self, request: Request, operation: Operation) -> tuple[Record, Key]:
         """Let a request in, before a byte of its body is read."""
@@ -112,7 +107,7 @@ class Images:
         self._running -= 1
 
     def _drawing(
-        self, record: Record, body: fields.Generation, operation: Operation, pictures: tuple[bodies.Picture, ...]
+        self, record: Record, body: fields.Generation, operation: Operation, pictures: tuple[inputs.Picture, ...]
     ) -> Drawing:
         model = record.model = self._fleet.named(body.model)
         record.fields |= {"n": body.count, "size": body.size or "auto", "stream": bool(body.stream)}
