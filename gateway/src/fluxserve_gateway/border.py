@@ -7,8 +7,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ log = logging.getLogger("fluxserve_gateway")
 access = logging.getLogger("fluxserve_gateway.access")
 
 _CALLER_GONE = 499  # what proxies log where nobody was left to answer
+
+_PART = 1 << 18  # bytes that a caller must read within `send_timeout`
 
 _SECURITY = {
     "x-content-type-options": "nosniff",
@@ -111,11 +113,12 @@ class Border:
                 headers["openai-processing-ms"] = str(round(1000 * (time.monotonic() - begun)))
                 for name, value in self._headers.items():
                     headers.setdefault(name, value)
-            try:
-                async with asyncio.timeout(self._send_timeout):
-                    await send(message)
-            except TimeoutError as error:
-                raise CallerGone from error
+            for part in _parts(message):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._send_timeout):
+                        await send(part)
+                    continue
+                raise CallerGone  # not from the TimeoutError: its frames refer to this task, and would hold the answer
 
         try:
             with record.ends:
@@ -148,6 +151,15 @@ class Border:
             **record.fields,
         }
         access.info("%s", json.dumps(line, ensure_ascii=True))
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """Split a large body, because a server waits for its reader only before it takes the next message."""
+    body = message.get("body", b"")
+    last = max(0, len(body) - 1) // _PART * _PART
+    for start in range(0, last, _PART):
+        yield {**message, "body": body[start : start + _PART], "more_body": True}
+    yield {**message, "body": body[last:]} if last else message
 
 
 async def _answer(error: GatewayError, send: Send) -> None:

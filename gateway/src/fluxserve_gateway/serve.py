@@ -6,12 +6,14 @@ import ipaddress
 import json
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 from fluxserve_client import AsyncClient, Tls
 
 from fluxserve_gateway.app import create_app
@@ -85,9 +87,24 @@ def run(fleet: Fleet, config: Config, keys: Keys | None, listening: Listening) -
         raise ValueError(f"no-auth: got host {listening.host}, expected a loopback address, e.g. 127.0.0.1")
     config = replace(config, loopback_only=keys is None, https=listening.certificate is not None)
     log_as_json()
-    server = uvicorn.Server(
+    server = http_server(create_app(fleet, config=config, keys=keys), listening, config.send_timeout)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has drained
+        signal.signal(number, lambda *_: None)
+    server.run()
+
+
+def http_server(app: FastAPI, listening: Listening, send_timeout: float, drain_s: int = _DRAIN_S) -> uvicorn.Server:
+    """Make the HTTP server of a gateway.
+
+    Args:
+        app: the application.
+        listening: the address.
+        send_timeout: seconds after which a connection whose peer reads nothing is ended.
+        drain_s: seconds for which running requests are waited for at the end.
+    """
+    return _Server(
         uvicorn.Config(
-            create_app(fleet, config=config, keys=keys),
+            app,
             host=listening.host,
             port=listening.port,
             ssl_certfile=listening.certificate,
@@ -97,14 +114,27 @@ def run(fleet: Fleet, config: Config, keys: Keys | None, listening: Listening) -
             server_header=False,
             access_log=False,  # `Border` writes ours
             log_config=None,
-            timeout_graceful_shutdown=_DRAIN_S,
+            timeout_graceful_shutdown=drain_s,
             http="h11",
             ws="none",
-        )
+        ),
+        send_timeout,
     )
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has drained
-        signal.signal(number, lambda *_: None)
-    server.run()
+
+
+class _Server(uvicorn.Server):
+    """A server that forgets a caller who reads nothing, with what was to be sent to him."""
+
+    def __init__(self, config: uvicorn.Config, send_timeout: float) -> None:
+        super().__init__(config)
+        self._send_timeout = send_timeout
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in (each for server in self.servers for each in server.sockets):
+            # Accepted connections inherit it. Without it the kernel probes a full window for ever, while the rest of
+            # an answer that the application has handed over stays in this process.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * self._send_timeout))
 
 
 def log_as_json() -> None:
