@@ -16,6 +16,7 @@ from fluxserve_gateway.errors import InvalidField, ModelNotFound, Overloaded, su
 log = logging.getLogger("fluxserve_gateway")
 
 _PROBE_TIMEOUT_S = 2.0
+_MISSES = 3  # probes in a row without an answer, after which a server is not ready
 _FORGET_TIMEOUT_S = 1.0
 
 
@@ -26,7 +27,8 @@ class Server:
         url: its address, for logs and metrics.
         client: the way to it.
         in_flight: requests that this gateway has there now.
-        ready: whether it takes requests, by the last probe or the last failure.
+        ready: whether it takes requests, by the last probes or the last failure.
+        turn: the number of its last request, of all that the fleet has sent.
     """
 
     def __init__(self, url: str, client: AsyncClient) -> None:
@@ -35,17 +37,24 @@ class Server:
         self.in_flight = 0
         self.ready = False
         self.turn = 0
+        self._misses = 0
 
     async def probe(self) -> None:
-        """Ask whether it is ready; no answer in time means no."""
+        """Ask whether it is ready. Only a clear answer counts at once: a late one may be a moment's load."""
         try:
             ready = await self.client.ready(timeout=_PROBE_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 (whatever it is, the next probe must come)
+            self._misses += 1
+            refused = isinstance(error, ConnectionFailed) and surely_not_begun(error)
+            if self.ready and not refused and self._misses < _MISSES:
+                return
             if self.ready:
                 log.warning("server %s is not ready: %s", self.url, error)
-            ready = False
-        if ready and not self.ready:
-            log.info("server %s is ready", self.url)
+            self.ready = False
+            return
+        self._misses = 0
+        if ready != self.ready:
+            log.info("server %s is %s", self.url, "ready" if ready else "not ready")
         self.ready = ready
 
     async def forget(self, request_id: str) -> None:
