@@ -23,7 +23,7 @@ from fluxserve_gateway.cli import main
 from fluxserve_gateway.serve import Listening, fleet_of
 
 from tests.client.fakes import FakeFlux, Wire
-from tests.gateway.serving import wait_for
+from tests.gateway.serving import Gateway, wait_for
 
 COMMAND = (sys.executable, "-m", "fluxserve_gateway")
 
@@ -143,6 +143,18 @@ def test_what_it_does_not_start_with(words: list[str], status: int, said: str) -
     assert (code, out) == (status, "")
     assert said in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_the_authorities_hold_for_a_server_without_a_scheme(
+    fake: FakeFlux, certificate: tuple[Path, Path], bare: bool
+) -> None:
+    with Wire(fake, certificate) as wire:
+        url = wire.url("grpc").removeprefix("grpcs://") if bare else wire.url("http")
+        with Gateway(fleet_of([f"m={url}"], certificate[0])) as gateway:
+            assert gateway.post(json={"prompt": "a"}).status_code == 200
+    with pytest.raises(ValueError, match=r"server-ca: got .* no server behind TLS"):
+        fleet_of(["m=grpc://localhost:1", "m=HTTP://localhost:2"], certificate[0])
 
 
 def test_one_server_of_two_names_is_one() -> None:

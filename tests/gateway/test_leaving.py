@@ -49,7 +49,7 @@ def test_a_cut_socket_stops_the_request(gateway: Gateway, fake: FakeFlux, stream
 
 def test_a_cut_before_the_body_is_there(gateway: Gateway, fake: FakeFlux) -> None:
     with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
-        head = b"POST /v1/images/generations HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         connection.sendall(head + b'content-length: 100\r\n\r\n{"prompt"')
     assert gateway.sdk().images.generate(prompt="a").data  # others are answered, and nothing of it was sent
     assert len(fake.requests) == 1

@@ -32,8 +32,7 @@ class Access:
             Forbidden: there are no keys, and the request is a web page's or was sent to another name.
         """
         if self._keys is None:
-            if self._config.loopback_only:
-                self._check_loopback(request)
+            self._check_loopback(request)
             return _ANYONE
         scheme, _, secret = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secret.strip():

@@ -30,7 +30,7 @@ def create_app(fleet: Fleet, *, config: Config | None = None, keys: Keys | None 
     Args:
         fleet: the servers behind it, closed when the application ends.
         config: its bounds.
-        keys: who may call; None lets everybody who reaches it (see `Config.loopback_only`).
+        keys: who may call; None lets this machine's own programs, by a loopback name, and no web pages.
     """
     config = config or Config()
     metrics = Metrics(fleet)

@@ -41,7 +41,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     defaults, where = Config(), Listening()
     add = parser.add_argument
     add("--server", action="append", default=[], metavar="MODEL=URL", help="a server and its model's name; repeatable")
-    add("--server-ca", type=Path, metavar="PEM", help="the authorities to trust for servers behind TLS")
+    add("--server-ca", type=Path, metavar="PEM", help="trust these authorities; HOST[:PORT] then means TLS")
     add("--host", default=where.host, help="the address to listen on (default: %(default)s)")
     add("--port", type=int, default=where.port, help="the port (default: %(default)s)")
     add("--keys", type=Path, default=_KEYS, metavar="FILE", help="the file of API keys (default: %(default)s)")

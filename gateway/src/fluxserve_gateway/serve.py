@@ -57,23 +57,31 @@ class Listening:
 
 
 def fleet_of(named: Sequence[str], ca: Path | None = None) -> Fleet:
-    """The fleet of "MODEL=URL" pairs; a URL that is there twice is one server.
+    """Make the fleet of "MODEL=URL" pairs; a URL that is there twice is one server.
+
+    Args:
+        named: the pairs.
+        ca: a PEM file of the authorities to trust; a bare HOST[:PORT] is then reached over TLS.
 
     Raises:
-        ValueError: a pair, or an address, that cannot be read.
+        ValueError: a pair, or an address, that cannot be read; a `ca` that no server needs.
         OSError: a certificate that cannot be read.
     """
     servers: dict[str, Server] = {}
     models: dict[str, list[Server]] = {}
+    secured = False
     for pair in named:
         model, equals, url = pair.partition("=")
         if not (model and equals and url):
             raise ValueError(f"server: got {pair!r}, expected MODEL=URL, e.g. flux.1-dev=grpc://localhost:8001")
-        secure = url.startswith(("grpcs://", "https://"))
+        plain = url.lower().startswith(("grpc://", "http://"))
+        secured |= not plain
         if url not in servers:
-            servers[url] = Server(url, AsyncClient(url, tls=Tls(ca=ca) if ca and secure else None))
+            servers[url] = Server(url, AsyncClient(url, tls=Tls(ca=ca) if ca and not plain else None))
         if servers[url] not in models.setdefault(model, []):
             models[model].append(servers[url])
+    if ca and servers and not secured:
+        raise ValueError(f"server-ca: got {ca} and no server behind TLS, expected HOST[:PORT], grpcs:// or https://")
     return Fleet(models)
 
 
@@ -85,7 +93,7 @@ def run(fleet: Fleet, config: Config, keys: Keys | None, listening: Listening) -
     """
     if keys is None and not listening.is_loopback:
         raise ValueError(f"no-auth: got host {listening.host}, expected a loopback address, e.g. 127.0.0.1")
-    config = replace(config, loopback_only=keys is None, https=listening.certificate is not None)
+    config = replace(config, https=listening.certificate is not None)
     log_as_json()
     server = http_server(create_app(fleet, config=config, keys=keys), listening, config.send_timeout)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has drained
