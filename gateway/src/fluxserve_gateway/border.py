@@ -139,7 +139,6 @@ class Border:
     def _log(scope: Scope, record: Record, status: int, seconds: float) -> None:
         client = scope.get("client") or ("", 0)
         line = {
-            "time": round(time.time(), 3),
             "request_id": record.request_id,
             "method": scope["method"],
             "path": scope["path"],
@@ -150,7 +149,7 @@ class Border:
             **({"model": record.model} if record.model else {}),
             **record.fields,
         }
-        access.info("%s", json.dumps(line, ensure_ascii=True))
+        access.info("%(method)s %(path)s %(status)d", line, extra={"fields": line})
 
 
 def _parts(message: Message) -> Iterator[Message]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import json
 import logging
 import signal
 import socket
@@ -17,12 +16,13 @@ from fastapi import FastAPI
 from fluxserve_client import AsyncClient, Tls
 
 from fluxserve_gateway.app import create_app
-from fluxserve_gateway.border import access
 from fluxserve_gateway.config import Config
 from fluxserve_gateway.fleet import Fleet, Server
 from fluxserve_gateway.keys import Keys
+from fluxserve_gateway.log import Lines
 
 _DRAIN_S = 120
+_MAX_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Listening:
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("tls-cert, tls-key: got one of them, expected both or neither")
+        if not 0 <= self.port <= _MAX_PORT:
+            raise ValueError(f"port: got {self.port}; allowed: 0 to {_MAX_PORT}")
         for proxy in self.proxies:
             ipaddress.ip_network(proxy)  # raises ValueError: a name, or "*", is no address
 
@@ -90,15 +92,22 @@ def run(fleet: Fleet, config: Config, keys: Keys | None, listening: Listening) -
 
     Raises:
         ValueError: no keys on an address that other machines reach.
+        OSError: the address is in use, or is not this machine's.
     """
     if keys is None and not listening.is_loopback:
         raise ValueError(f"no-auth: got host {listening.host}, expected a loopback address, e.g. 127.0.0.1")
     config = replace(config, https=listening.certificate is not None)
-    log_as_json()
+    lines = Lines(sys.stdout.fileno())
+    logging.basicConfig(level=logging.INFO, handlers=[lines], force=True)
     server = http_server(create_app(fleet, config=config, keys=keys), listening, config.send_timeout)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has drained
         signal.signal(number, lambda *_: None)
-    server.run()
+    try:
+        server.run()
+    except SystemExit as ended:
+        raise OSError(f"nothing serves {listening.host}, port {listening.port}; the log says why") from ended
+    finally:
+        lines.close()
 
 
 def http_server(app: FastAPI, listening: Listening, send_timeout: float, drain_s: int = _DRAIN_S) -> uvicorn.Server:
@@ -143,25 +152,3 @@ class _Server(uvicorn.Server):
             # Accepted connections inherit it. Without it the kernel probes a full window for ever, while the rest of
             # an answer that the application has handed over stays in this process.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * self._send_timeout))
-
-
-def log_as_json() -> None:
-    """Write every log record as one line of JSON to standard output."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_Json())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    plain = logging.StreamHandler(sys.stdout)  # these lines are JSON already
-    access.handlers, access.propagate = [plain], False
-
-
-class _Json(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line)
