@@ -79,7 +79,7 @@ class Images:
         record, key = self._begin(request, "image_edit")
         kind = bodies.media_type(request, _JSON, _FORM)
         body, files, param = await (self._edit_of_json if kind == _JSON else self._edit_of_form)(request, record)
-        pictures = await inputs.pictures(files, param, self._config)
+        pictures = inputs.pictures(files, param, self._config)
         return await self._answer(request, key, self._drawing(record, body, "image_edit", pictures))
 
     async def _edit_of_json(self, request: Request, record: Record) -> tuple[fields.Edit, list[bytes], str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import io
@@ -12,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
-
 from fluxserve_gateway.bodies import MAX_JSON, json_object
 from fluxserve_gateway.config import Config
 from fluxserve_gateway.errors import InvalidField, TooLarge
+from fluxserve_gateway.headers import size_of
 
-_FORMATS = ("PNG", "JPEG", "WEBP")
 _DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp);base64,", re.IGNORECASE)
 _IN_JSON = re.compile(rb'"image_url"\s*:\s*"data:[^",]{0,64},')
 _ESCAPED = re.compile(rb"\\(?:(/)|u00([0-7][0-9A-Fa-f]))")  # writers of JSON may escape "/", "+" and "="
@@ -120,19 +117,19 @@ def _of_reference(image: object, files: Mapping[str, bytes]) -> bytes:
     return files[data] if data in files else _decoded(data.encode("utf-8", "surrogatepass"))
 
 
-async def pictures(files: Sequence[bytes], param: str, config: Config) -> tuple[Picture, ...]:
+def pictures(files: Sequence[bytes], param: str, config: Config) -> tuple[Picture, ...]:
     """Check number, kind and size in pixels of input images, by their headers; nothing is decoded."""
     if not 1 <= len(files) <= config.max_images:
         got = f"{param}: got {len(files)} images"
         raise InvalidField(f"{got}; allowed: 1 to {config.max_images}", param=param)
-    return tuple([await asyncio.to_thread(_picture, data, param, config.max_image_pixels) for data in files])
+    return tuple(_picture(data, param, config.max_image_pixels) for data in files)
 
 
 def _picture(data: bytes, param: str, most: int) -> Picture:
-    try:
-        width, height = Image.open(io.BytesIO(data), formats=_FORMATS).size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidField(f"{param}: got {len(data)} bytes; allowed: a PNG, JPEG or WebP file", param=param) from error
+    size = size_of(data)
+    if size is None:
+        raise InvalidField(f"{param}: got {len(data)} bytes; allowed: a PNG, JPEG or WebP file", param=param)
+    width, height = size
     if width * height > most:
         raise InvalidField(f"{param}: got {width} x {height} pixels; allowed: at most {most}", param=param)
     return Picture(data, width * height)
