@@ -24,7 +24,7 @@ AtEnd = Callable[[Callable[[], None]], object]
 
 
 class Bodies:
-    """The bytes of bodies that one gateway holds at the same time."""
+    """Reads bodies, and bounds the bytes of all that one gateway holds at the same time."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -106,9 +106,9 @@ class Bodies:
 
 
 def json_object(body: bytes | bytearray) -> dict[str, Any]:
-    """Parse a body that is a JSON object; other JSON, and a body that is none, are refused.
+    """Parse a body that is a JSON object; refuse other JSON, and a body that is none.
 
-    The bound on values comes before the parser: it would stop the event loop while it makes objects of a million.
+    Values are bounded before they are parsed: a million objects would stop the event loop.
     """
     try:
         text = body.decode("utf-8-sig")
@@ -122,7 +122,7 @@ def json_object(body: bytes | bytearray) -> dict[str, Any]:
 
 
 def _check_values(text: str) -> None:
-    """Count the marks of JSON's structure outside of strings: there are at least as many as values, or as levels."""
+    """Refuse too many marks of structure outside of strings; they bound the values and the depth."""
     outside = text.replace("\\\\", "").replace('\\"', "").split('"', 2 * _MAX_VALUES)[::2]
     marks = sum(part.count(mark) for part in outside for mark in "[{,:")
     if marks > _MAX_VALUES:
@@ -141,7 +141,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def media_type(request: Request, *allowed: str) -> str:
-    """The body's media type, one of `allowed`; a body that names none, or another, is refused."""
+    """Return the body's media type, one of `allowed`; refuse a body that names none, or another."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in allowed:
         raise WrongMediaType(f"content-type: got {kind[:60]!r}; allowed: {', '.join(allowed)}")

@@ -1,4 +1,4 @@
-"""The outermost layer of every request: its id, its answer's headers, its errors, its log line, its metrics."""
+"""Wrap every request: give it an id, headers, answers to its errors, a log line and metrics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SECURITY = {
 
 @dataclass
 class Record:
-    """What is known of one request; its log line, in the end.
+    """Collects what is known of one request, for its log line.
 
     Attributes:
         request_id: ours; the servers know the request by it, too.
@@ -59,14 +59,14 @@ class Record:
 
 
 def record_of(request: Request) -> Record:
-    """The record of the request that is being answered."""
+    """Return the record of the request that is being answered."""
     record = request.scope["fluxserve.record"]
     assert isinstance(record, Record)
     return record
 
 
 def error_of(error: Exception, request_id: str) -> GatewayError:
-    """The error to answer; one that nobody foresaw is logged, and its words stay here."""
+    """Return the error to answer. One that nobody foresaw is logged, and the caller learns none of its words."""
     if isinstance(error, GatewayError):
         return error
     log.error("request %s: %s", request_id, error, exc_info=error)
@@ -76,7 +76,7 @@ def error_of(error: Exception, request_id: str) -> GatewayError:
 
 
 class Border:
-    """ASGI middleware around everything else."""
+    """Wraps everything else, as ASGI middleware."""
 
     def __init__(
         self, app: ASGIApp, *, ended: Callable[[Record, float], None], send_timeout: float, https: bool

@@ -1,4 +1,4 @@
-"""The command `fluxserve-gateway`: serve, and the keys."""
+"""Run the command `fluxserve-gateway`: serve, and keep the keys."""
 
 from __future__ import annotations
 

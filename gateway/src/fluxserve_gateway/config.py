@@ -1,4 +1,4 @@
-"""What an operator decides, in one frozen place. `cli` fills it."""
+"""Hold what an operator decides, in one frozen place. `cli` fills it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Config:
-    """Bounds and habits of one gateway. Every bound is enforced while the request arrives, not after.
+    """Bounds a gateway. Every bound on a body is enforced while the body arrives, not after.
 
     Attributes:
-        max_body: bytes of one body.
+        max_body: bytes of one form, or of one JSON body with its data URLs.
         max_bodies: bytes of all bodies that are held at the same time.
         max_requests: pictures' requests at the same time; one more is answered 503.
         max_images: input images of one edit.

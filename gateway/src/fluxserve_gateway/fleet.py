@@ -1,4 +1,4 @@
-"""The servers behind: which model each draws, which are ready, how many requests each has in flight."""
+"""Choose a server for each request: by its model, its readiness and its requests in flight."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FORGET_TIMEOUT_S = 1.0
 
 
 class Server:
-    """One fluxserve server.
+    """Represents one fluxserve server.
 
     Attributes:
         url: its address, for logs and metrics.
@@ -67,7 +67,7 @@ class Fleet:
     """Sends each request to the ready server of its model that has the fewest in flight."""
 
     def __init__(self, models: Mapping[str, Sequence[Server]]) -> None:
-        """`models`: each name that callers may use, and its servers; a server may have several names."""
+        """Serve `models`: each name that callers may use, and its servers. A server may have several names."""
         if not models:
             raise ValueError("server: got none; expected one or more of MODEL=URL")
         self.models = {name: tuple(servers) for name, servers in models.items()}
@@ -76,7 +76,7 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Whether any model can be drawn."""
+        """Tell whether any model can be drawn."""
         return any(server.ready for server in self.servers)
 
     async def probe(self) -> None:
@@ -94,7 +94,7 @@ class Fleet:
         await asyncio.gather(*(server.client.close() for server in self.servers))
 
     def named(self, model: str | None) -> str:
-        """The model to draw with: `model`, or the only one.
+        """Return the model to draw with: `model`, or the only one.
 
         Raises:
             InvalidField: none was named, and several are served.
@@ -155,7 +155,7 @@ class Fleet:
         raise Overloaded(f"model: no server of {model!r} is ready now; try again later", code="model_not_ready")
 
     def _next(self, servers: Iterable[Server], tried: set[Server]) -> Server | None:
-        """The server with the fewest requests in flight; among equals, the one whose last turn is longest ago."""
+        """Choose the server with the fewest requests in flight; among equals, that of the oldest turn."""
         fit = [server for server in servers if server.ready and server not in tried]
         if not fit:
             return None

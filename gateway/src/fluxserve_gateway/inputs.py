@@ -24,14 +24,14 @@ _PIECE = 1 << 20  # of base64, decoded at a time: a multiple of four
 
 @dataclass(frozen=True)
 class Picture:
-    """An input image as it came, and its size in pixels by its header."""
+    """Holds an input image as it came, and its size in pixels by its header."""
 
     data: bytes
     pixels: int
 
 
 def uploaded(files: Sequence[tuple[str, bytes]]) -> list[bytes]:
-    """The files of the parts `image` and `image[]`; any other part with a file is refused by name."""
+    """Return the files of the parts `image` and `image[]`; refuse any other part with a file by name."""
     for name, _ in files:
         if name in ("mask", "markup"):
             message = f"{name}: got a file; allowed: nothing: no server here takes a mask yet"

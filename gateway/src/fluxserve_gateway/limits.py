@@ -1,4 +1,4 @@
-"""What each key has used: requests and pixels in the last minute (token buckets), and requests at the same time.
+"""Count what each key uses: requests and pixels in the last minute (token buckets), and requests at the same time.
 
 Counted in memory, by each gateway for itself: with N gateways behind a balancer a key may use up to N times its limits.
 """
@@ -29,7 +29,7 @@ class Bucket:
         self._at = self.now()
 
     def wait(self, amount: float) -> float:
-        """Seconds until `amount` is there; 0 if it is."""
+        """Return the seconds until `amount` is there; 0 if it is."""
         now = self.now()
         self.level = min(self.per_minute, self.level + (now - self._at) * self.per_minute / _MINUTE_S)
         self._at = now
@@ -48,7 +48,7 @@ class _Usage:
 
 
 class Usage:
-    """The usage of all keys at one gateway."""
+    """Counts the usage of all keys at one gateway."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now

@@ -27,7 +27,7 @@ _MAX_PORT = 65535
 
 @dataclass(frozen=True)
 class Listening:
-    """Where callers reach the gateway.
+    """Says where callers reach the gateway.
 
     Attributes:
         host, port: the address; port 0 takes a free one.
@@ -51,7 +51,7 @@ class Listening:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine's programs reach it."""
+        """Tell whether only this machine's programs reach it."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -140,7 +140,7 @@ def http_server(app: FastAPI, listening: Listening, send_timeout: float, drain_s
 
 
 class _Server(uvicorn.Server):
-    """A server that forgets a caller who reads nothing, with what was to be sent to him."""
+    """Ends the connection of a caller who reads nothing, and so frees the answer that was for him."""
 
     def __init__(self, config: uvicorn.Config, send_timeout: float) -> None:
         super().__init__(config)
