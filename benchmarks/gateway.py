@@ -78,15 +78,28 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _running(port: int, *words: str) -> Iterator[None]:
-    """A process that listens on `port` once this yields."""
+def _running(port: int, *words: str, patience: float = 60.0) -> Iterator[None]:
+    """Run a process that listens on `port` once this yields; it is gone when this ends.
+
+    Raises:
+        RuntimeError: the process ended, or does not listen within `patience` seconds.
+    """
     with subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL) as process:
         try:
-            while process.poll() is None and not _open(port):
+            deadline = time.monotonic() + patience
+            while not _open(port):
+                if process.poll() is not None:
+                    raise RuntimeError(f"{' '.join(words)}: ended with status {process.returncode}")
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{' '.join(words)}: does not listen on port {port} after {patience:g} s")
                 time.sleep(0.05)
             yield
         finally:
             process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _open(port: int) -> bool:

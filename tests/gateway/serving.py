@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -13,10 +12,10 @@ from typing import Any, Self
 
 import httpx2
 import openai
-import uvicorn
 from fluxserve_client import AsyncClient, MockTransport
 from fluxserve_gateway import Config, Fleet, Server, create_app
 from fluxserve_gateway.keys import Keys
+from fluxserve_gateway.serve import Listening, http_server
 from PIL import Image
 
 from tests.client.fakes import FakeFlux
@@ -52,17 +51,14 @@ class Gateway:
 
     def __init__(self, fleet: Fleet, config: Config | None = None, keys: Keys | None = None) -> None:
         self.fleet = fleet
+        config = config or Config()
         app = create_app(fleet, config=config, keys=keys)
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        settings = uvicorn.Config(app, log_config=None, access_log=False, http="h11", timeout_graceful_shutdown=5)
-        self._server = uvicorn.Server(settings)
+        self._server = http_server(app, Listening(port=0), config.send_timeout, drain_s=5)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
-        self._loop.run_until_complete(self._server.serve(sockets=[self._socket]))
+        self._loop.run_until_complete(self._server.serve())
         self._loop.close()
 
     @property
@@ -78,6 +74,8 @@ class Gateway:
     def __enter__(self) -> Self:
         self._thread.start()
         wait_for(lambda: self._server.started)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         return self
 
     def __exit__(
@@ -85,7 +83,6 @@ class Gateway:
     ) -> None:
         self._server.should_exit = True
         self._thread.join(20)
-        self._socket.close()
         assert not self._thread.is_alive()
 
     def sdk(self, **options: Any) -> openai.OpenAI:

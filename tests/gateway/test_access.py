@@ -46,7 +46,7 @@ def guarded(path: Path, fake: FakeFlux) -> Iterator[Guarded]:
 def test_without_a_key_nothing_is_read(guarded: Guarded, fake: FakeFlux) -> None:
     """401 comes before the body: whoever has no key cannot make the gateway hold megabytes."""
     with socket.create_connection(("127.0.0.1", guarded.gateway.port), timeout=5) as connection:
-        head = b"POST /v1/images/generations HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         connection.sendall(head + b"content-length: 1000000\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 401 ")
     for path in ("/v1/models", "/v1/models/tiny", "/metrics"):
@@ -148,7 +148,7 @@ def test_requests_at_a_time(guarded: Guarded, fake: FakeFlux) -> None:
 def test_a_body_that_is_on_its_way_counts_as_a_request(guarded: Guarded) -> None:
     """Or one key could hold all places of the gateway with bodies that never end."""
     _, secret = guarded.keys.create("a", Limits(at_a_time=1))
-    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {secret}"
+    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {secret}"
     client = guarded.gateway.sdk(api_key=secret)
     with socket.create_connection(("127.0.0.1", guarded.gateway.port)) as connection:
         connection.sendall(f"{head}\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{{".encode())
@@ -191,7 +191,7 @@ def test_a_bucket_fills_evenly_and_never_over() -> None:
 )
 def test_without_keys_web_pages_are_kept_out(fake: FakeFlux, headers: dict[str, str], status: int) -> None:
     """A browser lets any page send a form to this machine: it must not draw."""
-    with in_front_of(fake, config=Config(loopback_only=True)) as gateway:
+    with in_front_of(fake) as gateway:
         answer = gateway.post("/v1/images/edits", data={"prompt": "a"}, files={"image": png()}, headers=headers)
         assert answer.status_code == status
         assert len(fake.requests) == (status == 200)
@@ -214,8 +214,8 @@ def test_a_body_is_counted_while_it_arrives(fake: FakeFlux) -> None:
             ("content-length: 100001", b""),
         ):
             with socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as connection:
-                head = f"POST /v1/images/generations HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n{framing}"
-                connection.sendall(head.encode() + b"\r\n\r\n" + body)
+                head = "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json"
+                connection.sendall(f"{head}\r\n{framing}\r\n\r\n".encode() + body)
                 assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
         answer = gateway.post(json={"prompt": "a" * 200_000})
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
@@ -267,7 +267,7 @@ def test_a_body_that_never_comes(fake: FakeFlux) -> None:
         in_front_of(fake, config=Config(body_timeout=0.2)) as gateway,
         socket.create_connection(("127.0.0.1", gateway.port), timeout=5) as connection,
     ):
-        head = b"POST /v1/images/generations HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         connection.sendall(head + b"content-length: 50\r\n\r\n{")
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
 

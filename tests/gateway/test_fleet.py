@@ -10,6 +10,7 @@ import pytest
 from fluxserve_client import AsyncClient
 from fluxserve_client.errors import (
     ConnectionFailed,
+    DeadlineExceeded,
     FluxserveError,
     InvalidRequest,
     QueueFull,
@@ -117,16 +118,37 @@ async def test_a_broken_connection_ends_readiness_until_the_next_probe() -> None
     assert fleet.ready
 
 
+@pytest.mark.parametrize("error", [DeadlineExceeded("late"), BROKEN], ids=repr)
+async def test_one_late_probe_ends_no_readiness(error: FluxserveError) -> None:
+    fleet = fleet_of(FakeFlux())
+    (server,) = fleet.servers
+    answers: list[bool | FluxserveError] = [True, error, error, True, error, error, error, True, False, True, REFUSED]
+
+    async def ready(**_: object) -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, FluxserveError):
+            raise answer
+        return answer
+
+    server.client.ready = ready  # type: ignore[method-assign]
+    seen = []
+    while answers:
+        await fleet.probe()
+        seen.append(server.ready)
+    assert seen == [True, True, True, True, True, True, False, True, False, True, False]
+
+
 async def test_a_probe_that_fails_in_its_own_way_is_followed_by_another() -> None:
     fleet = fleet_of(FakeFlux())
     (server,) = fleet.servers
-    ready, server.client.ready = server.client.ready, _broken  # type: ignore[method-assign]
+    ready = server.client.ready
     watching = asyncio.create_task(fleet.watch(0.01))
-    await asyncio.sleep(0.05)
-    assert not fleet.ready
-    server.client.ready = ready  # type: ignore[method-assign]
-    await asyncio.sleep(0.1)
-    assert fleet.ready
+    server.ready = True
+    for expected, probe in ((False, _broken), (True, ready)):
+        server.client.ready = probe  # type: ignore[method-assign]
+        async with asyncio.timeout(10):
+            while fleet.ready != expected:
+                await asyncio.sleep(0.01)
     watching.cancel()
 
 

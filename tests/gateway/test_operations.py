@@ -12,6 +12,7 @@ import pytest
 import schemathesis
 from fluxserve_client.errors import QueueFull
 from fluxserve_gateway import Config, Fleet
+from fluxserve_gateway.log import JsonLine
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
 from schemathesis.specs.openapi.checks import positive_data_acceptance
@@ -76,7 +77,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[dict[str, Any]]]:
 
     class Reader(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(json.loads(record.getMessage()))
+            found.append(json.loads(JsonLine().format(record)))
 
     access, reader = logging.getLogger("fluxserve_gateway.access"), Reader()
     access.addHandler(reader)

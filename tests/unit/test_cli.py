@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fluxserve_client import errors as client_errors
 
 from fluxserve import __version__
 from fluxserve.cli import main as cli
 from fluxserve.cli.main import console
+from tests.client.fakes import FakeFlux, Wire
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,6 +102,40 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], m
 def test_doctor_asks_a_server_that_runs_already(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--server", "http://127.0.0.1:1"]) == 1
     assert "FAIL  tritonserver: Cannot connect to host 127.0.0.1:1" in capsys.readouterr().out
+
+
+SERVER_ERRORS = [
+    ("INVALID_ARGUMENT", "prompt: got 0 bytes", "InvalidRequest"),
+    ("ALREADY_EXISTS", "request_id: 'a' is in use", "RequestIdInUse"),
+    ("UNAUTHENTICATED", "who are you", "AccessDenied"),
+    ("UNAVAILABLE", "server: it is shutting down", "Unavailable"),
+    ("UNAVAILABLE", "queue: 64 requests are waiting", "QueueFull"),
+    ("CANCELLED", "cancelled at step 3", "Cancelled"),
+    ("DEADLINE_EXCEEDED", "too late", "DeadlineExceeded"),
+    ("INTERNAL", "a fault", "ServerError"),
+]
+
+
+@pytest.mark.usefixtures("_in_a_folder")
+@pytest.mark.parametrize("prompt", ["a fox", ""])
+def test_every_error_of_the_client_is_one_line(prompt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The client's errors have a root of their own, under names that are also ours: none may pass as a traceback."""
+    fake, raised = FakeFlux(), []
+    with Wire(fake) as wire:
+        for status, message, _ in SERVER_ERRORS:
+            fake.error = client_errors.from_status(f"StatusCode.{status}", message)
+            raised.append(type(fake.error).__name__)
+            assert cli.main(["demo", prompt, "--server", wire.url("grpc")]) == 1
+            assert capsys.readouterr().err == f"fluxserve: {message}\n"
+    assert raised == [name for *_, name in SERVER_ERRORS]
+
+
+def test_the_errors_above_are_all_of_the_clients() -> None:
+    """But one: `ConnectionFailed`, for which nothing answers."""
+    named = {name for name, kind in vars(client_errors).items() if isinstance(kind, type)}
+    kinds = {name for name in named if issubclass(getattr(client_errors, name), Exception)}
+    assert kinds - {"FluxserveError", "ConnectionFailed"} == {name for *_, name in SERVER_ERRORS}
+    assert all(issubclass(getattr(client_errors, name), client_errors.FluxserveError) for name in kinds)
 
 
 @pytest.mark.usefixtures("_in_a_folder")

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+_STANDARD_ERROR = 2
 _SPELLED_OUT = {"…": "...", "×": "x", "−": "-", "–": "-", "’": "'"}
 
 
@@ -27,7 +28,13 @@ codecs.register_error("fluxserve-client-spell-out", _spell_out)
 
 
 def prepare() -> None:
-    """Have characters that an encoding lacks spelled out, and a closed stream replaced by one that drops its text."""
+    """Have characters that an encoding lacks spelled out, and a closed stream replaced by one that drops its text.
+
+    The numbers of closed streams are taken, so that no file gets one and is written to by whoever means the stream.
+    """
+    while (taken := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_ERROR:
+        pass
+    os.close(taken)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -7,7 +7,8 @@ text, because of bombs. Here none is unpacked, so that its size doesn't matter.
 import struct
 import zlib
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+from fluxserve.media.png.container import SIGNATURE
+
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _ORIENTED = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:com.adobe.xmp\0")
 """Keywords of texts that may hold an orientation. Pillow reads them, within its own limits."""
@@ -19,9 +20,9 @@ _MAX_PROFILE = 1 << 20
 
 def without_texts(data: bytes) -> bytes:
     """The same file without its texts, and without a colour profile too large for Pillow; other data as it is."""
-    if not data.startswith(_SIGNATURE):
+    if not data.startswith(SIGNATURE):
         return data
-    kept, begin, at = [], 0, len(_SIGNATURE)
+    kept, begin, at = [], 0, len(SIGNATURE)
     while at + _HEAD.size <= len(data):
         length, kind = _HEAD.unpack_from(data, at)
         end = at + _HEAD.size + length + 4  # and the checksum

@@ -1,4 +1,4 @@
-"""OpenAI's images API in front of fluxserve servers, reached by `fluxserve_client` alone."""
+"""Serve OpenAI's images API in front of fluxserve servers, reached by `fluxserve_client` alone."""
 
 from fluxserve_gateway.app import create_app
 from fluxserve_gateway.config import Config

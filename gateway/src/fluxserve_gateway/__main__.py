@@ -1,5 +1,7 @@
 """Let `python -m fluxserve_gateway` be the command `fluxserve-gateway`."""
 
+import sys
+
 from fluxserve_gateway.cli import main
 
-main()
+sys.exit(main())

@@ -1,4 +1,4 @@
-"""Who may call: the holder of a key, or, where there are no keys, this machine's own programs alone."""
+"""Decide who may call: the holder of a key, or, where there are no keys, this machine's own programs alone."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ _ANYONE = Key(id="", name="", created=0, revoked=None, limits=Limits())
 
 
 class Access:
-    """Tells whose request it is."""
+    """Finds the key of a request, or refuses the request."""
 
     def __init__(self, keys: Keys | None, config: Config) -> None:
-        """`keys`: None takes every request that comes from this machine."""
+        """Look keys up in `keys`; None takes every request that comes from this machine."""
         self._keys = keys
         self._config = config
 
     def key_of(self, request: Request) -> Key:
-        """The key of a request.
+        """Find the key of a request.
 
         Raises:
             Unauthorised: it has none, or one that is not known, or was revoked.
             Forbidden: there are no keys, and the request is a web page's or was sent to another name.
         """
         if self._keys is None:
-            if self._config.loopback_only:
-                self._check_loopback(request)
+            self._check_loopback(request)
             return _ANYONE
         scheme, _, secret = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secret.strip():

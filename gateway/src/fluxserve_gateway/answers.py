@@ -1,4 +1,4 @@
-"""Pictures in OpenAI's shapes: one JSON object, or server-sent events."""
+"""Write pictures in OpenAI's shapes: one JSON object, or server-sent events."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fluxserve_client import Progress, Result
 
 from fluxserve_gateway.errors import GatewayError
-
-Operation = Literal["image_generation", "image_edit"]
 
 _PATCH = 16 * 16  # pixels; what the models draw at once, and so the nearest thing to OpenAI's tokens
 _PLACE = b'"b64_json": ""'  # no text can hold these characters once JSON has escaped its quotes
@@ -21,21 +19,21 @@ _PLACE = b'"b64_json": ""'  # no text can hold these characters once JSON has es
 
 @dataclass(frozen=True)
 class Echo:
-    """What an answer repeats of its request.
+    """Holds what an answer repeats of its request.
 
     Attributes:
-        operation: the prefix of its events.
+        operation: the prefix of its events: image_generation or image_edit.
         safety_identifier: as OpenAI echoes it.
         input_pixels: of all input images.
     """
 
-    operation: Operation
+    operation: str
     safety_identifier: str | None
     input_pixels: int
 
 
 def response(result: Result, echo: Echo) -> bytes:
-    """The body that answers a request without `stream`."""
+    """Write the body that answers a request without `stream`."""
     answer = {
         "created": int(time.time()),
         "background": "opaque",
@@ -49,7 +47,7 @@ def response(result: Result, echo: Echo) -> bytes:
 
 
 def completed(result: Result, echo: Echo) -> Iterator[bytes]:
-    """The events that end a stream: one for each picture, in the order of their seeds."""
+    """Write the events that end a stream: one for each picture, in the order of their seeds."""
     for image, seed in zip(result.images, result.seeds, strict=True):
         name = f"{echo.operation}.completed"
         event = {
@@ -67,12 +65,12 @@ def completed(result: Result, echo: Echo) -> Iterator[bytes]:
 
 
 def progressed(progress: Progress) -> bytes:
-    """A comment, which readers of events skip: it tells a person, and a proxy, that the picture is being drawn."""
+    """Write a comment: readers of events skip it, and a proxy sees that the connection is alive."""
     return f": {progress.state} {progress.step}/{progress.steps}\n\n".encode()
 
 
 def failed(error: GatewayError) -> bytes:
-    """The event that ends a stream early: OpenAI's SDK raises where an event's data has an `error`."""
+    """Write the event that ends a stream early: OpenAI's SDK raises where an event's data has an `error`."""
     return _event("error", json.dumps(error.body()).encode())
 
 
@@ -85,7 +83,7 @@ def _size(result: Result) -> str:
 
 
 def _usage(result: Result, echo: Echo, pictures: int) -> dict[str, Any]:
-    """Patches of pixels in the place of tokens; the prompt's are counted nowhere outside the server, so as none."""
+    """Count patches of pixels in the place of tokens, and the prompt's as 0: only the server tokenises."""
     read = echo.input_pixels // _PATCH
     drawn = pictures * result.width * result.height // _PATCH
     return {
@@ -97,7 +95,7 @@ def _usage(result: Result, echo: Echo, pictures: int) -> dict[str, Any]:
 
 
 def _with_pictures(answer: dict[str, Any], images: tuple[bytes, ...]) -> bytes:
-    """The JSON of `answer` with a picture in each empty `b64_json`.
+    """Write the JSON of `answer` with a picture in each empty `b64_json`.
 
     A JSON writer would look through megabytes of base64 for characters to escape, of which it has none.
     """

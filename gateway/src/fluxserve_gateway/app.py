@@ -1,4 +1,4 @@
-"""The application: routes, and what lives as long as it."""
+"""Make the application: its routes, and what is opened and closed with it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def create_app(fleet: Fleet, *, config: Config | None = None, keys: Keys | None 
     Args:
         fleet: the servers behind it, closed when the application ends.
         config: its bounds.
-        keys: who may call; None lets everybody who reaches it (see `Config.loopback_only`).
+        keys: who may call; None lets this machine's own programs, by a loopback name, and no web pages.
     """
     config = config or Config()
     metrics = Metrics(fleet)
@@ -77,7 +77,7 @@ def create_app(fleet: Fleet, *, config: Config | None = None, keys: Keys | None 
 
 
 def _add_routes(app: FastAPI, images: Images) -> None:
-    """The routes read their own bodies: FastAPI would read them whole before a key is looked at."""
+    """Add the routes that draw. They read their own bodies: FastAPI would, before a key is looked at."""
 
     @app.post("/v1/images/generations", openapi_extra=GENERATION, responses=PICTURES)
     async def generations(request: Request) -> Response:
@@ -114,13 +114,13 @@ def _add_operations(app: FastAPI, fleet: Fleet, metrics: Metrics, access: Access
     @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live")
     async def live() -> JSONResponse:
-        """Tell that the gateway runs."""
+        """Report that the gateway runs."""
         return JSONResponse({"live": True})
 
     @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", responses={503: {"description": "no model can be drawn now"}})
     async def ready() -> JSONResponse:
-        """Tell how many servers of each model take requests."""
+        """Report how many servers of each model take requests."""
         models = {
             name: {"servers": len(servers), "ready": sum(server.ready for server in servers)}
             for name, servers in fleet.models.items()
@@ -130,7 +130,7 @@ def _add_operations(app: FastAPI, fleet: Fleet, metrics: Metrics, access: Access
     @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", response_class=PlainTextResponse, responses=refusals(401, 403))
     async def read_metrics(request: Request) -> Response:
-        """Tell Prometheus; with keys, any of them is needed."""
+        """Write the metrics for Prometheus; where there are keys, any of them is needed."""
         access.key_of(request)
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -1,4 +1,4 @@
-"""The outermost layer of every request: its id, its answer's headers, its errors, its log line, its metrics."""
+"""Wrap every request: give it an id, headers, answers to its errors, a log line and metrics."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,8 @@ access = logging.getLogger("fluxserve_gateway.access")
 
 _CALLER_GONE = 499  # what proxies log where nobody was left to answer
 
+_PART = 1 << 18  # bytes that a caller must read within `send_timeout`
+
 _SECURITY = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -34,7 +36,7 @@ _SECURITY = {
 
 @dataclass
 class Record:
-    """What is known of one request; its log line, in the end.
+    """Collects what is known of one request, for its log line.
 
     Attributes:
         request_id: ours; the servers know the request by it, too.
@@ -57,14 +59,14 @@ class Record:
 
 
 def record_of(request: Request) -> Record:
-    """The record of the request that is being answered."""
+    """Return the record of the request that is being answered."""
     record = request.scope["fluxserve.record"]
     assert isinstance(record, Record)
     return record
 
 
 def error_of(error: Exception, request_id: str) -> GatewayError:
-    """The error to answer; one that nobody foresaw is logged, and its words stay here."""
+    """Return the error to answer. One that nobody foresaw is logged, and the caller learns none of its words."""
     if isinstance(error, GatewayError):
         return error
     log.error("request %s: %s", request_id, error, exc_info=error)
@@ -74,7 +76,7 @@ def error_of(error: Exception, request_id: str) -> GatewayError:
 
 
 class Border:
-    """ASGI middleware around everything else."""
+    """Wraps everything else, as ASGI middleware."""
 
     def __init__(
         self, app: ASGIApp, *, ended: Callable[[Record, float], None], send_timeout: float, https: bool
@@ -111,11 +113,12 @@ class Border:
                 headers["openai-processing-ms"] = str(round(1000 * (time.monotonic() - begun)))
                 for name, value in self._headers.items():
                     headers.setdefault(name, value)
-            try:
-                async with asyncio.timeout(self._send_timeout):
-                    await send(message)
-            except TimeoutError as error:
-                raise CallerGone from error
+            for part in _parts(message):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._send_timeout):
+                        await send(part)
+                    continue
+                raise CallerGone  # not from the TimeoutError: its frames refer to this task, and would hold the answer
 
         try:
             with record.ends:
@@ -136,7 +139,6 @@ class Border:
     def _log(scope: Scope, record: Record, status: int, seconds: float) -> None:
         client = scope.get("client") or ("", 0)
         line = {
-            "time": round(time.time(), 3),
             "request_id": record.request_id,
             "method": scope["method"],
             "path": scope["path"],
@@ -147,7 +149,16 @@ class Border:
             **({"model": record.model} if record.model else {}),
             **record.fields,
         }
-        access.info("%s", json.dumps(line, ensure_ascii=True))
+        access.info("%(method)s %(path)s %(status)d", line, extra={"fields": line})
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """Split a large body, because a server waits for its reader only before it takes the next message."""
+    body = message.get("body", b"")
+    last = max(0, len(body) - 1) // _PART * _PART
+    for start in range(0, last, _PART):
+        yield {**message, "body": body[start : start + _PART], "more_body": True}
+    yield {**message, "body": body[last:]} if last else message
 
 
 async def _answer(error: GatewayError, send: Send) -> None:

@@ -1,13 +1,16 @@
-"""The command `fluxserve-gateway`: serve, and the keys."""
+"""Run the command `fluxserve-gateway`: serve, and keep the keys."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+
+from fluxserve_client import console
 
 from fluxserve_gateway.config import MIB, Config
 from fluxserve_gateway.keys import Keys, KeysError, Limits
@@ -16,15 +19,26 @@ from fluxserve_gateway.serve import Listening, fleet_of, run
 _KEYS = Path("~/.config/fluxserve/gateway-keys.sqlite")
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command, and exit: 0 done, 1 it failed, 2 wrong usage."""
-    given = _parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command, and return its exit status: 0 done, 1 it failed, 2 wrong usage, 130 stopped by Ctrl-C."""
+    console.prepare()
     try:
+        given = _parser().parse_args(arguments)
         given.do(given)
-    except (ValueError, OSError, KeysError) as error:
-        print(f"fluxserve-gateway: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-    sys.exit(0)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (ValueError, OSError, KeysError) as error:  # an OSError: also that nobody reads standard output any more
+        return _complain(str(error), 2 if isinstance(error, ValueError) else 1)
+    finally:
+        console.let_go()
+    return 0
+
+
+def _complain(message: str, status: int) -> int:
+    with contextlib.suppress(OSError):  # nobody reads standard error: the status says it all
+        print(f"fluxserve-gateway: {console.one_line(message)}", file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,7 +55,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     defaults, where = Config(), Listening()
     add = parser.add_argument
     add("--server", action="append", default=[], metavar="MODEL=URL", help="a server and its model's name; repeatable")
-    add("--server-ca", type=Path, metavar="PEM", help="the authorities to trust for servers behind TLS")
+    add("--server-ca", type=Path, metavar="PEM", help="trust these authorities; HOST[:PORT] then means TLS")
     add("--host", default=where.host, help="the address to listen on (default: %(default)s)")
     add("--port", type=int, default=where.port, help="the port (default: %(default)s)")
     add("--keys", type=Path, default=_KEYS, metavar="FILE", help="the file of API keys (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""What an operator decides, in one frozen place. `cli` fills it."""
+"""Hold what an operator decides, in one frozen place. `cli` fills it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Config:
-    """Bounds and habits of one gateway. Every bound is enforced while the request arrives, not after.
+    """Bounds a gateway. Every bound on a body is enforced while the body arrives, not after.
 
     Attributes:
-        max_body: bytes of one body.
+        max_body: bytes of one form, or of one JSON body with its data URLs.
         max_bodies: bytes of all bodies that are held at the same time.
         max_requests: pictures' requests at the same time; one more is answered 503.
         max_images: input images of one edit.
@@ -20,11 +20,9 @@ class Config:
         body_timeout: seconds for a body to arrive.
         request_timeout: seconds from the body's end to the answer.
         send_timeout: seconds for which a caller may leave a part of the answer unread.
-        send_timeout: float = 60.0
-    probe_interval: seconds between two questions to a server whether it is ready.
+        probe_interval: seconds between two questions to a server whether it is ready.
         log_prompts: whether prompts are logged.
         cors_origins: web pages of other origins that may call; none by default.
-        loopback_only: there are no keys, so requests of web pages, and names that are not this machine's, are refused.
         https: whether answers require TLS of browsers from now on (HSTS).
     """
 
@@ -39,5 +37,4 @@ class Config:
     probe_interval: float = 2.0
     log_prompts: bool = False
     cors_origins: tuple[str, ...] = ()
-    loopback_only: bool = False
     https: bool = False

@@ -1,4 +1,4 @@
-"""The bodies and answers of the drawing routes, for the OpenAPI document: FastAPI sees neither."""
+"""Describe the bodies and answers of the drawing routes for the OpenAPI document: FastAPI sees neither."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ MODEL = {"parameters": [{"name": "model", "in": "path", "required": True, "schem
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The answers with these statuses: errors, as OpenAI writes them."""
+    """Describe the answers with these statuses: errors, as OpenAI writes them."""
     content = {"application/json": {"schema": _ERROR}}
     return {status: {"description": _WORDS[status], "content": content} for status in statuses}
 

@@ -1,4 +1,4 @@
-"""The errors a caller sees: OpenAI's shape, and the one place where the client's errors become it.
+"""Define the errors that a caller sees, in OpenAI's shape; translate the client's errors into them, here alone.
 
     GatewayError
     ├── InvalidField        400   a field that is refused; `param` names it
@@ -72,12 +72,12 @@ class GatewayError(Exception):
         self.should_retry = self.should_retry if should_retry is None else should_retry
 
     def body(self) -> dict[str, Any]:
-        """The error as OpenAI writes it."""
+        """Write the error as OpenAI does."""
         fields = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": fields}
 
     def headers(self) -> dict[str, str]:
-        """The headers that OpenAI's SDK reads beside the status."""
+        """Return the headers that OpenAI's SDK reads beside the status."""
         headers = {}
         if self.retry_after is not None:
             headers["retry-after"] = str(max(1, round(self.retry_after)))
@@ -176,7 +176,7 @@ _FIELD = re.compile(r"(?P<name>[a-z_]+(?:, [a-z_]+)*): ")
 
 
 def from_client(error: FluxserveError, renamed: Mapping[str, str]) -> GatewayError:
-    """The error of `fluxserve_client` as the caller sees it.
+    """Translate an error of `fluxserve_client` into the one that the caller sees.
 
     Args:
         error: what the client raised. Of connections and credentials the caller learns no detail: the message would
@@ -204,7 +204,7 @@ def _invalid(error: InvalidRequest, renamed: Mapping[str, str]) -> GatewayError:
 
 
 def surely_not_begun(error: FluxserveError) -> bool:
-    """Whether the server cannot have begun the request: it refused it, or the connection was never established."""
+    """Tell whether the server cannot have begun: it refused the request, or no connection was established."""
     if isinstance(error, ConnectionFailed):
         return bool(_NEVER_CONNECTED.search(error.message))
     return isinstance(error, QueueFull) or (isinstance(error, Unavailable) and bool(_REFUSED.search(error.message)))

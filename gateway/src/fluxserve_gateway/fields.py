@@ -1,4 +1,4 @@
-"""OpenAI's fields of an images request, and ours beside them: honoured, accepted without effect, or refused by name.
+"""Read OpenAI's fields of an images request, and ours: honoured, accepted without effect, or refused by name.
 
 The README's table lists all of them; a test holds both against the fields that OpenAI's SDK sends. A field that is
 null, or empty in a form, counts as not given.
@@ -105,19 +105,19 @@ class Generation(BaseModel):
 
     @property
     def count(self) -> int:
-        """The number of pictures to draw."""
+        """Return the number of pictures to draw."""
         return self.n or 1
 
     @property
     def height_width(self) -> tuple[int, int] | None:
-        """The size in pixels; None where the model decides."""
+        """Return the size in pixels; None where the model decides."""
         if self.size in (None, "auto"):
             return None
         width, height = str(self.size).split("x")
         return int(height), int(width)
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `AsyncClient.generate` that this body names."""
+        """Return the arguments of `AsyncClient.generate` that this body names."""
         height, width = self.height_width or (None, None)
         quality = None
         if self.output_compression is not None and self.output_format in ("jpeg", "webp"):
@@ -145,7 +145,7 @@ class Edit(Generation):
     strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `AsyncClient.generate` that this body names, without `image`."""
+        """Return the arguments of `AsyncClient.generate` that this body names, without `image`."""
         strength = {} if self.strength is None else {"strength": self.strength}
         return {**super().arguments(), **strength}
 
@@ -196,5 +196,5 @@ def _named(error: ErrorDetails, kind: type[Generation]) -> GatewayError:
 
 
 def _allowed(error: ErrorDetails) -> str:
-    """Pydantic's words, without the grammar around them: "Input should be 'a' or 'b'" → "'a' or 'b'"."""
+    """Return Pydantic's words without the grammar around them: "Input should be 'a' or 'b'" → "'a' or 'b'"."""
     return re.sub(r"^(Input|String|Value) should (be|have) ", "", error["msg"])

@@ -1,4 +1,4 @@
-"""The servers behind: which model each draws, which are ready, how many requests each has in flight."""
+"""Choose a server for each request: by its model, its readiness and its requests in flight."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from fluxserve_gateway.errors import InvalidField, ModelNotFound, Overloaded, su
 log = logging.getLogger("fluxserve_gateway")
 
 _PROBE_TIMEOUT_S = 2.0
+_MISSES = 3  # probes in a row without an answer, after which a server is not ready
 _FORGET_TIMEOUT_S = 1.0
 
 
 class Server:
-    """One fluxserve server.
+    """Represents one fluxserve server.
 
     Attributes:
         url: its address, for logs and metrics.
         client: the way to it.
         in_flight: requests that this gateway has there now.
-        ready: whether it takes requests, by the last probe or the last failure.
+        ready: whether it takes requests, by the last probes or the last failure.
+        turn: the number of its last request, of all that the fleet has sent.
     """
 
     def __init__(self, url: str, client: AsyncClient) -> None:
@@ -35,17 +37,24 @@ class Server:
         self.in_flight = 0
         self.ready = False
         self.turn = 0
+        self._misses = 0
 
     async def probe(self) -> None:
-        """Ask whether it is ready; no answer in time means no."""
+        """Ask whether it is ready. Only a clear answer counts at once: a late one may be a moment's load."""
         try:
             ready = await self.client.ready(timeout=_PROBE_TIMEOUT_S)
         except Exception as error:  # noqa: BLE001 (whatever it is, the next probe must come)
+            self._misses += 1
+            refused = isinstance(error, ConnectionFailed) and surely_not_begun(error)
+            if self.ready and not refused and self._misses < _MISSES:
+                return
             if self.ready:
                 log.warning("server %s is not ready: %s", self.url, error)
-            ready = False
-        if ready and not self.ready:
-            log.info("server %s is ready", self.url)
+            self.ready = False
+            return
+        self._misses = 0
+        if ready != self.ready:
+            log.info("server %s is %s", self.url, "ready" if ready else "not ready")
         self.ready = ready
 
     async def forget(self, request_id: str) -> None:
@@ -58,7 +67,7 @@ class Fleet:
     """Sends each request to the ready server of its model that has the fewest in flight."""
 
     def __init__(self, models: Mapping[str, Sequence[Server]]) -> None:
-        """`models`: each name that callers may use, and its servers; a server may have several names."""
+        """Serve `models`: each name that callers may use, and its servers. A server may have several names."""
         if not models:
             raise ValueError("server: got none; expected one or more of MODEL=URL")
         self.models = {name: tuple(servers) for name, servers in models.items()}
@@ -67,7 +76,7 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Whether any model can be drawn."""
+        """Tell whether any model can be drawn."""
         return any(server.ready for server in self.servers)
 
     async def probe(self) -> None:
@@ -85,7 +94,7 @@ class Fleet:
         await asyncio.gather(*(server.client.close() for server in self.servers))
 
     def named(self, model: str | None) -> str:
-        """The model to draw with: `model`, or the only one.
+        """Return the model to draw with: `model`, or the only one.
 
         Raises:
             InvalidField: none was named, and several are served.
@@ -146,7 +155,7 @@ class Fleet:
         raise Overloaded(f"model: no server of {model!r} is ready now; try again later", code="model_not_ready")
 
     def _next(self, servers: Iterable[Server], tried: set[Server]) -> Server | None:
-        """The server with the fewest requests in flight; among equals, the one whose last turn is longest ago."""
+        """Choose the server with the fewest requests in flight; among equals, that of the oldest turn."""
         fit = [server for server in servers if server.ready and server not in tried]
         if not fit:
             return None

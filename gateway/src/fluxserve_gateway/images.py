@@ -1,4 +1,4 @@
-"""The two routes that draw: from a request's body to a picture, or to a stream of events."""
+"""Answer the two routes that draw: from a request's body to a picture, or to a stream of events."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fluxserve_gateway import answers, bodies, fields
+from fluxserve_gateway import answers, bodies, fields, inputs
 from fluxserve_gateway.access import Access
-from fluxserve_gateway.answers import Echo, Operation
+from fluxserve_gateway.answers import Echo
 from fluxserve_gateway.border import Record, error_of, record_of
 from fluxserve_gateway.config import Config
-from fluxserve_gateway.errors import CallerGone, GatewayError, InvalidField, Overloaded, from_client
+from fluxserve_gateway.errors import CallerGone, GatewayError, Overloaded, from_client
 from fluxserve_gateway.fleet import Fleet
 from fluxserve_gateway.keys import Key
 from fluxserve_gateway.leaving import unless_gone
@@ -36,7 +36,7 @@ Event = Progress | Result
 
 @dataclass(frozen=True)
 class Drawing:
-    """One request for pictures, checked, as it goes to a server."""
+    """Holds one request for pictures, checked, as it goes to a server."""
 
     body: fields.Generation
     arguments: dict[str, Any]
@@ -46,7 +46,7 @@ class Drawing:
 
 @dataclass
 class Charge:
-    """What a request costs its key: the pixels requested, until the pixels drawn are known.
+    """Holds what a request costs its key: the pixels requested, until the pixels drawn are known.
 
     A caller who hangs up pays for the pixels requested: the server has worked for them.
     """
@@ -55,7 +55,7 @@ class Charge:
 
 
 class Images:
-    """Draws what callers ask for."""
+    """Draws the pictures that callers request."""
 
     def __init__(self, config: Config, fleet: Fleet, access: Access, metrics: Metrics) -> None:
         self._config = config
@@ -67,36 +67,31 @@ class Images:
         self._running = 0
 
     async def generations(self, request: Request) -> Response:
-        """`POST /v1/images/generations`."""
+        """Answer `POST /v1/images/generations`."""
         record, key = self._begin(request, "image_generation")
         bodies.media_type(request, _JSON)
-        content = bodies.json_object(await self._bodies.read(request, record.at_end))
+        content = bodies.json_object(await self._bodies.read(request, record.at_end, bodies.MAX_JSON))
         body = fields.parse(fields.Generation, content, text=False)
-        return await self._answer(request, key, self._drawing(record, body, "image_generation", ()))
+        return await self._answer(request, key, self._drawing(record, body, ()))
 
     async def edits(self, request: Request) -> Response:
-        """`POST /v1/images/edits`."""
+        """Answer `POST /v1/images/edits`."""
         record, key = self._begin(request, "image_edit")
         kind = bodies.media_type(request, _JSON, _FORM)
-        content = await self._bodies.read(request, record.at_end)
-        body, files, param = await (
-            self._edit_of_json(content) if kind == _JSON else self._edit_of_form(request, content)
-        )
-        pictures = await bodies.pictures(files, param, self._config)
-        return await self._answer(request, key, self._drawing(record, body, "image_edit", pictures))
+        body, files, param = await (self._edit_of_json if kind == _JSON else self._edit_of_form)(request, record)
+        pictures = inputs.pictures(files, param, self._config)
+        return await self._answer(request, key, self._drawing(record, body, pictures))
 
-    async def _edit_of_json(self, content: bytes) -> tuple[fields.Edit, list[bytes], str]:
-        given = bodies.json_object(content)
-        if "images" not in given:
-            raise InvalidField("images: got nothing; it is required", param="images", code="missing_required_parameter")
-        files = bodies.referenced(given.pop("images"))
+    async def _edit_of_json(self, request: Request, record: Record) -> tuple[fields.Edit, list[bytes], str]:
+        content = await self._bodies.read(request, record.at_end, self._config.max_body)
+        given, files = await asyncio.to_thread(inputs.edit_of_json, content, self._config.max_images)
         return fields.parse(fields.Edit, given, text=False), files, "images"
 
-    async def _edit_of_form(self, request: Request, content: bytes) -> tuple[fields.Edit, list[bytes], str]:
-        given, files = await bodies.form(request, content, self._config.max_images)
-        return fields.parse(fields.Edit, given, text=True), bodies.uploaded(files), "image"
+    async def _edit_of_form(self, request: Request, record: Record) -> tuple[fields.Edit, list[bytes], str]:
+        given, files = await self._bodies.form(request, record.at_end, self._config.max_images)
+        return fields.parse(fields.Edit, given, text=True), inputs.uploaded(files), "image"
 
-    def _begin(self, request: Request, operation: Operation) -> tuple[Record, Key]:
+    def _begin(self, request: Request, operation: str) -> tuple[Record, Key]:
         """Let a request in, before a byte of its body is read."""
         record = record_of(request)
         record.operation = operation
@@ -111,9 +106,7 @@ class Images:
     def _end(self) -> None:
         self._running -= 1
 
-    def _drawing(
-        self, record: Record, body: fields.Generation, operation: Operation, pictures: tuple[bodies.Picture, ...]
-    ) -> Drawing:
+    def _drawing(self, record: Record, body: fields.Generation, pictures: tuple[inputs.Picture, ...]) -> Drawing:
         model = record.model = self._fleet.named(body.model)
         record.fields |= {"n": body.count, "size": body.size or "auto", "stream": bool(body.stream)}
         if self._config.log_prompts:
@@ -122,7 +115,7 @@ class Images:
         if pictures:
             arguments["image"] = [picture.data for picture in pictures]
         echoed = body.safety_identifier or body.user
-        echo = Echo(operation, echoed or None, sum(picture.pixels for picture in pictures))
+        echo = Echo(record.operation, echoed or None, sum(picture.pixels for picture in pictures))
         return Drawing(body, arguments, model, echo)
 
     async def _answer(self, request: Request, key: Key, drawing: Drawing) -> Response:
@@ -171,7 +164,7 @@ class Images:
 
 
 async def _follow(draw: Callable[[ProgressCallback], Awaitable[Result]]) -> AsyncGenerator[Event, None]:
-    """What happens to a request, as it happens, its result last. Closing this ends the request."""
+    """Yield a request's progress as it happens, then its result. Closing this ends the request."""
     queue: asyncio.Queue[Progress | None] = asyncio.Queue()
     task = asyncio.ensure_future(draw(queue.put_nowait))
     task.add_done_callback(lambda _: queue.put_nowait(None))
@@ -189,12 +182,12 @@ async def _first(events: AsyncGenerator[Event, None]) -> Event:
 
 
 class EventStream(Response):
-    """Server-sent events. A caller who hangs up ends their source at once, not at the next event."""
+    """Sends events. A caller who hangs up ends their source at once, not at the next event."""
 
     media_type = "text/event-stream"
 
     def __init__(self, first: Event, rest: AsyncGenerator[Event, None], echo: Echo, record: Record) -> None:
-        """`first` came out of `rest`, which is closed when the stream ends."""
+        """Send `first`, and then `rest`, which is closed when the stream ends."""
         super().__init__(headers={"x-accel-buffering": "no"})  # a proxy passes each event on as it comes
         del self.headers["content-length"]
         self._first, self._rest, self._echo, self._record = first, rest, echo, record

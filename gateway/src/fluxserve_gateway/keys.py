@@ -1,4 +1,4 @@
-"""API keys: created, listed and revoked by an operator; kept as hashes in a SQLite file that only its owner reads.
+"""Keep API keys, which an operator creates, lists and revokes, as hashes in a SQLite file that only its owner reads.
 
 A key is 256 random bits, so a plain SHA-256 is enough: there is nothing to guess. A gateway reads the file at every
 request, so a key that is revoked stops working at once.
@@ -39,7 +39,7 @@ class KeysError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one key may do; None sets no limit.
+    """Limits one key; None sets no limit.
 
     Attributes:
         requests_per_minute: requests for pictures.
@@ -60,7 +60,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Key:
-    """One key, without its secret. Times are seconds since 1970."""
+    """Describes one key, without its secret. Times are seconds since 1970."""
 
     id: str
     name: str
@@ -70,7 +70,7 @@ class Key:
 
 
 class Keys:
-    """The keys in one file."""
+    """Keeps the keys in one file."""
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
         """Open the file; `create` makes one that is not there.
@@ -124,7 +124,7 @@ class Keys:
         return key, secret
 
     def all(self) -> list[Key]:
-        """Every key, revoked ones too, oldest first."""
+        """List every key, revoked ones too, oldest first."""
         rows = self._database.execute(f"{_SELECT} ORDER BY created, rowid")
         return [_key(row) for row in rows]
 
@@ -137,7 +137,7 @@ class Keys:
             raise KeysError(f"keys: got {key_id!r}, which is no key in use; see: fluxserve-gateway keys list")
 
     def find(self, secret: str) -> Key | None:
-        """The key with this secret; None if there is none, or it was revoked."""
+        """Return the key with this secret; None if there is none, or it was revoked."""
         row = self._database.execute(f"{_SELECT} WHERE hash = ? AND revoked IS NULL", (_hash(secret),)).fetchone()
         return _key(row) if row else None
 

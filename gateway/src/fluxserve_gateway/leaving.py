@@ -32,7 +32,9 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         task.cancel()
         gone.cancel()
         await asyncio.wait({task, gone})
-        _ = task.cancelled() or task.exception()  # nobody is left to hear it
+        if not task.cancelled():
+            task.exception()  # nobody is left to hear it
+        del task  # its error's traceback has this frame: a cycle, which would hold an answer until a collection
 
 
 async def _hung_up(receive: Receive) -> None:

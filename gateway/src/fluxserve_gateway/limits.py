@@ -1,4 +1,4 @@
-"""What each key has used: requests and pixels in the last minute (token buckets), and requests at the same time.
+"""Count what each key uses: requests and pixels in the last minute (token buckets), and requests at the same time.
 
 Counted in memory, by each gateway for itself: with N gateways behind a balancer a key may use up to N times its limits.
 """
@@ -29,7 +29,7 @@ class Bucket:
         self._at = self.now()
 
     def wait(self, amount: float) -> float:
-        """Seconds until `amount` is there; 0 if it is."""
+        """Return the seconds until `amount` is there; 0 if it is."""
         now = self.now()
         self.level = min(self.per_minute, self.level + (now - self._at) * self.per_minute / _MINUTE_S)
         self._at = now
@@ -48,22 +48,32 @@ class _Usage:
 
 
 class Usage:
-    """The usage of all keys at one gateway."""
+    """Counts the usage of all keys at one gateway."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._of: dict[str, _Usage] = {}
 
     def enter(self, key: Key) -> Callable[[], None]:
-        """Count a request that begins, before its body is read; return a function to call once, at its end.
+        """Count a request that begins, before its body is read.
+
+        Returns:
+            A function to call once, at the request's end.
 
         Raises:
-            RateLimited: the key has as many requests at a time as it may.
+            RateLimited: the key has as many requests at a time, or in the last minute, as it may, or owes pixels;
+                nothing was counted.
         """
-        usage, most = self._usage(key), key.limits.at_a_time
-        if most and usage.running >= most:
-            message = f"this key has {usage.running} requests at a time; allowed: {most}"
+        usage, limits = self._usage(key), key.limits
+        if limits.at_a_time and usage.running >= limits.at_a_time:
+            message = f"this key has {usage.running} requests at a time; allowed: {limits.at_a_time}"
             raise RateLimited(message, retry_after=1.0)
+        if usage.requests and (wait := usage.requests.wait(1)):
+            message = f"this key may send {limits.requests_per_minute} requests a minute; try again in {wait:.1f} s"
+            raise RateLimited(message, retry_after=wait)
+        self._check_pixels(key, usage, 1)
+        if usage.requests:
+            usage.requests.take(1)
         usage.running += 1
 
         def leave() -> None:
@@ -72,18 +82,20 @@ class Usage:
         return leave
 
     def admit(self, key: Key, pixels: int) -> Callable[[int], None]:
-        """Count a request for `pixels` pixels.
+        """Count the pixels that a request asks for.
 
         Returns:
             A function to call once, at the request's end, with the pixels that were drawn.
 
         Raises:
-            RateLimited: beyond a limit of the key; nothing was counted.
+            RateLimited: beyond a limit of the key; no pixel was counted.
         """
         usage = self._usage(key)
-        self._check(key, usage, pixels)
-        if usage.requests:
-            usage.requests.take(1)
+        most = key.limits.pixels_per_minute
+        if most and pixels > most:
+            message = f"size: got {pixels} pixels in all; allowed for this key: {most} a minute"
+            raise RateLimited(message, param="size", should_retry=False)
+        self._check_pixels(key, usage, pixels)
         if usage.pixels:
             usage.pixels.take(pixels)
 
@@ -103,14 +115,8 @@ class Usage:
         return None if per_minute is None else Bucket(per_minute, self._now)
 
     @staticmethod
-    def _check(key: Key, usage: _Usage, pixels: int) -> None:
-        limits = key.limits
-        if limits.pixels_per_minute and pixels > limits.pixels_per_minute:
-            message = f"size: got {pixels} pixels in all; allowed for this key: {limits.pixels_per_minute} a minute"
-            raise RateLimited(message, param="size", should_retry=False)
-        if usage.requests and (wait := usage.requests.wait(1)):
-            message = f"this key may send {limits.requests_per_minute} requests a minute; try again in {wait:.1f} s"
-            raise RateLimited(message, retry_after=wait)
+    def _check_pixels(key: Key, usage: _Usage, pixels: int) -> None:
         if usage.pixels and (wait := usage.pixels.wait(pixels)):
-            message = f"this key may draw {limits.pixels_per_minute} pixels a minute; try again in {wait:.1f} s"
+            most = key.limits.pixels_per_minute
+            message = f"this key may draw {most} pixels a minute; try again in {wait:.1f} s"
             raise RateLimited(message, retry_after=wait)

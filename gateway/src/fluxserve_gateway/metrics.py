@@ -1,4 +1,4 @@
-"""What Prometheus reads. Labels hold served models' names alone, so that callers cannot make new time series."""
+"""Count for Prometheus. Labels hold the names of served models alone: callers cannot make new time series."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SECONDS = (0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 13, 20, 30, 60, 120, 3
 
 
 class Metrics:
-    """The metrics of one gateway; each has a registry of its own."""
+    """Holds the metrics of one gateway, in a registry of its own."""
 
     def __init__(self, fleet: Fleet) -> None:
         self.registry = CollectorRegistry()
@@ -52,7 +52,7 @@ class Metrics:
         self.seconds.labels(model, operation).observe(seconds)
 
     def drawn(self, model: str, pixels: int, queue_s: float) -> None:
-        """Count what a request drew."""
+        """Count the pixels that a request drew, and its wait."""
         self.pixels.labels(model).inc(pixels)
         self.queue_seconds.labels(model).observe(queue_s)
 

@@ -1,3 +1,3 @@
-"""The distribution's version, as its pyproject has it."""
+"""Hold the distribution's version, as its pyproject has it."""
 
 __version__ = "0.1.0"
