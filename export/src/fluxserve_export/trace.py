@@ -170,7 +170,8 @@ def _dynamic(tensor: TensorSpec, shapes: Mapping[str, Extent]) -> dict[int, Any]
         if isinstance(dim, Dim) and shapes[dim.symbol][0] != shapes[dim.symbol][2]:
             least, _, most = shapes[dim.symbol]
             symbol = torch.export.Dim(dim.symbol, min=least, max=most)
-            varying[axis] = symbol if dim.scale == 1 else dim.scale * symbol
+            product = symbol if dim.multiple == 1 else dim.multiple * symbol
+            varying[axis] = product + dim.offset if dim.offset else product
     return varying
 
 
