@@ -1,7 +1,7 @@
 """How the fused engine's FP8 numbers come about: every scale, from calibration to the kernels.
 
-E4M3 holds x as q·s: q rounds x / s, and |q| is at most 448. A static scale is fixed before x is known; a dynamic one is
-taken from each row of x. amax is the largest |x|.
+E4M3 (Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433) holds x as q·s: q rounds x / s, and |q| is
+at most 448. A static scale is fixed before x is known; a dynamic one is taken from each row. amax is the largest |x|.
 
     tensor                                     scale s               kind     computed by
     weights                                    amax / 448            static   `folded`, for each output
@@ -17,7 +17,7 @@ it in float32. A kernel that writes a tensor with a static scale multiplies by 1
 multiplies scores and output by s (`BlockScales.descale`). A product does not: its weights are multiplied by the scale
 of its inputs before they are quantised (`folded`).
 
-INT8 is the modulation's alone (kernels.gemm.adaln).
+Why v loses its mean: kernels.gemm.layers.Centre. INT8 is the modulation's alone (kernels.gemm.adaln).
 """
 
 from collections.abc import Sequence
