@@ -30,7 +30,7 @@ from fluxserve.families import registry
 from fluxserve.families.flux import signatures
 from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders import artifact as artifacts
-from fluxserve.folders.artifact import Artifact, Scales
+from fluxserve.folders.artifact import Artifact, Ranges
 from fluxserve.job import Job
 from fluxserve.kernels.gemm.layers import Heads
 from fluxserve.kernels.operations import Operations
@@ -61,28 +61,28 @@ def leaving_the_mean_in(kernels: Operations) -> Operations:
     )
 
 
-def with_the_means_range(scales: Scales) -> Scales:
-    """Scales for v as it is, mean and all."""
-    return replace(scales, centred={name: v for name, (_, _, v) in scales.attention.items()})
+def with_the_means_range(ranges: Ranges) -> Ranges:
+    """Return ranges in which that of v less its mean is that of v."""
+    return replace(ranges, centred={name: v for name, (_, _, v) in ranges.attention.items()})
 
 
 def opened(artifact: Artifact, device: str) -> Components:
     """As it is served, on a GPU; elsewhere with the kernels' definitions. Its weights are not hashed."""
     checkpoint = replace(artifact.checkpoint, spec=artifact.spec)
-    scales = artifact.scales("transformer")
-    return assemble(checkpoint, torch.device(device), FP8, scales, operations_on(device))
+    ranges = artifact.ranges("transformer")
+    return assemble(checkpoint, torch.device(device), FP8, ranges, operations_on(device))
 
 
 def transformers(artifact: Artifact, served: FusedTransformer, device: torch.device) -> dict[str, FusedTransformer]:
     """By name, all on the device at once, the served one the last. An artifact's kept blocks are kept in each."""
-    spec, scales = FluxSpec.of(artifact.spec), artifact.scales("transformer")
+    spec, ranges = FluxSpec.of(artifact.spec), artifact.ranges("transformer")
     signature = signatures.transformer(spec)
     most = (signature.most("image_tokens"), signature.most("text_tokens"), 1)
     kernels = served.kernels
     ways = {
         "bf16": (BF16, None, kernels),
-        "fp8, mean left in": (FP8, with_the_means_range(scales), leaving_the_mean_in(kernels)),
-        "fp8, mean of every step": (FP8, scales, kernels),
+        "fp8, mean left in": (FP8, with_the_means_range(ranges), leaving_the_mean_in(kernels)),
+        "fp8, mean of every step": (FP8, ranges, kernels),
     }
     weights = artifact.checkpoint.weights("transformer")
     made = {

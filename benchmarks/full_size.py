@@ -29,7 +29,7 @@ from benchmarks.command import report
 from benchmarks.surroundings import surroundings
 from fluxserve import settings
 from fluxserve.families.flux.models import FLUX1_DEV
-from fluxserve.folders.artifact import Scales
+from fluxserve.folders.artifact import Ranges
 from fluxserve.folders.checkpoint import Checkpoint
 
 COMPONENT = "transformer"
@@ -86,7 +86,7 @@ def measure(folder: Path) -> dict[str, object]:
     shapes = ranges(COMPONENT, found.spec, default_sizes(found.spec))
     names = attention_modules(COMPONENT, module)
     linears = dict.fromkeys(quantised_linears(COMPONENT, module), 1.0)
-    scales = Scales(linears, dict.fromkeys(names, (1.0, 1.0, 1.0)), dict.fromkeys(names, 1.0))
+    measured_ranges = Ranges(linears, dict.fromkeys(names, (1.0, 1.0, 1.0)), dict.fromkeys(names, 1.0))
     plain, quantised = folder / "plain.onnx", folder / "fp8.onnx"
 
     def export() -> None:
@@ -94,7 +94,7 @@ def measure(folder: Path) -> dict[str, object]:
 
     def quantise() -> None:
         model = quantize.load(plain)
-        quantize.quantise(model, scales)
+        quantize.quantise(model, measured_ranges)
         trace.save(model, quantised)
 
     steps = {"onnx": measured(export), "quantize": measured(quantise)}

@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from fluxserve_export import calibrate as ranges
 from fluxserve_export import fp8
+from fluxserve_export.calibrate import BIN_WIDTH, Histogram
 from torch import Tensor, nn
 
 LEAST = 1e-12
@@ -25,7 +25,7 @@ Amax = Tensor | float
 class Method:
     """How scales are chosen. Attention has no weights: what concerns those leaves it as under `max`.
 
-    activations: a method of Range.amax, "mse", or OPEN: each token's (pixel's) own, of the input at hand.
+    activations: a method of Histogram.amax, "mse", or OPEN: each token's (pixel's) own, of the input at hand.
     alpha: SmoothQuant's, 0 for none. draw: of the luck; 0 for none.
     """
 
@@ -95,15 +95,15 @@ def layers_of(component: str, module: nn.Module) -> dict[str, nn.Module]:
 class Seen:
     """Of one component: each layer's range and its input channels' largest values; the attention's ranges."""
 
-    layers: dict[str, ranges.Range] = field(default_factory=dict)
+    layers: dict[str, Histogram] = field(default_factory=dict)
     channels: dict[str, Tensor] = field(default_factory=dict)
-    attention: Mapping[str, tuple[ranges.Range, ...]] = field(default_factory=dict)
+    attention: Mapping[str, tuple[Histogram, ...]] = field(default_factory=dict)
 
     def see(self, name: str, x: Tensor) -> None:
         x = x.detach()
         largest = x.abs().amax([d for d in range(x.dim()) if d != channel_dim(x)])
         self.channels[name] = torch.maximum(self.channels.get(name, largest), largest)
-        self.layers.setdefault(name, ranges.Range()).see(x)
+        self.layers.setdefault(name, Histogram()).see(x)
 
 
 def channel_dim(x: Tensor) -> int:
@@ -123,17 +123,17 @@ def watched(component: str, module: nn.Module, seen: Seen) -> Iterator[None]:
 # --- methods ---------------------------------------------------------------------------------------------------------
 
 
-def amax_by(method: str, seen: ranges.Range) -> float:
+def amax_by(method: str, seen: Histogram) -> float:
     return mse_amax(seen) if method == "mse" else seen.amax("max" if method == OPEN else method)
 
 
-def mse_amax(seen: ranges.Range, points: int = 8, octaves: int = 6) -> float:
+def mse_amax(seen: Histogram, points: int = 8, octaves: int = 6) -> float:
     """The clip, at most `octaves` below the maximum, with the least mean squared error over the histogram.
 
     Each bin stands for `points` values spread over it, since a bin is about as wide as a step of E4M3.
     """
-    hit, begins = seen.histogram()
-    within = ranges.BIN_WIDTH * (torch.arange(points) + 0.5) / points
+    hit, begins = seen.bins()
+    within = BIN_WIDTH * (torch.arange(points) + 0.5) / points
     largest = seen.amax("max")
     values, counts = (2.0 ** (begins[:, None] + within)).clamp(max=largest), hit[:, None].double()
 
@@ -209,8 +209,7 @@ def attention_by(seen: Seen, method: Method) -> fp8.AttentionCall:
     def call(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if method.activations != OPEN:
             return fp8.attention(q, k, v, amax[name])  # type: ignore[arg-type]
-        root = fp8.root_scale(q.shape[-1])
-        own = tuple(own_amax(x, -1) for x in (q * root, k * root, v))
+        own = tuple(own_amax(x, -1) for x in (q, k, v))
         return fp8.attention(q, k, v, own)  # type: ignore[arg-type]
 
     return call

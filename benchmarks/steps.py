@@ -35,7 +35,7 @@ from fluxserve.engines.fused.weights import Reader
 from fluxserve.families.flux import tokens
 from fluxserve.families.flux.models import FLUX1_DEV
 from fluxserve.families.flux.parts import FluxSpec, TransformerSpec
-from fluxserve.folders.artifact import Scales
+from fluxserve.folders.artifact import Ranges
 from fluxserve.kernels.operations import LAUNCHED, as_they_are
 from testing import published
 
@@ -71,15 +71,18 @@ class RandomReader(Reader):
         return drawn * shape[1] ** -0.5
 
 
-def usual_scales(spec: TransformerSpec) -> Scales:
-    """What random weights of unit spread lead to: nothing is clipped, nothing vanishes."""
+def usual_ranges(spec: TransformerSpec) -> Ranges:
+    """Return ranges for random weights of unit spread: nothing is clipped, nothing vanishes.
+
+    RMSNorm bounds q and k by the root of head_dim, 11.3.
+    """
     blocks = [f"transformer_blocks.{i}" for i in range(spec.num_layers)]
     singles = [f"single_transformer_blocks.{i}" for i in range(spec.num_single_layers)]
     down, out = ("net.2", "proj_out") if spec.generation == 1 else ("linear_out", "attn.to_out")
     linears = {f"{b}.{mlp}.{down}": 12.0 for b in blocks for mlp in ("ff", "ff_context")}
     linears |= {f"{b}.{out}": 12.0 for b in singles}
     attention = [f"{b}.attn" for b in (*blocks, *singles)]
-    return Scales(linears, dict.fromkeys(attention, (4.0, 4.0, 12.0)), dict.fromkeys(attention, 12.0))
+    return Ranges(linears, dict.fromkeys(attention, (12.0, 12.0, 12.0)), dict.fromkeys(attention, 12.0))
 
 
 Sizes = Sequence[tuple[int, int]]
@@ -122,9 +125,9 @@ class Contender:
 
     def __init__(self, spec: FluxSpec, name: str, precision: Precision, sizes: Sizes, steps: int) -> None:
         begun, before = time.perf_counter(), torch.cuda.memory_allocated()
-        scales = usual_scales(spec.transformer) if precision.quantised else None
+        ranges = usual_ranges(spec.transformer) if precision.quantised else None
         most = (sum(spec.image_tokens(*size) for size in sizes), spec.text.sequence.tokens, 1)
-        engine = FusedTransformer(spec, Build(RandomReader(spec), precision, SETS[name], scales), most)
+        engine = FusedTransformer(spec, Build(RandomReader(spec), precision, SETS[name], ranges), most)
         torch.cuda.synchronize()
         self.name, self.steps, self.spent = name, steps, list[float]()
         self._about = {

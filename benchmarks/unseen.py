@@ -34,7 +34,7 @@ from fluxserve.families import registry
 from fluxserve.families.flux import signatures
 from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders import artifact as artifacts
-from fluxserve.folders.artifact import Artifact, Scales
+from fluxserve.folders.artifact import Artifact, Ranges
 from fluxserve.folders.weights import Weights
 from fluxserve.kernels.gemm.layers import SAMPLE
 from fluxserve.pipeline import Pipeline
@@ -76,14 +76,14 @@ def _normal(seeded: torch.Generator, *size: int) -> Tensor:
     return torch.randn(size, generator=seeded, device=seeded.device)
 
 
-def with_headroom(scales: Scales, headroom: float) -> Scales:
-    """Scales whose ranges are such that the engine leaves this headroom instead of its own."""
+def with_headroom(ranges: Ranges, headroom: float) -> Ranges:
+    """Return ranges of which the engine makes scales with this headroom instead of its own."""
     by = headroom / HEADROOM
     return replace(
-        scales,
-        linears={name: amax * by for name, amax in scales.linears.items()},
-        attention={name: (q * by, k * by, v * by) for name, (q, k, v) in scales.attention.items()},
-        centred={name: amax * by for name, amax in scales.centred.items()},
+        ranges,
+        linears={name: amax * by for name, amax in ranges.linears.items()},
+        attention={name: (q * by, k * by, v * by) for name, (q, k, v) in ranges.attention.items()},
+        centred={name: amax * by for name, amax in ranges.centred.items()},
     )
 
 
@@ -111,19 +111,19 @@ def _counts(engine: FusedTransformer) -> Tensor:
     return engine.counts.sum(dim=0).cpu()
 
 
-def transformer(artifact: Artifact, read: Reader, scales: Scales) -> FusedTransformer:
+def transformer(artifact: Artifact, read: Reader, ranges: Ranges) -> FusedTransformer:
     signature = signatures.transformer(FluxSpec.of(artifact.spec))
     most = (signature.most("image_tokens"), signature.most("text_tokens"), 1)
-    build = Build(read, FP8, operations_on(str(read.device)), scales)
+    build = Build(read, FP8, operations_on(str(read.device)), ranges)
     return FusedTransformer(FluxSpec.of(artifact.spec), build, most)
 
 
 def measured(artifact: Artifact, components: Components, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All combinations of strengths, headrooms and sizes."""
-    weights, scales, found = artifact.checkpoint.weights("transformer"), artifact.scales("transformer"), []
+    weights, ranges, found = artifact.checkpoint.weights("transformer"), artifact.ranges("transformer"), []
     for strength, headroom in itertools.product(args.strengths, args.headroom):
         read = Changed(weights, torch.device(args.device), strength)
-        engine = transformer(artifact, read, with_headroom(scales, headroom))
+        engine = transformer(artifact, read, with_headroom(ranges, headroom))
         pipeline = Pipeline(artifact.spec, components.replacing(transformer=engine), args.device)
         for size in args.sizes:
             counted = clipped(pipeline, engine, artifact, size, args.steps)

@@ -22,15 +22,29 @@ FLOATING = "floating"
 
 @dataclass(frozen=True)
 class Dim:
-    """A dimension that may vary: `scale` × the value of `symbol`, which is from `least` to `most`."""
+    """A dimension that may vary: multiple · symbol + offset, where the symbol is a whole number from `least` to `most`.
+
+    A causal VAE of video needs the offset: n latent frames are 4 · n - 3 frames, because the first stands alone.
+    """
 
     symbol: str
     least: int
     most: int
-    scale: int = 1
+    multiple: int = 1
+    offset: int = 0
 
     def __str__(self) -> str:
-        return self.symbol if self.scale == 1 else f"{self.scale}*{self.symbol}"
+        product = self.symbol if self.multiple == 1 else f"{self.multiple}*{self.symbol}"
+        return f"{product}{self.offset:+d}" if self.offset else product
+
+    def size(self, value: int) -> int:
+        """Return the dimension at a value of the symbol."""
+        return self.multiple * value + self.offset
+
+    def value(self, size: int) -> int | None:
+        """Return the symbol's value at a size of the dimension; None if it is no whole number or out of range."""
+        value, rest = divmod(size - self.offset, self.multiple)
+        return value if rest == 0 and self.least <= value <= self.most else None
 
 
 @dataclass(frozen=True)
@@ -98,15 +112,15 @@ def _match(tensor: TensorSpec, shape: tuple[int, ...], values: dict[str, int]) -
             if size != dim:
                 raise ShapeError(f"{tensor}: got {shape}; expected {dim} where it has {size}")
             continue
-        value, rest = divmod(size, dim.scale)
-        if rest or not dim.least <= value <= dim.most:
+        value = dim.value(size)
+        if value is None:
             raise ShapeError(f"{tensor}: got {shape}; expected {dim.symbol} from {dim.least} to {dim.most}")
         if values.setdefault(dim.symbol, value) != value:
             raise ShapeError(f"{tensor}: got {shape}; {dim.symbol} is {values[dim.symbol]} in another input")
 
 
 def _shape(tensor: TensorSpec, values: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(d if isinstance(d, int) else d.scale * values[d.symbol] for d in tensor.dims)
+    return tuple(d if isinstance(d, int) else d.size(values[d.symbol]) for d in tensor.dims)
 
 
 class Bound(Protocol):

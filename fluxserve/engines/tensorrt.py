@@ -351,7 +351,7 @@ def _check_profile(plan: Any, tensor: TensorSpec, file: Path) -> None:
     """The profile holds everything that the signature lets through."""
     least, _, most = (tuple(shape) for shape in plan.get_tensor_profile_shape(tensor.name, _PROFILE))
     for low, high, dim in zip(least, most, tensor.dims, strict=True):
-        want = (dim.least * dim.scale, dim.most * dim.scale) if isinstance(dim, Dim) else (dim, dim)
+        want = (dim.size(dim.least), dim.size(dim.most)) if isinstance(dim, Dim) else (dim, dim)
         if low > want[0] or high < want[1]:
             raise ArtifactError(
                 f"{file}: {tensor}: built for {low} to {high}; the manifest says {dim} from {want[0]} to {want[1]}"

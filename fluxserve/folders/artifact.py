@@ -13,6 +13,7 @@ when an engine asks for them by `file`, so that a tampered or truncated one is n
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -38,21 +39,25 @@ REFERENCE = "reference"
 WEIGHTS = ".safetensors"
 ANYWHERE = "any"
 """The key of an engine that is not built for one GPU architecture."""
+FORMAT, FORMAT_WITH_ROOT = 2, 1
+"""Versions of an artifact: the one that export writes, and the one before, whose ranges of q and k hold a factor."""
 
-Range = tuple[int, int, int]
+Extent = tuple[int, int, int]
 """Least, typical and most of a dimension."""
 
 
 @dataclass(frozen=True)
-class Scales:
-    """The largest absolute values that calibration saw of what one component may quantise, and what it must not.
+class Ranges:
+    """What calibration measured of one component: largest absolute values of tensors as they are.
+
+    engines.fused.scales and fluxserve_export.fp8 turn them into scales.
 
     Attributes:
-        linears: module name → of its input.
-        attention: module name → of q, k (both times head_dim^-1/4) and v.
-        centred: module name → of v less its mean over all tokens.
+        linears: module name → its input's.
+        attention: module name → those of q, k and v as they enter scaled_dot_product_attention.
+        centred: module name → that of v less its mean over all tokens.
         kept: names of blocks, or of their attention alone ("transformer_blocks.3.attn"), that stay in the compute
-        dtype.
+            dtype.
     """
 
     linears: Mapping[str, float]
@@ -70,7 +75,7 @@ class Scales:
         return attention not in self.kept and not attention.startswith(tuple(f"{name}." for name in self.kept_blocks))
 
     @property
-    def quantised(self) -> "Scales":
+    def quantised(self) -> "Ranges":
         """The entries of what is not kept."""
         blocks = tuple(f"{name}." for name in self.kept_blocks)
         linears = {name: amax for name, amax in self.linears.items() if not name.startswith(blocks)}
@@ -85,13 +90,29 @@ class Scales:
         }
 
     @staticmethod
-    def from_json(entry: Mapping[str, Any]) -> "Scales":
-        """Entries of artifacts from before v's mean was taken off have neither `centred` nor `kept`."""
-        q_k_v = {name: (float(q), float(k), float(v)) for name, (q, k, v) in entry["attention"].items()}
+    def from_json(entry: Mapping[str, Any]) -> "Ranges":
+        """Entries of artifacts from before v's mean was taken off have neither `centred` nor `kept`.
+
+        Raises:
+            ValueError: a range is not a finite number above 0.
+        """
+        q_k_v = {name: (_amax(q), _amax(k), _amax(v)) for name, (q, k, v) in entry["attention"].items()}
         linears, centred = (
-            {name: float(amax) for name, amax in entry.get(key, {}).items()} for key in ("linears", "centred")
+            {name: _amax(amax) for name, amax in entry.get(key, {}).items()} for key in ("linears", "centred")
         )
-        return Scales(linears, q_k_v, centred, frozenset(map(str, entry.get("kept", ()))))
+        return Ranges(linears, q_k_v, centred, frozenset(map(str, entry.get("kept", ()))))
+
+    def without_root(self, head_dim: int) -> "Ranges":
+        """Return ranges of FORMAT_WITH_ROOT as they were measured: it holds those of q and k times head_dim^-1/4."""
+        root = head_dim**0.25
+        return replace(self, attention={name: (q * root, k * root, v) for name, (q, k, v) in self.attention.items()})
+
+
+def _amax(value: object) -> float:
+    """Return a largest absolute value. Raises ValueError."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"got a range of {value!r}; expected a finite number above 0")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -101,7 +122,7 @@ class Component:
     name: str
     precision: str
     compute_dtype: str
-    shapes: Mapping[str, Range]
+    shapes: Mapping[str, Extent]
     engines: Mapping[str, str]
 
     def signature(self, spec: ModelSpec) -> Signature:
@@ -142,13 +163,16 @@ class Artifact:
         """
         return _unchanged(self.path, self.manifest["files"], name)
 
-    def scales(self, component: str) -> Scales:
-        """What calibration measured of a component. Raises ArtifactError."""
+    def ranges(self, component: str) -> Ranges:
+        """Return what calibration measured of a component. Raises ArtifactError."""
         file = self.file(SCALES)
         try:
-            return Scales.from_json(json.loads(file.read_text(encoding="utf-8"))["components"][component])
+            ranges = Ranges.from_json(json.loads(file.read_text(encoding="utf-8"))["components"][component])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{file}: no scales of {component} ({error})") from error
+            raise ArtifactError(f"{file}: no ranges of {component} ({error})") from error
+        if self.manifest["format"] == FORMAT_WITH_ROOT:
+            return ranges.without_root(self.checkpoint.config("transformer")["attention_head_dim"])
+        return ranges
 
     def folder(self, name: str) -> list[Path]:
         """Every file under a folder of the artifact, each after the check of `file`; several are read at once."""

@@ -39,6 +39,9 @@ IMPORTS = {
     "onnxruntime": ("fluxserve/engines/onnxruntime.py",),
     "triton": ("fluxserve/kernels/", "benchmarks/kernels.py"),
     "cudnn": ("fluxserve/kernels/",),
+    # how an engine's FP8 numbers come about is read in one file
+    "fluxserve.kernels.fp8.E4M3_MAX": ("fluxserve/kernels/", "fluxserve/engines/fused/scales.py", "benchmarks/"),
+    "fluxserve.kernels.fp8.quantise_rows": ("fluxserve/kernels/", "fluxserve/engines/fused/scales.py", "benchmarks/"),
     "modelopt": ("export/",),
     "diffusers": (
         "fluxserve/engines/torch_eager.py",

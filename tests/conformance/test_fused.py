@@ -28,7 +28,7 @@ from fluxserve.families.flux import signatures, tokens
 from fluxserve.families.flux.models import FLUX1_DEV
 from fluxserve.families.registry import architectures
 from fluxserve.folders import checkpoint
-from fluxserve.folders.artifact import Scales
+from fluxserve.folders.artifact import Ranges
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import Operations, as_they_are
 from testing import random_weights
@@ -106,11 +106,11 @@ def relative(got: Tensor, expected: Tensor) -> float:
 def transformer(
     folder: Checkpoint,
     precision: Precision,
-    scales: Scales | None,
+    ranges: Ranges | None,
     most: tuple[int, int, int],
     run: Operations = KERNELS,
 ) -> FusedTransformer:
-    build = Build.of(folder.weights("transformer"), DEVICE, precision, run, scales)
+    build = Build.of(folder.weights("transformer"), DEVICE, precision, run, ranges)
     return FusedTransformer(folder.spec, build, most)
 
 
@@ -126,10 +126,10 @@ class Judge:
         module = load_module(folder, "transformer", str(DEVICE), torch.float32)
         wrapped = architectures(folder.spec)["transformer"].wrapper(module)
         eager = TorchEngine(signatures.transformer(folder.spec), wrapped)
-        with watched("transformer", module) as ranges:
+        with watched("transformer", module) as seen:
             self.expected = velocity(eager, self.inputs)
-        self.scales: Scales = ranges.scales("max")
-        with simulated("transformer", module, self.scales, centred=True):
+        self.ranges: Ranges = seen.ranges("max")
+        with simulated("transformer", module, self.ranges, centred=True):
             self.plain_fp8 = relative(velocity(eager, self.inputs), self.expected)
         module.to(torch.bfloat16)
         self.eager_bf16 = relative(velocity(eager, self.inputs), self.expected)
@@ -137,8 +137,8 @@ class Judge:
     def open(
         self, precision: Precision, run: Operations = KERNELS, kept: frozenset[str] = frozenset()
     ) -> FusedTransformer:
-        scales = replace(self.scales, kept=kept) if precision.quantised else None
-        return transformer(self.folder, precision, scales, (4096, TEXT, 3), run)
+        ranges = replace(self.ranges, kept=kept) if precision.quantised else None
+        return transformer(self.folder, precision, ranges, (4096, TEXT, 3), run)
 
     def error(self, precision: Precision, run: Operations = KERNELS, kept: frozenset[str] = frozenset()) -> float:
         return relative(velocity(self.open(precision, run, kept), self.inputs), self.expected)
@@ -170,7 +170,7 @@ def test_fp8_loses_no_more_than_plain_fp8(judge: Judge, run: Operations) -> None
 
 def test_what_is_kept_in_bf16_loses_less(judge: Judge) -> None:
     """Every attention, then every block: the error comes down to what BF16 and the modulation's INT8 lose."""
-    attention = frozenset(judge.scales.attention)
+    attention = frozenset(judge.ranges.attention)
     blocks = frozenset(name.removesuffix(".attn") for name in attention)
     quantised = judge.error(FP8)
     assert judge.error(FP8, kept=attention) <= 1.02 * quantised
@@ -184,9 +184,9 @@ def test_saturated_values_are_counted_where_they_are(tiny: Judge) -> None:
     velocity(engine, tiny.inputs)
     assert engine.saturated() == {}, "calibrated on these very inputs, with an octave to spare"
     block = "single_transformer_blocks.2"
-    linears = {**tiny.scales.linears, f"{block}.proj_out": tiny.scales.linears[f"{block}.proj_out"] / 16}
-    centred = {**tiny.scales.centred, f"{block}.attn": tiny.scales.centred[f"{block}.attn"] / 16}
-    for change, kind in ((replace(tiny.scales, linears=linears), 1), (replace(tiny.scales, centred=centred), 0)):
+    linears = {**tiny.ranges.linears, f"{block}.proj_out": tiny.ranges.linears[f"{block}.proj_out"] / 16}
+    centred = {**tiny.ranges.centred, f"{block}.attn": tiny.ranges.centred[f"{block}.attn"] / 16}
+    for change, kind in ((replace(tiny.ranges, linears=linears), 1), (replace(tiny.ranges, centred=centred), 0)):
         small = transformer(tiny.folder, FP8, change, (4096, TEXT, 3))
         velocity(small, tiny.inputs)
         assert list(small.saturated()) == [block]
@@ -256,7 +256,7 @@ def test_beyond_its_arena_is_refused(tiny: Judge) -> None:
 
 def test_scales_of_another_model_are_refused(tiny: Judge) -> None:
     with pytest.raises(ArtifactError, match="no 'transformer_blocks"):
-        transformer(tiny.folder, FP8, Scales({}, {}, {}), (64, TEXT, 1))
+        transformer(tiny.folder, FP8, Ranges({}, {}, {}), (64, TEXT, 1))
 
 
 def changed(

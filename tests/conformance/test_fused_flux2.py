@@ -15,7 +15,7 @@ from fluxserve.engines.open import open_components
 from fluxserve.engines.torch_eager import TorchEngine, load_module
 from fluxserve.families.flux import signatures
 from fluxserve.families.registry import architectures
-from fluxserve.folders.artifact import Scales
+from fluxserve.folders.artifact import Ranges
 from fluxserve.job import Job
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.pipeline import Pipeline
@@ -94,7 +94,7 @@ def jobs(wide: RandomFlux2) -> list[Job]:
 
 
 @pytest.fixture(scope="module")
-def reference(wide: RandomFlux2, jobs: list[Job]) -> tuple[list[np.ndarray], Scales]:
+def reference(wide: RandomFlux2, jobs: list[Job]) -> tuple[list[np.ndarray], Ranges]:
     """What torch_eager draws in float32, and what it is quantised with."""
     folder = wide.checkpoint()
     module = load_module(folder, "transformer", "cpu", torch.float32)
@@ -102,9 +102,9 @@ def reference(wide: RandomFlux2, jobs: list[Job]) -> tuple[list[np.ndarray], Sca
         signatures.transformer(folder.spec), architectures(folder.spec)["transformer"].wrapper(module)
     )
     components = replace(open_components("torch_eager", folder, "cpu", "float32"), transformer=transformer)
-    with watched("transformer", module) as ranges:
+    with watched("transformer", module) as seen:
         drawn = [one(Pipeline(folder.spec, components), job) for job in jobs]
-    return drawn, ranges.scales("max")
+    return drawn, seen.ranges("max")
 
 
 def one(pipeline: Pipeline, job: Job) -> np.ndarray:
@@ -114,15 +114,15 @@ def one(pipeline: Pipeline, job: Job) -> np.ndarray:
 
 
 @pytest.fixture(scope="module", params=["bf16", "fp8"])
-def served(request: pytest.FixtureRequest, wide: RandomFlux2, reference: tuple[list[np.ndarray], Scales]) -> Pipeline:
+def served(request: pytest.FixtureRequest, wide: RandomFlux2, reference: tuple[list[np.ndarray], Ranges]) -> Pipeline:
     folder, quantised = wide.checkpoint(), request.param == "fp8"
-    scales = reference[1] if quantised else None
-    components: Components = assemble(folder, DEVICE, FP8 if quantised else BF16, scales, KERNELS)
+    ranges = reference[1] if quantised else None
+    components: Components = assemble(folder, DEVICE, FP8 if quantised else BF16, ranges, KERNELS)
     return Pipeline(folder.spec, components, str(DEVICE))
 
 
 def test_it_draws_the_same_pictures(
-    served: Pipeline, jobs: list[Job], reference: tuple[list[np.ndarray], Scales]
+    served: Pipeline, jobs: list[Job], reference: tuple[list[np.ndarray], Ranges]
 ) -> None:
     for job, expected in zip(jobs, reference[0], strict=True):
         other = next(picture for picture in reference[0] if picture is not expected)

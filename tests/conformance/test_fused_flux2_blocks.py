@@ -141,7 +141,7 @@ def test_another_size_in_between_changes_nothing(small: Judge) -> None:
 def test_scales_of_another_model_are_refused(small: Judge) -> None:
     linears = {f"transformer_blocks.0.{mlp}.net.2": 1.0 for mlp in ("ff", "ff_context")}
     with pytest.raises(ArtifactError, match=r"no 'transformer_blocks\.0\.ff_context\.linear_out'"):
-        transformer(small.folder, FP8, replace(small.scales, linears=linears), (64, TEXT, 1))
+        transformer(small.folder, FP8, replace(small.ranges, linears=linears), (64, TEXT, 1))
 
 
 def refused(small: Judge, tmp_path: Path, change: Callable[[dict[str, Tensor]], None], says: str) -> None:

@@ -30,7 +30,6 @@ from tests.support.jobs import parse
 pytestmark = pytest.mark.xdist_group("export-klein")
 
 SMALL = ("--prompts", "1", "--steps", "1", "--opt-size", "64x64", "--max-size", "128x128")
-HEAD_DIM = 32
 
 
 @pytest.fixture(params=["bf16", "fp8"])
@@ -64,16 +63,16 @@ def test_its_tokenizer_is_the_checkpoints(artifact: Artifact) -> None:
 def test_scales_of_every_block(export: Exports) -> None:
     """Of what the fused engine asks for, and nothing that is not quantised."""
     artifact = export("fused", "fp8", *SMALL, checkpoint=random_flux2.klein().folder).artifact
-    scales, shape = artifact.scales("transformer"), artifact.spec.transformer
+    ranges, shape = artifact.ranges("transformer"), artifact.spec.transformer
     for index in range(shape.num_layers):
-        found = of_block(scales, f"transformer_blocks.{index}", ("ff.linear_out", "ff_context.linear_out"), HEAD_DIM)
+        found = of_block(ranges, f"transformer_blocks.{index}", ("ff.linear_out", "ff_context.linear_out"))
         assert min(found.q, found.k, found.v, found.hidden) > 0
     for index in range(shape.num_single_layers):
-        assert of_block(scales, f"single_transformer_blocks.{index}", ("attn.to_out",), HEAD_DIM).hidden > 0
+        assert of_block(ranges, f"single_transformer_blocks.{index}", ("attn.to_out",)).hidden > 0
     of_blocks = re.compile(r"(single_)?transformer_blocks\.\d+\.(attn|ff|ff_context)\.\w+(\.0)?")
-    assert all(of_blocks.fullmatch(name) for name in scales.linears), sorted(scales.linears)
-    assert len(scales.linears) == 12 * shape.num_layers + 2 * shape.num_single_layers
-    assert len(artifact.scales("qwen3").linears) == 7 * max(artifact.spec.text.sequence.layers)
+    assert all(of_blocks.fullmatch(name) for name in ranges.linears), sorted(ranges.linears)
+    assert len(ranges.linears) == 12 * shape.num_layers + 2 * shape.num_single_layers
+    assert len(artifact.ranges("qwen3").linears) == 7 * max(artifact.spec.text.sequence.layers)
 
 
 def test_the_reference_edits(artifact: Artifact) -> None:

@@ -50,7 +50,7 @@ def test_errors_of_each_block(judge: Judge) -> None:
     one, two = on_cpu(judge.inputs), on_cpu(inputs_of(judge.folder, (8, 8), rows=2))
     done: list[tuple[int, int]] = []
     blocks = measure.measure(
-        judge.folder, [one, two], judge.scales, "cpu", PLAIN, lambda *progress: done.append(progress)
+        judge.folder, [one, two], judge.ranges, "cpu", PLAIN, lambda *progress: done.append(progress)
     )
     spec = judge.folder.spec.transformer
     assert len(blocks) == spec.num_layers + spec.num_single_layers
@@ -61,7 +61,7 @@ def test_errors_of_each_block(judge: Judge) -> None:
         assert attention.block < 1.1 * fp8.block and attention.attention < 1.1 * fp8.attention
         assert 0.005 < fp8.block < 0.2
         assert not block.milliseconds, "a CPU's times say nothing"
-    alone = measure.measure(judge.folder, [one], judge.scales, "cpu", PLAIN)
+    alone = measure.measure(judge.folder, [one], judge.ranges, "cpu", PLAIN)
     assert all(b.errors[k].block >= a.errors[k].block for a, b in zip(alone, blocks, strict=True) for k in Kept)
 
 
@@ -150,7 +150,7 @@ def test_export_says_what_it_kept_and_the_engine_keeps_it(export: Exports, monke
     kept = made.artifact.manifest["measured"]["kept"]
     assert any(name.startswith(worst["where"]) for name in kept)
     assert f"Kept in BF16: {', '.join(kept)}" in made.said
-    assert made.artifact.scales("transformer").kept == frozenset(kept)
+    assert made.artifact.ranges("transformer").kept == frozenset(kept)
     monkeypatch.setattr(fused, "usable", torch.device)
     monkeypatch.setattr(fused, "LAUNCHED", PLAIN)
     found = verify(made.artifact, "cpu")
@@ -171,6 +171,6 @@ def test_a_gate_that_nothing_can_pass_is_refused(tmp_path: Path, gate: str) -> N
 def test_scales_from_before_values_lost_their_mean_are_refused(tiny: Judge) -> None:
     from fluxserve.errors import ArtifactError
 
-    old = replace(tiny.scales, centred={})
+    old = replace(tiny.ranges, centred={})
     with pytest.raises(ArtifactError, match="export the model again"):
         measure.measure(Checkpoint(tiny.folder.path, tiny.folder.spec), [on_cpu(tiny.inputs)], old, "cpu", PLAIN)

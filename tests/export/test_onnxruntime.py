@@ -23,7 +23,7 @@ from fluxserve.families.flux.models import TINY as TINY_SPEC
 from fluxserve.families.flux.reference import ARCHITECTURES
 from fluxserve.folders import artifact as artifacts
 from fluxserve.folders import checkpoint
-from fluxserve.folders.artifact import Scales
+from fluxserve.folders.artifact import Ranges
 from tests.support.exports import QUICK, SHAPES, TINY, Exports, run
 
 pytestmark = pytest.mark.xdist_group("export")
@@ -86,20 +86,20 @@ def test_any_size_and_batch_within_the_profile(
     signature = signatures.BY_COMPONENT[component](folder.spec)
     inputs = inputs_at(component, rows, side)
 
-    def plainly(dtype: torch.dtype, scales: Scales | None = None) -> dict[str, torch.Tensor]:
+    def plainly(dtype: torch.dtype, ranges: Ranges | None = None) -> dict[str, torch.Tensor]:
         module = load_module(folder, component, "cpu", dtype)
         wrapper = ARCHITECTURES[component].wrapper(module)
-        if scales is None:
+        if ranges is None:
             return outputs_of(wrapper, signature, inputs)
-        with simulated(component, module, scales):
+        with simulated(component, module, ranges):
             return outputs_of(wrapper, signature, inputs)
 
     expected = plainly(torch.float32)
-    scales = None
+    ranges = None
     if artifact.component(component).precision == "fp8":
         content = json.loads(artifact.file("scales.json").read_text())
-        scales = Scales.from_json(content["components"][component])
-    plain = plainly(DTYPES[precision], scales)
+        ranges = Ranges.from_json(content["components"][component])
+    plain = plainly(DTYPES[precision], ranges)
 
     components = open_artifact(artifact, "cpu")
     got = reference.call(components.by_name[component], inputs)
@@ -258,8 +258,8 @@ def test_scales_that_do_not_fit_are_noticed(tmp_path: Path, monkeypatch: pytest.
     """An engine can be as good as plain FP8 and useless all the same: a thousandth of every range."""
     from fluxserve_export import calibrate
 
-    usual = calibrate.Range.amax
-    monkeypatch.setattr(calibrate.Range, "amax", lambda self, method: usual(self, method) / 1000)
+    usual = calibrate.Histogram.amax
+    monkeypatch.setattr(calibrate.Histogram, "amax", lambda self, method: usual(self, method) / 1000)
     status, said = run(str(TINY), "--out", str(tmp_path / "x"), "--precision", "fp8", *SHAPES, *QUICK)
     assert status == 1 and "plain arithmetic in this precision is off by" in said
     assert not (tmp_path / "x").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxserve.families.flux.models import TINY
-from fluxserve.folders.artifact import ANYWHERE, CHECKPOINT, MANIFEST, REFERENCE, sha256
+from fluxserve.folders.artifact import ANYWHERE, CHECKPOINT, FORMAT, MANIFEST, REFERENCE, sha256
 from fluxserve.settings import default_checkpoint
 
 ROWS = (1, 1, 2)
@@ -54,7 +54,7 @@ def write(folder: Path, engine: str = "onnxruntime", architectures: Sequence[str
 
 def _manifest(folder: Path, engine: str, architectures: list[str], components: dict[str, Any]) -> dict[str, Any]:
     return {
-        "format": 1,
+        "format": FORMAT,
         "model": "tiny",
         "engine": engine,
         "precision": "fp32",

@@ -82,7 +82,7 @@ def plan_of(
 
     def entry(tensor: TensorSpec) -> dict[str, Any]:
         dtype = _DTYPES[compute_dtype if tensor.dtype == FLOATING else tensor.dtype]
-        low, high = ([d if isinstance(d, int) else getattr(d, k) * d.scale for d in tensor.dims] for k in _ENDS)
+        low, high = ([d if isinstance(d, int) else d.size(getattr(d, k)) for d in tensor.dims] for k in _ENDS)
         dims = [d if isinstance(d, int) else _source(d, signature) for d in tensor.dims]
         return {"dtype": dtype, "min": low, "max": high, "dims": dims}
 
@@ -102,9 +102,9 @@ _ENDS = ("least", "most")
 
 
 def _source(dim: Dim, signature: Signature) -> list[Any]:
-    """Which input's axis says how long a dimension is: [input, axis, scale, scale of that axis]."""
+    """Return which input's axis a dimension follows: [input, axis, multiple, offset, and both of that axis]."""
     return next(
-        [t.name, axis, dim.scale, d.scale]
+        [t.name, axis, dim.multiple, dim.offset, d.multiple, d.offset]
         for t in signature.inputs
         for axis, d in enumerate(t.dims)
         if isinstance(d, Dim) and d.symbol == dim.symbol
@@ -245,8 +245,8 @@ class IExecutionContext(_Fake):
         def size(dim: Any) -> int:
             if isinstance(dim, int):
                 return dim
-            source, axis, scale, other = dim
-            return int(self._shapes[source][axis] * scale // other)
+            source, axis, multiple, offset, of_source, offset_of_source = dim
+            return int((self._shapes[source][axis] - offset_of_source) // of_source * multiple + offset)
 
         return tuple(size(dim) for dim in self._engine._plan["outputs"][name]["dims"])
 

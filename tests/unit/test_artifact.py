@@ -12,7 +12,7 @@ from fluxserve.families.flux import signatures
 from fluxserve.families.flux.models import TINY
 from fluxserve.folders import artifact as artifacts
 from fluxserve.folders import checkpoint as checkpoints
-from fluxserve.folders.artifact import MANIFEST
+from fluxserve.folders.artifact import MANIFEST, Ranges
 from fluxserve.settings import default_checkpoint
 from tests.support import artifacts as made
 
@@ -99,14 +99,45 @@ def test_components(folder: Path, name: str) -> None:
                 signature.resolve({t.name: shapes[t.name] for t in signature.inputs})
 
 
+# --- ranges ----------------------------------------------------------------------------------------------------------
+
+MEASURED = {"linears": {"a": 3}, "attention": {"b.attn": [2.0, 4.0, 8.0]}, "centred": {"b.attn": 1.5}, "kept": ["c"]}
+
+
+def with_ranges(folder: Path, content: object) -> Path:
+    made.write_file(folder / "scales.json", json.dumps({"components": {"transformer": content}}))
+    return made.relist(folder)
+
+
+@pytest.mark.parametrize(("version", "root"), [(1, 128**0.25), (2, 1.0)])
+def test_ranges_are_read_as_they_were_measured(folder: Path, version: int, root: float) -> None:
+    """An artifact of format 1 holds those of q and k times head_dim^-1/4."""
+    read = artifacts.read(made.put(with_ranges(folder, MEASURED), ["format"], version))
+    assert read.checkpoint.config("transformer")["attention_head_dim"] == 128
+    attention = {"b.attn": (2.0 * root, 4.0 * root, 8.0)}
+    assert read.ranges("transformer") == Ranges({"a": 3.0}, attention, {"b.attn": 1.5}, frozenset({"c"}))
+
+
+@pytest.mark.parametrize("value", [0, -1.5, float("nan"), float("inf"), "3", None, True, [1]])
+@pytest.mark.parametrize("kind", ["linears", "attention", "centred"])
+def test_a_range_is_a_finite_number_above_0(folder: Path, kind: str, value: object) -> None:
+    entry = {"b.attn": [2.0, value, 8.0] if kind == "attention" else value}
+    read = artifacts.read(with_ranges(folder, {**MEASURED, kind: entry}))
+    with pytest.raises(ArtifactError) as caught:
+        read.ranges("transformer")
+    got = f"got a range of {value!r}; expected a finite number above 0"
+    assert str(caught.value) == f"{folder / 'scales.json'}: no ranges of transformer ({got})"
+
+
 # --- the manifest ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("where", "value", "field", "reason"),
     [
-        (["format"], 2, "format", "1 was expected"),
-        (["format"], True, "format", "1 was expected"),
+        (["format"], 0, "format", "0 is not one of [1, 2]"),
+        (["format"], 3, "format", "3 is not one of [1, 2]"),
+        (["format"], True, "format", "True is not one of [1, 2]"),
         (["model"], 5, "model", "5 is not of type 'string'"),
         (["engine"], "torch_eager", "engine", "'torch_eager' is not one of ['onnxruntime', 'tensorrt',"),
         (["precision"], "int8", "precision", "'int8' is not one of ['fp32', 'fp16', 'bf16', 'fp8']"),

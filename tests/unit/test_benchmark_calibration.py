@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from fluxserve_export import fp8
-from fluxserve_export.calibrate import Range
+from fluxserve_export.calibrate import Histogram
 from torch import Tensor, nn
 
 from benchmarks import calibration, scale_methods
 from benchmarks.scale_methods import BOUND, CANDIDATES, LUCK, MAX, TARGETS, Method, Recipe, Seen
+from fluxserve.folders.artifact import Ranges
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "tiny"
 COMPONENTS = ("transformer", "t5", "clip", "vae_decoder", "vae_encoder")
@@ -98,7 +99,7 @@ def test_least_mse_is_never_worse_than_max(outlier: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(50_000)
     x[0] = outlier
-    seen = Range()
+    seen = Histogram()
     seen.see(x)
     amax, largest = scale_methods.mse_amax(seen), seen.amax("max")
     chosen, plain = (float((fp8.fake_quantise(x, a) - x).square().mean()) for a in (amax, largest))
@@ -110,7 +111,7 @@ def test_least_mse_clips_where_that_pays() -> None:
     """With amax at 1, values around 0.607 fall midway between two of E4M3's; clipping the lone 1 moves the grid."""
     torch.manual_seed(0)
     x = torch.cat([0.607 * (0.98 + 0.04 * torch.rand(10_000)), torch.tensor([1.0])])
-    seen = Range()
+    seen = Histogram()
     seen.see(x)
     amax = scale_methods.mse_amax(seen)
     chosen, plain = (float((fp8.fake_quantise(x, a) - x).square().mean()) for a in (amax, 1.0))
@@ -125,9 +126,9 @@ def test_max_is_what_an_export_does(name: str, run: Run) -> None:
     component, module = target.component, model.modules[target.component]
     ranges = seen[component]
     attention = {n: tuple(r.amax("max") for r in q_k_v) for n, q_k_v in ranges.attention.items()}
-    scales = fp8.Scales({n: r.amax("max") for n, r in ranges.layers.items()}, attention, {})  # type: ignore[arg-type]
+    measured = Ranges({n: r.amax("max") for n, r in ranges.layers.items()}, attention, {})  # type: ignore[arg-type]
     before = model.run(component, calls[component][0])
-    with fp8.simulated(component, module, scales):
+    with fp8.simulated(component, module, measured):
         expected = model.run(component, calls[component][0])
     with scale_methods.quantised(target, module, ranges, MAX):
         got = model.run(component, calls[component][0])

@@ -23,13 +23,13 @@ pytestmark = pytest.mark.xdist_group("fused")
 def test_the_mean_is_left_in() -> None:
     """Its error is that of plain FP8 arithmetic on v as it is; nothing is counted; and it is another arithmetic."""
     judge = Judge(checkpoint.read(settings.default_checkpoint()), (16, 24))
-    scales = with_the_means_range(judge.scales)
-    assert all(scales.centred[name] == v for name, (_, _, v) in scales.attention.items())
-    engine = transformer(judge.folder, FP8, scales, (4096, TEXT, 1), leaving_the_mean_in(KERNELS))
+    ranges = with_the_means_range(judge.ranges)
+    assert all(ranges.centred[name] == v for name, (_, _, v) in ranges.attention.items())
+    engine = transformer(judge.folder, FP8, ranges, (4096, TEXT, 1), leaving_the_mean_in(KERNELS))
     before = velocity(engine, judge.inputs)
     module = load_module(judge.folder, "transformer", str(DEVICE), torch.float32)
     wrapped = architectures(judge.folder.spec)["transformer"].wrapper(module)
-    with simulated("transformer", module, judge.scales):
+    with simulated("transformer", module, judge.ranges):
         plain = velocity(TorchEngine(signatures.transformer(judge.folder.spec), wrapped), judge.inputs)
     error = relative(before, judge.expected)
     assert error <= 1.1 * relative(plain, judge.expected)

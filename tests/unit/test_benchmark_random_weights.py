@@ -245,9 +245,9 @@ def test_rounding_does_not_grow(like: Likeness) -> None:
     """FP8 loses a few percent behind all layers."""
     inputs = like.inputs()
     with torch.inference_mode():
-        with watched("transformer", like.module) as ranges:
+        with watched("transformer", like.module) as seen:
             like.run(**inputs)
-        with simulated("transformer", like.module, ranges.scales("max"), centred=True):
+        with simulated("transformer", like.module, seen.ranges("max"), centred=True):
             got = like.run(**inputs)
     assert 0.03 < relative_error(got, like.first.velocity) < 0.12
 

@@ -16,7 +16,7 @@ from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.checkpoint import Checkpoint
 from tests.support import random_flux
 
-ROWS, SIDE = Dim("rows", 1, 4), Dim("side", 2, 8, scale=8)
+ROWS, SIDE = Dim("rows", 1, 4), Dim("side", 2, 8, multiple=8)
 SIGNATURE = Signature(
     inputs=(TensorSpec("x", FLOATING, (ROWS, 3, SIDE)), TensorSpec("t", "float32", (ROWS,))),
     outputs=(TensorSpec("y", FLOATING, (ROWS, Dim("side", 2, 8))),),
@@ -47,6 +47,58 @@ def test_resolve_refuses(shapes: Shapes, message: str) -> None:
     with pytest.raises(ShapeError) as caught:
         SIGNATURE.resolve(shapes)
     assert message in str(caught.value)
+
+
+LATENTS, FRAMES = Dim("latent_frames", 1, 21), Dim("latent_frames", 1, 21, multiple=4, offset=-3)
+"""A causal VAE of video: 4k + 1 frames are k + 1 latent frames."""
+ENCODER = Signature(
+    inputs=(TensorSpec("frames", "float32", (ROWS, 3, FRAMES)),),
+    outputs=(TensorSpec("latents", "float32", (ROWS, LATENTS)),),
+)
+
+
+def test_a_dimension_with_an_offset() -> None:
+    assert [str(dim) for dim in (LATENTS, FRAMES, Dim("k", 0, 20, 4, 1))] == [
+        "latent_frames",
+        "4*latent_frames-3",
+        "4*k+1",
+    ]
+    for frames, latents in ((1, 1), (5, 2), (81, 21)):
+        assert ENCODER.resolve({"frames": (1, 3, frames)})["latents"] == (1, latents)
+        assert ENCODER.at({"rows": 1, "latent_frames": latents})["frames"] == (1, 3, frames)
+    assert ENCODER.most("latent_frames") == 21
+    narrow = ENCODER.narrowed({"latent_frames": (2, 3)})
+    assert narrow.resolve({"frames": (1, 3, 9)})["latents"] == (1, 3)
+    with pytest.raises(ShapeError):
+        narrow.resolve({"frames": (1, 3, 13)})
+
+
+@pytest.mark.parametrize("frames", [-3, 0, 2, 3, 4, 6, 80, 82, 85])
+def test_sizes_that_no_value_gives_are_refused(frames: int) -> None:
+    with pytest.raises(ShapeError) as caught:
+        ENCODER.resolve({"frames": (1, 3, frames)})
+    expected = f"frames [rows, 3, 4*latent_frames-3]: got (1, 3, {frames}); expected latent_frames from 1 to 21"
+    assert str(caught.value) == expected
+
+
+def test_an_exported_graph_varies_as_its_signature_does() -> None:
+    """torch.export gets the multiple and the offset: the graph's output has the symbol itself as a dimension."""
+    from fluxserve_export.trace import _dynamic
+
+    class Encoder(torch.nn.Module):
+        def forward(self, frames: torch.Tensor) -> torch.Tensor:
+            return frames[:, :, ::4].sum(dim=1)
+
+    (frames,) = ENCODER.inputs
+    varying = _dynamic(frames, {"rows": (1, 1, 1), "latent_frames": (1, 3, 21)})
+    program = torch.export.export(Encoder(), (torch.zeros(1, 3, 9),), dynamic_shapes=(varying,))
+    values = [node.meta["val"] for node in program.graph.nodes if "val" in node.meta]
+    taken, given = str(values[0].shape[2]), str(values[-1].shape[1])
+    assert taken == f"4*{given} - 3"
+    for size in (5, 81):
+        assert program.module()(torch.zeros(1, 3, size)).shape == ENCODER.resolve({"frames": (1, 3, size)})["latents"]
+    with pytest.raises(AssertionError, match="<= 81"):
+        program.module()(torch.zeros(1, 3, 85))
 
 
 @pytest.mark.parametrize("spec", MEMBERS, ids=lambda m: m.name)

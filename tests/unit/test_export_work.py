@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'export/src'}"},
     )
 
 
@@ -117,14 +118,12 @@ def test_the_code_is_every_file_of_the_export(tmp_path: Path, monkeypatch: pytes
     before = module._code()
     packages = [tmp_path / str(index) for index in range(len(module._PACKAGES))]
     for package, copy in zip(module._PACKAGES, packages, strict=True):
-        copy.mkdir()
-        for file in package.glob("*.py"):
-            (copy / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(module, "_PACKAGES", packages)
     assert module._code() == before
-    for name in ("trace.py", "models.py", "torch_eager.py", "checkpoint.py"):
+    for name in ("trace.py", "models.py", "torch_eager.py", "folders/checkpoint.py", "fused/scales.py", "hopper.cu"):
         before = module._code()
-        (file,) = tmp_path.glob(f"*/{name}")
+        (file,) = tmp_path.glob(f"*/**/{name}")
         with file.open("a") as f:
             f.write("\n")
         assert module._code() != before
@@ -156,7 +155,7 @@ def test_a_record_that_is_no_json_leaves_nothing(folder: Path) -> None:
 STUCK = """
 import sys
 from pathlib import Path
-from export import work
+from fluxserve_export import work
 
 def wait(*_):
     print("there", flush=True)
@@ -200,7 +199,7 @@ def test_a_process_that_is_killed(folder: Path, make: Maker, where: str) -> None
 TOGETHER = """
 import json, sys
 from pathlib import Path
-from export.work import Work
+from fluxserve_export.work import Work
 
 def make(folder, line):
     (folder / "model.onnx").write_text("the same")

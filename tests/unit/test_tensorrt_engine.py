@@ -249,7 +249,7 @@ def test_an_output_of_another_size(built: Built) -> None:
     signature = signatures.exported(built.artifact.component("t5"), built.artifact.spec)
     rows, tokens, channels = signature.outputs[0].dims
     assert isinstance(tokens, Dim)
-    odd = replace(signature.outputs[0], dims=(rows, replace(tokens, scale=2), channels))
+    odd = replace(signature.outputs[0], dims=(rows, replace(tokens, multiple=2), channels))
     built.write("t5", fake.plan_of(built.module, replace(signature, outputs=(odd,)), "bfloat16"))
     with pytest.raises(ArtifactError, match=r"sequence: the engine gives \(1, 64, 128\); expected \(1, 32, 128\)"):
         built.open().text["t5"].bind({"input_ids": (1, 32)})

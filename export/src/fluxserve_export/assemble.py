@@ -15,6 +15,7 @@ from fluxserve.families import registry
 from fluxserve.folders.artifact import (
     ANYWHERE,
     CHECKPOINT,
+    FORMAT,
     MANIFEST,
     REFERENCE,
     SCALES,
@@ -172,7 +173,7 @@ def _manifest(stages: Stages, components: Mapping[str, Any], partial: Path) -> d
         "scales": SCALES,
     }
     return {
-        "format": 1,
+        "format": FORMAT,
         "model": stages.checkpoint.spec.name,
         "engine": options.engine,
         "precision": options.precision,

@@ -25,6 +25,7 @@ import numpy as np
 from fluxserve.engines.tensorrt import Cuda
 from fluxserve.engines.tensorrt_library import Library
 from fluxserve.errors import ExportError
+from fluxserve_export.fp8 import SOFTMAX_AMAX, scale_of
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +33,7 @@ Shape = tuple[int, ...]
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, the steps of it that are done, and how many it has; from another thread."""
 
-_SOFTMAX_SCALE = 1 / 448
-"""Softmax gives 0 to 1; E4M3 holds up to 448."""
-
+_SOFTMAX_SCALE = scale_of(SOFTMAX_AMAX)
 
 _INTERRUPTIBLE_S = 0.5
 """How long an interrupt may go unnoticed at worst."""

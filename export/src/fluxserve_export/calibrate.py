@@ -1,8 +1,9 @@
 """Activations' ranges, measured on real prompts along real trajectories.
 
-PyTorch draws every prompt of the calibration file; hooks see each quantised linear's input and each FP8
-attention's q, k, v at every timestep. Kept is a histogram of log2|x| for each tensor, from which any method reads its
-amax. The same prompts, seed and steps give the same numbers on one kind of device.
+PyTorch draws every prompt of the calibration file; hooks see each quantised linear's input and each FP8 attention's
+q, k, v at every timestep, as they are. Kept is a histogram of log2|x| for each tensor, from which any method reads its
+amax; fluxserve_export.fp8 and fluxserve.engines.fused.scales turn amax into scales. The same prompts, seed and steps
+give the same numbers on one kind of device.
 """
 
 import hashlib
@@ -20,12 +21,18 @@ from torch import Tensor, nn
 
 from fluxserve.errors import ExportError
 from fluxserve.families import registry
-from fluxserve.folders.artifact import Scales
+from fluxserve.folders.artifact import Ranges
 from fluxserve.media.images import write_image
 from fluxserve.pipeline import Pipeline
 from fluxserve.request import DEFAULT_QUALITY
 from fluxserve.text import Tokenizers
-from fluxserve_export.fp8 import ATTENTION, KEPT, attention_modules, quantised_linears, root_scale, watched_attention
+from fluxserve_export.fp8 import (
+    ATTENTION,
+    KEPT,
+    attention_modules,
+    quantised_linears,
+    watched_attention,
+)
 
 METHODS = ("max", "percentile-99.999", "percentile-99.99")
 """The first is the default: nothing that was tried beats it (benchmarks/calibration.py)."""
@@ -77,7 +84,7 @@ class Calibration:
     device: str
 
 
-class Range:
+class Histogram:
     """How large a tensor's values get: their maximum, and a histogram of log2|x|."""
 
     def __init__(self) -> None:
@@ -108,47 +115,44 @@ class Range:
         upper = 2.0 ** (_LEAST + (float(reached) + 1) / _BINS_PER_OCTAVE)
         return float(max(min(upper, self._largest), 1e-12))
 
-    def histogram(self) -> tuple[Tensor, Tensor]:
+    def bins(self) -> tuple[Tensor, Tensor]:
         """Bins that were hit: how often, int64, and where each begins, as log2|x|; BIN_WIDTH wide."""
         hit = self._counts.nonzero().flatten()
         return self._counts[hit], _LEAST + hit / _BINS_PER_OCTAVE
 
 
 @dataclass(frozen=True)
-class Ranges:
+class Histograms:
     """Of one component: each quantised linear's input; each FP8 attention's q, k, v, and v less its mean over
     tokens."""
 
-    linears: Mapping[str, Range]
-    attention: Mapping[str, tuple[Range, Range, Range]]
-    centred: Mapping[str, Range]
+    linears: Mapping[str, Histogram]
+    attention: Mapping[str, tuple[Histogram, Histogram, Histogram]]
+    centred: Mapping[str, Histogram]
 
-    def scales(self, method: str) -> Scales:
-        q_k_v = {name: tuple(r.amax(method) for r in ranges) for name, ranges in self.attention.items()}
-        linears, centred = (
-            {name: r.amax(method) for name, r in ranges.items()} for ranges in (self.linears, self.centred)
-        )
-        return Scales(linears, q_k_v, centred)  # type: ignore[arg-type]
+    def ranges(self, method: str) -> Ranges:
+        """Return the amax of each tensor by a method of METHODS."""
+        q_k_v = {name: tuple(h.amax(method) for h in each) for name, each in self.attention.items()}
+        linears, centred = ({name: h.amax(method) for name, h in each.items()} for each in (self.linears, self.centred))
+        return Ranges(linears, q_k_v, centred)  # type: ignore[arg-type]
 
 
 @contextmanager
-def watched(component: str, module: nn.Module) -> Iterator[Ranges]:
-    """Within, every call of the module adds to the ranges."""
-    linears = {name: Range() for name in quantised_linears(component, module)}
-    attention: dict[str, tuple[Range, Range, Range]] = {}
-    centred: dict[str, Range] = {}
+def watched(component: str, module: nn.Module) -> Iterator[Histograms]:
+    """Within, every call of the module adds to the histograms."""
+    linears = {name: Histogram() for name in quantised_linears(component, module)}
+    attention: dict[str, tuple[Histogram, Histogram, Histogram]] = {}
+    centred: dict[str, Histogram] = {}
 
     def see(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-        root = root_scale(q.shape[-1])
-        for range_, x in zip(
-            attention.setdefault(name, (Range(), Range(), Range())), (q * root, k * root, v), strict=True
-        ):
-            note(name, range_, x)
-        note(name, centred.setdefault(name, Range()), v - v.mean(dim=-2, keepdim=True))
+        seen = attention.setdefault(name, (Histogram(), Histogram(), Histogram()))
+        for histogram, x in zip(seen, (q, k, v), strict=True):
+            note(name, histogram, x)
+        note(name, centred.setdefault(name, Histogram()), v - v.mean(dim=-2, keepdim=True))
 
-    def note(name: str, range_: Range, x: Tensor) -> None:
+    def note(name: str, histogram: Histogram, x: Tensor) -> None:
         try:
-            range_.see(x)
+            histogram.see(x)
         except ValueError as error:
             raise ExportError(f"calibrate: {component}.{name}: {error}") from error
 
@@ -157,7 +161,7 @@ def watched(component: str, module: nn.Module) -> Iterator[Ranges]:
             hook = linear.register_forward_pre_hook(lambda _, x, name=name: note(name, linears[name], x[0]))
             stack.callback(hook.remove)
         stack.enter_context(watched_attention(component, module, see))
-        yield Ranges(linears, attention, centred)
+        yield Histograms(linears, attention, centred)
 
 
 def calibrate(
@@ -167,7 +171,7 @@ def calibrate(
     asked: Calibration,
     size: tuple[int, int],
     progress: Progress = lambda *_: None,
-) -> dict[str, Ranges]:
+) -> dict[str, Histograms]:
     """Draw every prompt and watch; with a model that takes references, each picture once more with itself as one.
 
     Args:
@@ -175,12 +179,12 @@ def calibrate(
         size: height, width in pixels.
 
     Returns:
-        component → ranges, for the components that FP8 is for.
+        component → histograms, for the components that FP8 is for.
     """
     assert set(ATTENTION) <= set(KEPT)
     with ExitStack() as stack:
         found = (name for name in KEPT if name in modules)
-        ranges = {name: stack.enter_context(watched(name, modules[name])) for name in found}
+        histograms = {name: stack.enter_context(watched(name, modules[name])) for name in found}
         prompts = asked.prompts.lines[: asked.count]
         for index, prompt in enumerate(prompts):
             fields = {
@@ -194,9 +198,9 @@ def calibrate(
             if pipeline.spec.takes_references:
                 _draw(pipeline, tokenizers, {**fields, "image": [write_image(picture, "png", DEFAULT_QUALITY)]})
             progress(index + 1, len(prompts))
-    for name, seen in ranges.items():
+    for name, seen in histograms.items():
         _refuse_unseen(name, seen, modules[name])
-    return ranges
+    return histograms
 
 
 def _draw(pipeline: Pipeline, tokenizers: Tokenizers, fields: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
@@ -207,10 +211,10 @@ def _draw(pipeline: Pipeline, tokenizers: Tokenizers, fields: Mapping[str, Any])
     return image
 
 
-def _refuse_unseen(component: str, seen: Ranges, module: nn.Module) -> None:
+def _refuse_unseen(component: str, seen: Histograms, module: nn.Module) -> None:
     """Raise ExportError for what was never called: it would be quantised by nothing, or quietly not at all."""
     missing = set(attention_modules(component, module)) - set(seen.attention)
-    missing |= {name for name, range_ in seen.linears.items() if not range_.seen}
+    missing |= {name for name, histogram in seen.linears.items() if not histogram.seen}
     if missing:
         names = ", ".join(sorted(missing)[:5])
         raise ExportError(

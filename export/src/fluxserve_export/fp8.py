@@ -1,11 +1,13 @@
 """FP8 as plain PyTorch: what the quantised graphs compute, spelled out. The judge of every FP8 engine.
 
 Format: E4M3 (float8_e4m3fn), largest value 448, no infinity; values are clamped before the cast, which rounds to the
-nearest even. A tensor x is held as q·s with one float scale s = amax/448 per tensor, for activations and weights alike.
+nearest even. A tensor x is held as q·s with one float scale s = amax/448 per tensor, for activations and weights alike;
+amax is the largest |x|: of weights as they are, of activations as calibration measured it (folders.artifact.Ranges).
+This arithmetic is written apart from the engines', because it judges them.
 
     linear      DQ(Q(x)) · DQ(Q(W))ᵀ + b                             products accumulated in the compute dtype
-    attention   q and k are multiplied by the fourth root of 1/d first, so that no factor stands between DQ and the
-                product; softmax is in 0..1 and has the fixed scale 1/448:
+    attention   q and k are multiplied by d^-1/4 first, and so is their amax, so that no factor stands between DQ and
+                the product; softmax is in 0..1 and has the fixed scale 1/448:
                 DQ(Q(softmax(DQ(Q(q)) · DQ(Q(k))ᵀ))) · DQ(Q(v))
                 centred, as the fused engine computes it: v less its mean m over all tokens, and m added to the result
 
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fluxserve.folders.artifact import Scales
+from fluxserve.folders.artifact import Ranges
 
 E4M3_MAX = 448.0
 SOFTMAX_AMAX = 1.0
@@ -60,46 +62,61 @@ def attention_modules(component: str, module: nn.Module) -> dict[str, nn.Module]
     return {name: m for name, m in module.named_modules() if name.rpartition(".")[2] == "attn"}
 
 
+def scale_of(amax: float) -> float:
+    """Return what a tensor is divided by before it is rounded to E4M3; its largest value becomes 448."""
+    return amax / E4M3_MAX
+
+
 def fake_quantise(x: Tensor, amax: float) -> Tensor:
     """Q followed by DQ, in x's dtype. amax > 0."""
-    scale = amax / E4M3_MAX
+    scale = scale_of(amax)
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
 def root_scale(head_dim: int) -> float:
-    """What q and k are each multiplied by: d^-1/4."""
+    """Return what q and k are each multiplied by: d^-1/4."""
     return 1.0 / math.sqrt(math.sqrt(head_dim))
+
+
+def with_root(amax: tuple[float, float, float], head_dim: int) -> tuple[float, float, float]:
+    """Return the amax of q and k times d^-1/4, and of v, from those of q, k and v."""
+    root = root_scale(head_dim)
+    return amax[0] * root, amax[1] * root, amax[2]
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, amax: tuple[float, float, float], centred: float | None = None
 ) -> Tensor:
-    """FP8 attention of q, k, v [.., heads, tokens, head_dim], plainly. centred: amax of v less its mean, which is then
-    taken off."""
+    """Compute FP8 attention of q, k, v [.., heads, tokens, head_dim] plainly.
+
+    Args:
+        amax: of q, k and v as they are.
+        centred: amax of v less its mean, which is then taken off; None leaves the mean in.
+    """
     root = root_scale(q.shape[-1])
     mean = torch.zeros_like(v[..., :1, :]) if centred is None else v.mean(dim=-2, keepdim=True)
-    largest = (*amax[:2], amax[2] if centred is None else centred)
+    largest = with_root((*amax[:2], amax[2] if centred is None else centred), q.shape[-1])
     q, k, v = (fake_quantise(x, m) for x, m in zip((q * root, k * root, v - mean), largest, strict=True))
     weights = torch.softmax(q @ k.transpose(-1, -2), dim=-1)
     return fake_quantise(weights, SOFTMAX_AMAX) @ v + mean
 
 
 @contextmanager
-def simulated(component: str, module: nn.Module, scales: Scales, centred: bool = False) -> Iterator[None]:
-    """Within, the module computes as its FP8 graph does, or as the fused engine (`centred`). What `scales` keeps stays
+def simulated(component: str, module: nn.Module, ranges: Ranges, centred: bool = False) -> Iterator[None]:
+    """Within, the module computes as its FP8 graph does, or as the fused engine (`centred`). What `ranges` keeps stays
     as it is. Weights are swapped, and put back."""
-    kept, scales = set(scales.linears) - set(scales.quantised.linears), scales.quantised
+    kept, ranges = set(ranges.linears) - set(ranges.quantised.linears), ranges.quantised
     linears = {name: linear for name, linear in quantised_linears(component, module).items() if name not in kept}
     originals = {name: linear.weight for name, linear in linears.items()}
     hooks = []
     for name, linear in linears.items():
         linear.weight = nn.Parameter(fake_quantise(linear.weight, amax_of(linear.weight)), requires_grad=False)
-        hooks.append(linear.register_forward_pre_hook(_quantise_input(scales.linears[name])))
+        hooks.append(linear.register_forward_pre_hook(_quantise_input(ranges.linears[name])))
 
     def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-        if name not in scales.attention:
+        if name not in ranges.attention:
             return None
-        return attention(q, k, v, scales.attention[name], scales.centred[name] if centred else None)
+        return attention(q, k, v, ranges.attention[name], ranges.centred[name] if centred else None)
 
     watch = watched_attention(component, module, attend)
     try:

@@ -32,7 +32,7 @@ from fluxserve.engines.fused.weights import Reader
 from fluxserve.errors import ExportError
 from fluxserve.families import registry
 from fluxserve.families.flux.parts import FluxSpec
-from fluxserve.folders.artifact import Scales
+from fluxserve.folders.artifact import Ranges
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.folders.weights import Weights
 from fluxserve.kernels.operations import Operations
@@ -84,7 +84,7 @@ class Measured:
 def measure(
     checkpoint: Checkpoint,
     inputs: Sequence[Inputs],
-    scales: Scales,
+    ranges: Ranges,
     device: str,
     run: Operations,
     progress: Progress = lambda *_: None,
@@ -96,11 +96,11 @@ def measure(
         device: where float32 and the engine's operations run.
 
     Raises:
-        CheckpointError, ArtifactError: weights or scales are of another model.
+        CheckpointError, ArtifactError: weights or ranges are of another model.
     """
     weights, place = checkpoint.weights(registry.architectures(checkpoint.spec)[COMPONENT].folder), torch.device(device)
     build = Build.of(weights, place, FP8, run)
-    probe, reference = Probe(FluxSpec.of(checkpoint.spec), build, scales), _Reference(checkpoint, weights, place)
+    probe, reference = Probe(FluxSpec.of(checkpoint.spec), build, ranges), _Reference(checkpoint, weights, place)
     found: list[Measured] = []
     for given in inputs:
         judge, total = _Judge(probe, probe.images(given)), len(reference.blocks) * len(inputs)

@@ -9,7 +9,7 @@ from fluxserve.errors import ExportError
 from fluxserve.families.flux import signatures
 from fluxserve.families.flux.parts import PATCH, FluxSpec
 from fluxserve.families.flux.signatures import MAX_ROWS
-from fluxserve.folders.artifact import Range
+from fluxserve.folders.artifact import Extent
 from fluxserve_export.fp8 import ATTENTION, KEPT
 
 ONNXRUNTIME, TENSORRT, TENSORRT_RTX, FUSED = "onnxruntime", "tensorrt", "tensorrt-rtx", "fused"
@@ -128,7 +128,7 @@ class Options:
             raise ExportError(f"sm: got {', '.join(self.architectures)}; ONNX Runtime's files are for any machine")
 
 
-def ranges(component: str, spec: FluxSpec, sizes: Sizes) -> dict[str, Range]:
+def ranges(component: str, spec: FluxSpec, sizes: Sizes) -> dict[str, Extent]:
     """The varying dimensions of a component's signature: least, typical, most.
 
     Text is always padded to its full length, so that its dimension does not vary. References add to the tokens, and
@@ -152,12 +152,12 @@ def ranges(component: str, spec: FluxSpec, sizes: Sizes) -> dict[str, Range]:
     return {"rows": rows, "latent_height": (least, height, most), "latent_width": (least, width, most)}
 
 
-def profile(shapes: Mapping[str, Range], which: int) -> dict[str, int]:
+def profile(shapes: Mapping[str, Extent], which: int) -> dict[str, int]:
     """The symbols at the least (0), typical (1) or most (2) of their range."""
     return {symbol: values[which] for symbol, values in shapes.items()}
 
 
-def example(shapes: Mapping[str, Range]) -> dict[str, int]:
+def example(shapes: Mapping[str, Extent]) -> dict[str, int]:
     """A small point inside the ranges: sizes that torch.export takes for variable (0 and 1 it takes for fixed)."""
     small = {symbol: min(max(least, 2), most) for symbol, (least, _, most) in shapes.items()}
     for symbol in ("latent_height", "latent_width"):

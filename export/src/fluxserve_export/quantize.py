@@ -19,8 +19,8 @@ import onnx_ir as ir
 import torch
 
 from fluxserve.errors import ExportError
-from fluxserve.folders.artifact import Scales
-from fluxserve_export.fp8 import E4M3_MAX, SOFTMAX_AMAX, amax_of, root_scale
+from fluxserve.folders.artifact import Ranges
+from fluxserve_export.fp8 import E4M3_MAX, SOFTMAX_AMAX, amax_of, root_scale, scale_of, with_root
 from fluxserve_export.trace import MODULE
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -34,27 +34,27 @@ class Report:
     attention: list[str] = field(default_factory=list)
 
 
-def quantise(model: ir.Model, scales: Scales) -> Report:
+def quantise(model: ir.Model, ranges: Ranges) -> Report:
     """Put FP8 into a traced component, in place.
 
     Raises:
-        ExportError: a linear or an attention that has scales is not in the graph, or not of the expected form.
+        ExportError: a linear or an attention that has ranges is not in the graph, or not of the expected form.
     """
     surgery = _Surgery(model.graph)
     report = Report()
     for node in list(model.graph):
         name = node.metadata_props.get(MODULE, "")
-        if node.op_type in ("MatMul", "Gemm") and name in scales.linears and _constant(node.inputs[1]):
-            surgery.activation(node, 0, scales.linears[name], name)
+        if node.op_type in ("MatMul", "Gemm") and name in ranges.linears and _constant(node.inputs[1]):
+            surgery.activation(node, 0, ranges.linears[name], name)
             surgery.weight(node, name)
             report.linears.append(name)
-        elif node.op_type == "Attention" and name in scales.attention:
-            _operator(surgery, node, scales.attention[name], name)
+        elif node.op_type == "Attention" and name in ranges.attention:
+            _operator(surgery, node, ranges.attention[name], name)
             report.attention.append(name)
-        elif node.op_type == "Softmax" and name in scales.attention:
-            _spelled_out(surgery, node, scales.attention[name], name)
+        elif node.op_type == "Softmax" and name in ranges.attention:
+            _spelled_out(surgery, node, ranges.attention[name], name)
             report.attention.append(name)
-    _refuse_gaps(report, scales)
+    _refuse_gaps(report, ranges)
     return report
 
 
@@ -63,10 +63,10 @@ def load(file: Path) -> ir.Model:
     return ir.load(file)
 
 
-def _refuse_gaps(report: Report, scales: Scales) -> None:
+def _refuse_gaps(report: Report, ranges: Ranges) -> None:
     for kind, done, wanted in (
-        ("linears", report.linears, scales.linears),
-        ("attention", report.attention, scales.attention),
+        ("linears", report.linears, ranges.linears),
+        ("attention", report.attention, ranges.attention),
     ):
         missing = sorted(set(wanted) - set(done))
         if missing:
@@ -86,26 +86,34 @@ def _spelled_out(surgery: "_Surgery", softmax: ir.Node, amax: tuple[float, float
     if scores is None or scores.op_type != "MatMul" or len(uses) != 1 or uses[0].node.op_type != "MatMul":
         raise ExportError(f"quantize: {name}: expected MatMul, Softmax, MatMul around {softmax.name}")
     weighted = uses[0].node
+    q, k, v = with_root(amax, _head_dim(scores.inputs[0], name))
     for node, index, largest, tag in (
-        (scores, 0, amax[0], "q"),
-        (scores, 1, amax[1], "k"),
+        (scores, 0, q, "q"),
+        (scores, 1, k, "k"),
         (weighted, 0, SOFTMAX_AMAX, "softmax"),
-        (weighted, 1, amax[2], "v"),
+        (weighted, 1, v, "v"),
     ):
         surgery.activation(node, index, largest, f"{name}.{tag}")
 
 
 def _operator(surgery: "_Surgery", node: ir.Node, amax: tuple[float, float, float], name: str) -> None:
     """Attention, its scale moved before Q/DQ."""
-    query = node.inputs[0]
-    if query is None or query.shape is None or not isinstance(query.shape[-1], int) or "scale" in node.attributes:
-        raise ExportError(f"quantize: {name}: expected an Attention of known head_dim with the default scale")
-    root = root_scale(query.shape[-1])
+    if "scale" in node.attributes:
+        raise ExportError(f"quantize: {name}: expected an Attention with the default scale")
+    head_dim = _head_dim(node.inputs[0], name)
     for index, tag in ((0, "q"), (1, "k")):
-        surgery.scale(node, index, root, f"{name}.{tag}")
+        surgery.scale(node, index, root_scale(head_dim), f"{name}.{tag}")
     node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
-    for index, tag in enumerate("qkv"):
-        surgery.activation(node, index, amax[index], f"{name}.{tag}")
+    for index, (tag, largest) in enumerate(zip("qkv", with_root(amax, head_dim), strict=True)):
+        surgery.activation(node, index, largest, f"{name}.{tag}")
+
+
+def _head_dim(query: ir.Value | None, name: str) -> int:
+    """Return the last dimension of attention's queries. Raises ExportError."""
+    size = query.shape[-1] if query is not None and query.shape is not None else None
+    if not isinstance(size, int):
+        raise ExportError(f"quantize: {name}: got queries of head_dim {size}; expected a number")
+    return size
 
 
 class _Surgery:
@@ -122,7 +130,7 @@ class _Surgery:
         value = _float_input(node, index)
         key = (value.name, amax)
         if key not in self._pairs:
-            scale = self._scalar(f"{tag}.scale", amax / E4M3_MAX, value.dtype)
+            scale = self._scalar(f"{tag}.scale", scale_of(amax), value.dtype)
             quantised = self._insert(
                 node, "QuantizeLinear", [value, scale, self._zero], f"{tag}.q", value, {"saturate": 1}
             )
@@ -187,8 +195,8 @@ def _float_input(node: ir.Node, index: int) -> ir.Value:
 
 
 def _scale(weight: ir.TensorProtocol, dtype: ir.DataType) -> ir.Tensor:
-    """amax/448, rounded to the compute dtype: what DQ multiplies by."""
-    scale = np.asarray(amax_of(_torch(weight)) / E4M3_MAX, dtype=np.float32)
+    """Return the weight's scale rounded to the compute dtype: what DQ multiplies by."""
+    scale = np.asarray(scale_of(amax_of(_torch(weight))), dtype=np.float32)
     return ir.Tensor(scale.astype(dtype.numpy()))
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fluxserve.engine import Bound, Components, Engine, Shapes, Signature
 from fluxserve.errors import ExportError
 from fluxserve.families import registry
-from fluxserve.folders.artifact import Scales
+from fluxserve.folders.artifact import Ranges
 from fluxserve.job import Job
 from fluxserve.media.images import write_image
 from fluxserve.pipeline import Pipeline
@@ -189,11 +189,11 @@ def call(engine: Engine, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def in_precision(
-    modules: Mapping[str, nn.Module], scales: Mapping[str, Scales] | None, centred: bool
+    modules: Mapping[str, nn.Module], ranges: Mapping[str, Ranges] | None, centred: bool
 ) -> Iterator[None]:
-    """Within, modules compute in FP8 where they have scales; see fp8.simulated."""
+    """Within, modules compute in FP8 where they have ranges; see fp8.simulated."""
     with ExitStack() as stack:
-        for name, own in (scales or {}).items():
+        for name, own in (ranges or {}).items():
             stack.enter_context(simulated(name, modules[name], own, centred))
         yield
 
@@ -202,7 +202,7 @@ def measure_plain(component: str, signature: Signature, wrapper: nn.Module, case
     """Note in each case how far torch_eager's wrapper, as its module computes now, is from the reference.
 
     Raises:
-        ExportError: too far to judge anything by: it overflows, or the scales do not fit the model.
+        ExportError: too far to judge anything by: it overflows, or the ranges do not fit the model.
     """
     for case in cases:
         got = outputs_of(wrapper, signature, case.inputs)

@@ -19,7 +19,7 @@ from fluxserve.engines.tensorrt import Cuda
 from fluxserve.errors import ExportError
 from fluxserve.families import registry
 from fluxserve.families.flux.parts import FluxSpec
-from fluxserve.folders.artifact import ANYWHERE, SCALES, Range, Scales
+from fluxserve.folders.artifact import ANYWHERE, SCALES, Extent, Ranges
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.pipeline import Pipeline
 from fluxserve.text import Tokenizers
@@ -116,7 +116,7 @@ class Stages:
             found[self.options.engine] = self._library.version
         return {"python": platform.python_version(), **found}
 
-    def ranges(self, component: str) -> dict[str, Range]:
+    def ranges(self, component: str) -> dict[str, Extent]:
         return ranges(component, FluxSpec.of(self.checkpoint.spec), self.options.sizes)
 
     def _weights(self, components: Iterable[str]) -> dict[str, str]:
@@ -169,7 +169,7 @@ class Stages:
             content = {
                 "format": "e4m3",
                 "method": asked.method,
-                "components": {name: r.scales(asked.method).to_json() for name, r in found.items()},
+                "components": {name: seen.ranges(asked.method).to_json() for name, seen in found.items()},
             }
             (folder / SCALES).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             return {}
@@ -182,14 +182,14 @@ class Stages:
         }
         return self.work.stage("calibrate", inputs, _judging(make))
 
-    def _calibrated(self) -> dict[str, Any]:
+    def _calibration(self) -> dict[str, Any]:
         """What calibration measured, before anything was decided by it."""
         content: dict[str, Any] = json.loads((self.scales().path / SCALES).read_text(encoding="utf-8"))
         return content
 
-    def scales_of(self, component: str) -> Scales:
-        """A component's, with what measuring its blocks has kept in the compute dtype."""
-        return Scales.from_json(self.decided()["components"][component])
+    def calibrated(self, component: str) -> Ranges:
+        """Return a component's ranges, with what measuring its blocks has kept in the compute dtype."""
+        return Ranges.from_json(self.decided()["components"][component])
 
     # --- measure ------------------------------------------------------------------------------------------------------
 
@@ -208,11 +208,11 @@ class Stages:
         from fluxserve_export import measure
 
         asked, name = self.calibration, measure.COMPONENT
-        scales, run = Scales.from_json(self._calibrated()["components"][name]), operations_on(asked.device)
+        ranges, run = Ranges.from_json(self._calibration()["components"][name]), operations_on(asked.device)
 
         def make(_: Path, line: Line) -> dict[str, Any]:
             batches = load_inputs(self.scales().path / INPUTS)
-            blocks = measure.measure(self.checkpoint, batches, scales, asked.device, run, line.progress)
+            blocks = measure.measure(self.checkpoint, batches, ranges, asked.device, run, line.progress)
             return measure.record(blocks, self.options.gate)
 
         keyed = {
@@ -226,7 +226,7 @@ class Stages:
 
     def decided(self) -> dict[str, Any]:
         """The content of SCALES in the artifact."""
-        content = self._calibrated()
+        content = self._calibration()
         if self.measures:
             kept = self.measured().record["kept"]
             content["components"][ATTENTION[0]]["kept"] = kept
@@ -239,15 +239,15 @@ class Stages:
         source = self.onnx(component)
         if self.options.precision_of(component) != FP8:
             return source
-        scales = self.scales_of(component)
+        ranges = self.calibrated(component)
 
         def make(folder: Path, line: Line) -> dict[str, Any]:
             model = quantize.load(source.path / ONNX)
-            report = quantize.quantise(model, scales.quantised)
+            report = quantize.quantise(model, ranges.quantised)
             trace.save(model, folder / ONNX, line.progress)
             return {**source.record, "linears": report.linears, "attention": report.attention}
 
-        return self.work.stage(f"quantize {component}", {"onnx": source.files, "scales": scales.to_json()}, make)
+        return self.work.stage(f"quantize {component}", {"onnx": source.files, "ranges": ranges.to_json()}, make)
 
     # --- numerics -----------------------------------------------------------------------------------------------------
 
@@ -340,7 +340,7 @@ class Stages:
         calibration = self.calibration
         asked = reference.pictures(spec, sizes, calibration.prompts.lines, calibration.steps, calibration.seed)
         quantised = [n for n in KEPT if n in spec.components and self.options.precision_of(n) == FP8]
-        scales = {name: self.scales_of(name) for name in quantised} or None
+        ranges = {name: self.calibrated(name) for name in quantised} or None
 
         def make(folder: Path, line: Line) -> dict[str, Any]:
             line.say("drawing in float32")
@@ -351,7 +351,7 @@ class Stages:
             if self.options.dtype != torch.float32:
                 del modules, components
                 modules = self._modules(self.options.dtype)
-            with reference.in_precision(modules, scales, centred=self.options.engine == FUSED):
+            with reference.in_precision(modules, ranges, centred=self.options.engine == FUSED):
                 signatures = registry.of(spec).signatures(spec)
                 for name, each in registry.architectures(spec).items():
                     signature, wrapper = signatures[name], each.wrapper(modules[name])
@@ -365,7 +365,7 @@ class Stages:
             "weights": self.hashes,
             "asked": [asdict(each) for each in asked],
             "dtype": str(self.options.dtype),
-            "scales": {name: s.to_json() for name, s in scales.items()} if scales else None,
+            "ranges": {name: each.to_json() for name, each in ranges.items()} if ranges else None,
             "centred": self.options.engine == FUSED,
             "device": device,
             "versions": self._libraries,

@@ -27,7 +27,7 @@ from fluxserve.engines.finite import extremes, refuse_infinite
 from fluxserve.engines.torch_eager import hollow_module, load_module
 from fluxserve.errors import ExportError
 from fluxserve.families import registry
-from fluxserve.folders.artifact import Range
+from fluxserve.folders.artifact import Extent
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.folders.weights import Stored, Weights
 from fluxserve_export.options import example
@@ -48,7 +48,7 @@ Progress = Callable[[int, int], None]
 
 
 def trace(
-    checkpoint: Checkpoint, component: str, shapes: Mapping[str, Range], dtype: torch.dtype, opset: int
+    checkpoint: Checkpoint, component: str, shapes: Mapping[str, Extent], dtype: torch.dtype, opset: int
 ) -> ir.Model:
     """Trace one component.
 
@@ -163,14 +163,15 @@ def _zeros(tensor: TensorSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Te
     return torch.zeros(shape, dtype=dtype if tensor.dtype == FLOATING else getattr(torch, tensor.dtype))
 
 
-def _dynamic(tensor: TensorSpec, shapes: Mapping[str, Range]) -> dict[int, Any]:
+def _dynamic(tensor: TensorSpec, shapes: Mapping[str, Extent]) -> dict[int, Any]:
     """torch.export's description of the dimensions that vary."""
     varying: dict[int, Any] = {}
     for axis, dim in enumerate(tensor.dims):
         if isinstance(dim, Dim) and shapes[dim.symbol][0] != shapes[dim.symbol][2]:
             least, _, most = shapes[dim.symbol]
             symbol = torch.export.Dim(dim.symbol, min=least, max=most)
-            varying[axis] = symbol if dim.scale == 1 else dim.scale * symbol
+            product = symbol if dim.multiple == 1 else dim.multiple * symbol
+            varying[axis] = product + dim.offset if dim.offset else product
     return varying
 
 

@@ -27,10 +27,8 @@ from fluxserve.folders.files import visible
 from fluxserve_export import console
 
 _RECORD = "stage.json"
-_PACKAGES = (
-    Path(__file__).parent,
-    *(Path(fluxserve.__file__).parent / name for name in (".", "spec", "folders", "engines")),
-)
+_PACKAGES = (Path(__file__).parent, Path(fluxserve.__file__).parent)
+_SOURCES = (".py", ".cu", ".cuh")
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def _key(content: object) -> str:
 def _code() -> str:
     """The stages' own source, and the library's, which they trace and run: another version of it makes other files."""
     digest = hashlib.sha256()
-    for file in (f for package in _PACKAGES for f in sorted(package.glob("*.py"))):
+    for file in (f for package in _PACKAGES for f in sorted(package.rglob("*")) if f.suffix in _SOURCES):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

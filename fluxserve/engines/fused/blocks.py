@@ -77,11 +77,11 @@ def mode_of(build: Build, block: str) -> Mode:
     return Mode(build.precision, build.ranges.quantises(f"{block}.attn"))
 
 
-def _scales_of(build: Build, mode: Mode, block: str, hidden: tuple[str, ...], head_dim: int) -> BlockScales:
+def _scales_of(build: Build, mode: Mode, block: str, hidden: Sequence[str]) -> BlockScales:
     """Return a block's static scales; all 1 where it is not quantised. Raises ArtifactError."""
     if build.ranges is None or not mode.precision.quantised:
         return BlockScales()
-    return of_block(build.ranges, block, hidden, head_dim)
+    return of_block(build.ranges, block, hidden, mode.quantised_attention)
 
 
 def _arrange(build: Build, mode: Mode) -> Arrange:
@@ -160,21 +160,14 @@ class _Attention:
 
     def __init__(self, spec: TransformerSpec, norms: Tensor, scales: BlockScales, mode: Mode, place: int) -> None:
         """place: of the block among all blocks of both kinds."""
-        self._heads, self._mode, self._inverse = spec.num_attention_heads, mode, 1 / scales.out
-        self._place = place
-        streams, _, dim = norms.shape
-        ones = torch.ones(streams, 1, dim, device=norms.device)
-        q, k = (scales.q, scales.k) if mode.quantised_attention else (1.0, 1.0)
-        inverse = torch.tensor([1 / q, 1 / k, 1 / scales.v], device=norms.device)
-        halves = in_halves(dim).to(norms.device)
-        self._factors = torch.cat([norms[:, :, halves], ones], dim=1) * inverse[:, None]
-        descale = [q, k, scales.v, 1 / scales.out]
-        self._descale = torch.tensor(descale, dtype=torch.float32, device=norms.device)
+        self._heads, self._mode, self._scales, self._place = spec.num_attention_heads, mode, scales, place
+        halves = in_halves(spec.attention_head_dim).to(norms.device)
+        self._factors, self._descale = scales.head_factors(norms[:, :, halves]), scales.descale(norms.device)
 
     def heads(self, b: Buffers, back: Linear) -> Heads:
         """What becomes of q, k and v."""
         carried = b.means[self._place], b.restored[self._place, : len(back.weight)]
-        centre = Centre(back, self._inverse, b.due, *carried)
+        centre = Centre(back, self._scales.inverse_out, b.due, *carried)
         return Heads(self._factors, b.cos, b.sin, centre if self._mode.precision.quantised else None)
 
     def rows(self, b: Buffers) -> Rows:
@@ -192,7 +185,7 @@ class _Attention:
         rows = b.rows(self._mode.precision)
         if not self._mode.precision.quantised:
             return rows.attended.float()
-        return rows.attended.float() / self._inverse + b.means[self._place]
+        return self._scales.attended(rows.attended, b.means[self._place])
 
     def restored(self, b: Buffers, streams: int) -> Tensor | None:
         """What the projection adds to its bias."""
@@ -220,30 +213,30 @@ class DoubleBlock:
         name, width, style = f"transformer_blocks.{index}", spec.hidden_size, Style.of(spec)
         self.name, self._mode = name, mode_of(build, name)
         hidden = tuple(f"{mlp}.{style.down}" for *_, mlp in _DOUBLE_STREAMS)
-        scales = _scales_of(build, self._mode, name, hidden, spec.attention_head_dim)
+        scales = _scales_of(build, self._mode, name, hidden)
         own, arranged = replace(build, precision=self._mode.precision), _arrange(build, self._mode)
 
         def linear(
             modules: Sequence[Sequence[str]],
             inputs: int,
             outputs: Sequence[int],
-            factor: float = 1.0,
+            input_scale: float = 1.0,
             order: Tensor | None = None,
             arrange: Arrange = build.kernels.arrange,
         ) -> Linear:
-            factors = [factor] * len(modules)
-            return own.linear(_of(name, modules), inputs, outputs, factors, order, arrange, spec.biased)
+            input_scales = [input_scale] * len(modules)
+            return own.linear(_of(name, modules), inputs, outputs, input_scales, order, arrange, spec.biased)
 
         parts = [[f"attn.{q.format(part)}" for part in "qkv"] for q, *_ in _DOUBLE_STREAMS]
         self._qkv = linear(parts, width, [width] * 3, order=_order(spec, build.device), arrange=arranged)
         norms = [f"{name}.attn.{norm}" for _, _, norm, _ in _DOUBLE_STREAMS]
         self._attention = _Attention(spec, _norms(build.read, norms, spec), scales, self._mode, index)
         outs = [[f"attn.{out}"] for _, out, _, _ in _DOUBLE_STREAMS]
-        self._out = linear(outs, width, [width], scales.out, arrange=arranged)
+        self._out = linear(outs, width, [width], scales.v, arrange=arranged)
         up, down = ([[f"{mlp}.{part}"] for *_, mlp in _DOUBLE_STREAMS] for part in (style.up, style.down))
         self._up = linear(up, width, [style.products(spec)], order=style.order(spec).to(build.device))
         self._down = linear(down, spec.mlp_width, [width], scales.hidden)
-        self._inverse_hidden, self._gated = 1 / scales.hidden, style.gated
+        self._inverse_hidden, self._gated = scales.inverse_hidden, style.gated
 
     def attend(self, kernels: Operations, b: Buffers, modulation: Tensor) -> None:
         """The first half: from the residual stream to attention's output, in `b.rows(…).attended`."""
@@ -282,7 +275,7 @@ class SingleBlock:
     def __init__(self, build: Build, index: int, spec: TransformerSpec) -> None:
         name, width, style = f"single_transformer_blocks.{index}", spec.hidden_size, Style.of(spec)
         self.name, self._mode = name, mode_of(build, name)
-        scales = _scales_of(build, self._mode, name, (style.back,), spec.attention_head_dim)
+        scales = _scales_of(build, self._mode, name, (style.back,))
         own = replace(build, precision=self._mode.precision)
         outputs = [width, width, width, style.products(spec)]
         outputs = outputs if len(style.both) == len(outputs) else [sum(outputs)]
@@ -291,10 +284,9 @@ class SingleBlock:
         self._in = linear(_of(name, [style.both]), width, outputs, order=order)
         norms, place = _norms(build.read, [f"{name}.attn.norm_{{}}"], spec), spec.num_layers + index
         self._attention = _Attention(spec, norms, scales, self._mode, place)
-        factors = torch.full((width + spec.mlp_width,), scales.hidden, device=build.device)
-        factors[:width] = scales.out
-        self._out = linear(_of(name, [[style.back]]), len(factors), [width], factors=[factors])
-        self._inverse_hidden, self._gated = 1 / scales.hidden, style.gated
+        wide = scales.side_by_side(width, spec.mlp_width, build.device)
+        self._out = linear(_of(name, [[style.back]]), len(wide), [width], input_scales=[wide])
+        self._inverse_hidden, self._gated = scales.inverse_hidden, style.gated
 
     def attend(self, kernels: Operations, b: Buffers, modulation: Tensor) -> None:
         """From the residual stream to attention's output and the hidden layer, side by side in `b.rows(…).wide`."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fluxserve.engines.fused.scales import folded
 from fluxserve.engines.fused.weights import Reader
-from fluxserve.folders.artifact import Scales
+from fluxserve.folders.artifact import Ranges
 from fluxserve.folders.weights import Weights
-from fluxserve.kernels.fp8 import E4M3, quantise_rows
+from fluxserve.kernels.fp8 import E4M3
 from fluxserve.kernels.gemm.layers import Linear
 from fluxserve.kernels.operations import Operations, as_they_are
 
@@ -54,11 +55,11 @@ class Build:
     read: Reader
     precision: Precision
     kernels: Operations
-    ranges: Scales | None = None
+    ranges: Ranges | None = None
 
     @staticmethod
     def of(
-        weights: Weights, device: torch.device, precision: Precision, kernels: Operations, ranges: Scales | None = None
+        weights: Weights, device: torch.device, precision: Precision, kernels: Operations, ranges: Ranges | None = None
     ) -> "Build":
         """Return the build of one component's weights, opened on a device."""
         return Build(Reader(weights, device), precision, kernels, ranges)
@@ -85,7 +86,7 @@ class Build:
         modules: Sequence[Sequence[str]],
         inputs: int,
         outputs: Sequence[int],
-        factors: Sequence[Tensor | float] = (),
+        input_scales: Sequence[Tensor | float] = (),
         order: Tensor | None = None,
         arrange: Callable[[Linear], Linear] = as_they_are,
         biased: bool = False,
@@ -96,8 +97,8 @@ class Build:
             modules: for each stream the modules whose outputs are concatenated.
             inputs: features that each takes.
             outputs: features that each module of a stream gives; every stream has the same.
-            factors: for each stream the static scale of its quantised inputs, one number or one per feature; the
-                weights are multiplied by it before they are quantised themselves.
+            input_scales: for each stream the static scale of its quantised inputs, one or one per feature; none for
+                inputs with a scale per row.
             order: permutation of the outputs.
             arrange: lays the weights out for the kernels.
             biased: whether the layers have a bias, all of them.
@@ -115,7 +116,7 @@ class Build:
                 bias = torch.cat([self.read.shaped(f"{module}.bias", rows) for module, rows in sized]).float()
                 biases.append(bias if order is None else bias[order])
             if self.precision.quantised:
-                weight, scale = quantise_rows(weight * factors[index] if factors else weight)
+                weight, scale = folded(weight, input_scales[index] if input_scales else 1.0)
                 scales.append(scale)
             if weights is None:
                 weights = torch.empty(len(modules), *weight.shape, dtype=self.precision.linear, device=weight.device)

@@ -11,7 +11,7 @@ from fluxserve.engine import Components, Engine
 from fluxserve.errors import DeviceUnsuited, EngineError, LibraryMissing, OutOfMemory, SettingsError
 from fluxserve.families.flux import signatures
 from fluxserve.families.flux.parts import FluxSpec
-from fluxserve.folders.artifact import CHECKPOINT, Artifact, Scales
+from fluxserve.folders.artifact import CHECKPOINT, Artifact, Ranges
 from fluxserve.folders.checkpoint import Checkpoint
 
 try:
@@ -50,13 +50,13 @@ def open_artifact(artifact: Artifact, device: str) -> Components:
     """
     found = usable(device)
     quantised = artifact.component("transformer").precision == "fp8"
-    scales = artifact.scales("transformer") if quantised else None
+    ranges = artifact.ranges("transformer") if quantised else None
     folder = replace(artifact.checkpoint, spec=artifact.spec)
     with ThreadPoolExecutor() as pool:
         beside: list[Future[Any]] = [pool.submit(artifact.folder, CHECKPOINT)]
         if quantised:
             beside += hopper.compiling(pool)
-        components = assemble(folder, found, FP8 if quantised else BF16, scales, LAUNCHED)
+        components = assemble(folder, found, FP8 if quantised else BF16, ranges, LAUNCHED)
         for task in beside:
             task.result()
     return _served(components)
@@ -70,7 +70,7 @@ def _served(components: Components) -> Components:
 
 
 def assemble(
-    checkpoint: Checkpoint, device: torch.device, precision: Precision, ranges: Scales | None, kernels: Operations
+    checkpoint: Checkpoint, device: torch.device, precision: Precision, ranges: Ranges | None, kernels: Operations
 ) -> Components:
     """Every component. The transformer first: it needs the most memory.
 
@@ -115,7 +115,7 @@ def _weights_gb(checkpoint: Checkpoint, precision: Precision) -> float:
 
 
 def _load(
-    checkpoint: Checkpoint, device: torch.device, precision: Precision, ranges: Scales | None, kernels: Operations
+    checkpoint: Checkpoint, device: torch.device, precision: Precision, ranges: Ranges | None, kernels: Operations
 ) -> Components:
     spec = FluxSpec.of(checkpoint.spec)
     signature = signatures.transformer(spec)

@@ -17,7 +17,7 @@ from fluxserve.engines.fused.build import FP8, Build
 from fluxserve.engines.fused.modulation import Modulation, width
 from fluxserve.engines.fused.transformer import write_rope
 from fluxserve.families.flux.parts import FluxSpec
-from fluxserve.folders.artifact import Scales
+from fluxserve.folders.artifact import Ranges
 from fluxserve.kernels.attention.fused import padded
 from fluxserve.kernels.fp8 import E4M3
 
@@ -34,7 +34,7 @@ class Kept(Enum):
     ALL = "all"
 
     def names(self, block: str) -> frozenset[str]:
-        """As `Scales.kept` has them."""
+        """As `Ranges.kept` has them."""
         return frozenset({"nothing": (), "attention": (f"{block}.attn",), "all": (block,)}[self.value])
 
 
@@ -62,11 +62,11 @@ class Probe:
 
     Args:
         build: of the component, in FP8.
-        scales: the transformer's; what they keep is not regarded.
+        ranges: the transformer's; what they keep is not regarded.
     """
 
-    def __init__(self, spec: FluxSpec, build: Build, scales: Scales) -> None:
-        self._spec, self._build, self._device, self._scales = spec.transformer, build, build.device, scales
+    def __init__(self, spec: FluxSpec, build: Build, ranges: Ranges) -> None:
+        self._spec, self._build, self._device, self._ranges = spec.transformer, build, build.device, ranges
         self._modulation = Modulation(build, self._spec)
 
     def images(self, inputs: Mapping[str, Tensor]) -> list[Image]:
@@ -85,7 +85,7 @@ class Probe:
     def open(self, name: str, kept: Kept) -> DoubleBlock | SingleBlock:
         """A block by its name, with some of it in the compute dtype. Raises CheckpointError, ArtifactError."""
         kind, _, index = name.partition(".")
-        build = replace(self._build, ranges=replace(self._scales, kept=kept.names(name))).below("")
+        build = replace(self._build, ranges=replace(self._ranges, kept=kept.names(name))).below("")
         block = DoubleBlock if kind == "transformer_blocks" else SingleBlock
         return block(build, int(index), self._spec)
 
