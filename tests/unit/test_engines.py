@@ -1,6 +1,7 @@
 """The seam: what a signature refuses, how an engine is opened, and that a bound engine's tensors never move."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from fluxserve import errors
 from fluxserve.engine import FLOATING, Bound, Components, Dim, Engine, Shapes, Signature, TensorSpec
 from fluxserve.engines import signatures
-from fluxserve.engines.open import ENGINES, open_components
+from fluxserve.engines.open import ARTIFACTS, ENGINES, WEIGHTS, open_components
 from fluxserve.errors import ShapeError
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.spec import FAMILY, TINY, ModelSpec
@@ -89,6 +90,13 @@ def test_an_unknown_engine(name: str) -> None:
     with pytest.raises(errors.UnknownEngine) as caught:
         open_components(name, Checkpoint(Path("nowhere"), TINY), "cpu", "auto")
     assert str(caught.value) == f"engine: got {name!r}; known engines: {', '.join(sorted(ENGINES))}"
+
+
+@pytest.mark.parametrize(("kind", "modules"), [("components", WEIGHTS), ("artifact", ARTIFACTS)])
+def test_every_engine_can_be_checked_before_it_is_opened(kind: str, modules: dict[str, str]) -> None:
+    for name in modules.values():
+        engine = import_module(name)
+        assert callable(getattr(engine, f"open_{kind}")) and callable(getattr(engine, f"check_{kind}")), name
 
 
 @pytest.fixture(autouse=True, scope="module")
