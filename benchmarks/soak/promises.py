@@ -27,14 +27,18 @@ class Promise:
 
 
 def promises(
-    sent: int, outcomes: Sequence[Outcome], different: Sequence[str], still_live: Sequence[str], watch: Watch | None
+    sent: int,
+    outcomes: Sequence[Outcome],
+    different: Sequence[str],
+    still_live: Sequence[str] | None,
+    watch: Watch | None,
 ) -> list[Promise]:
     """Judge a soak.
 
     Args:
         sent: how many requests were begun.
         different: reference requests whose bytes changed.
-        still_live: requests that the server holds although nobody waits any more.
+        still_live: requests that the server holds although nobody waits any more; None if nobody could look.
     """
     lost = [_line(o) for o in outcomes if o.ended == "lost"]
     if sent != len(outcomes):
@@ -56,8 +60,10 @@ def promises(
 
 
 def _flat(watch: Watch | None, values: Callable[[Watch], list[int]], slack: int) -> list[str] | None:
-    if watch is None or not watch.samples:
+    if watch is None:
         return None
+    if not watch.samples:
+        return ["no sample was taken"]
     early, late = growth(values(watch))
     most = early * (1 + GROWTH) + slack
     return [f"{early / MIB:.0f} MiB grew to {late / MIB:.0f} MiB; bound {most / MIB:.0f}"] if late > most else []

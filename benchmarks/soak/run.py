@@ -4,8 +4,10 @@ import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks.soak.callers import LOST_S, Callers, Outcome
 from benchmarks.soak.cases import Shape, cases, references
@@ -50,15 +52,27 @@ async def soak(urls: Mapping[str, str], plan: Plan, server: TritonServer | None 
         await callers.draw_references(known)
         await callers.run(sequence, plan.at_once, _after(plan.warm_up))
         begin = time.monotonic()
-        progress = asyncio.create_task(_progress(callers, watch, begin, plan.seconds))
-        await callers.run(sequence, plan.at_once, begin + plan.seconds)
-        progress.cancel()
+        async with _meanwhile(_progress(callers, watch, begin, plan.seconds)):
+            await callers.run(sequence, plan.at_once, begin + plan.seconds)
         still_live = await _still_live(server)
         different = await callers.draw_references(known)
     finally:
         await callers.close()
     judged = promises(callers.sent, callers.outcomes, different, still_live, watch)
     return Soaked(callers.outcomes, judged, watch)
+
+
+@asynccontextmanager
+async def _meanwhile(endless: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run a coroutine until the block is left; an error that ended it before is raised then."""
+    task = asyncio.create_task(endless)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.result()
 
 
 def _after(seconds: float) -> float:
@@ -89,10 +103,13 @@ def _line(outcomes: Sequence[Outcome], watch: Watch | None, spent: float, second
     return f"{spent:5.0f} of {seconds:.0f} s: {counts}; {wrong} wrong{memory}"
 
 
-async def _still_live(server: TritonServer | None) -> list[str]:
-    """Requests that stay in the in-flight table; who hung up without a word is drawn to the end first."""
+async def _still_live(server: TritonServer | None) -> list[str] | None:
+    """Return the requests that stay in the in-flight table; None for a server that could not be looked at.
+
+    A request whose caller hung up without a word is drawn to the end first.
+    """
     if server is None:
-        return []
+        return None
     deadline = _after(LOST_S)
     while (live := server.table.live()) and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
