@@ -1,7 +1,6 @@
 """docker/ against the library: no engine runs it here, so whatever can be held against something is."""
 
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from tritonclient.grpc import model_config_pb2
 from fluxserve import __version__, contract, settings, spec
 from fluxserve import supervisor as server
 from fluxserve.cli import main as cli
+from tests.support.bodies import MIB, largest_mib
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -244,12 +244,6 @@ def instances(model: str) -> int:
     return int(group.count)
 
 
-def largest_body(model: spec.ModelSpec) -> int:
-    """Bytes of the largest request that a model takes: its image files in base64, and a MiB for all else."""
-    files = max(model.limits.max_references, 1) * model.limits.max_image_bytes
-    return math.ceil(files / 3) * 4 + 2**20
-
-
 def shared_memory_needed(gpus: int = 1) -> int:
     """Bytes in /dev/shm when every process has held its largest request and the answer to it, at the widest limits.
 
@@ -257,7 +251,7 @@ def shared_memory_needed(gpus: int = 1) -> int:
     body that reaches Triton, for `control` too. Triton 2.51 bounds none; a proxy does, and keeps clients to `flux` and
     `control`.
     """
-    body = max(largest_body(model) for model in spec.FAMILY)
+    body = max(largest_mib(model) for model in spec.FAMILY) * MIB
     limits = max((model.limits for model in spec.FAMILY), key=lambda limits: limits.max_pixels)
     image = 3 * limits.max_pixels  # RGB; as much as all references have
     assert image >= 3 * max(m.limits.max_references * m.limits.max_reference_pixels for m in spec.FAMILY)
@@ -275,10 +269,12 @@ def test_shared_memory() -> None:
 
 
 def test_the_proxys_limits_are_the_models() -> None:
-    """A body of a megabyte less could hold no request of the largest size, and one of more holds no other."""
-    text = (DOCKER / "README.md").read_text(encoding="utf-8")
-    for model, name in ((spec.FLUX1_DEV, "FLUX.1"), (spec.FLUX2_KLEIN_4B, "FLUX.2")):
-        assert f"{math.ceil(largest_body(model) / 1e6)} MB for {name}" in text
+    """The largest request passes, and the configuration and both pages say the same."""
+    one, four = largest_mib(spec.FLUX1_DEV), largest_mib(spec.FLUX2_KLEIN_4B)
+    configuration = (DOCKER / "nginx.conf").read_text(encoding="utf-8")
+    assert f"client_max_body_size {one}m;" in configuration and f"FLUX.2: {four}m." in configuration
+    for page in (DOCKER / "README.md", ROOT / "docs" / "security.md"):
+        assert f"{one} MiB for FLUX.1, {four} MiB for FLUX.2" in page.read_text(encoding="utf-8"), page
 
 
 FLUX1_BYTES = 2 * 12 * 10**9
