@@ -1,4 +1,4 @@
-"""DESIGN's two tables, enforced: where a line may live, and which way imports point. Read off the syntax trees."""
+"""Two tables, enforced: where a line may live, and which way imports point. Read off the syntax trees."""
 
 import ast
 import re
