@@ -14,7 +14,7 @@ from fluxserve.supervisor.installation import Installation
 from fluxserve.supervisor.interpreter import programs
 from fluxserve.supervisor.sockets import Ports
 
-EXIT_TIMEOUT_S = 120
+_TRITON_EXIT_S = 120
 """How long Triton itself may wait for HTTP connections after SIGTERM. The supervisor ends it long before, as soon as
 no answer is left in a connection: Triton would wait for a client that only keeps its connection open."""
 
@@ -72,7 +72,7 @@ class Launch:
             f"--model-repository={self._repository()}",
             "--model-control-mode=none",
             "--disable-auto-complete-config",
-            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            f"--exit-timeout-secs={_TRITON_EXIT_S}",
             f"--grpc-http2-min-recv-ping-interval-without-data={PINGS_MS}",
             *shut(),
             f"--backend-config=python,shm-region-prefix-name={self.prefix}",

@@ -315,8 +315,13 @@ def test_limits_can_be_changed_and_are_documented() -> None:
 
 def test_stopping_leaves_time_to_drain() -> None:
     assert command().drain_timeout == server.DRAIN_TIMEOUT_S
-    killed_after = server.DRAIN_TIMEOUT_S + server.EXIT_TIMEOUT_S + 10  # TritonServer.stop
-    assert seconds(service()["stop_grace_period"]) >= killed_after
+    more = server.EXIT_TIMEOUT_S + server.GONE_TIMEOUT_S  # TritonServer.stop
+    grace = seconds(service()["stop_grace_period"])
+    assert grace >= server.DRAIN_TIMEOUT_S + more
+    for file in ("compose.yaml", "README.md"):
+        words = " ".join((DOCKER / file).read_text(encoding="utf-8").split())
+        assert f"up to {server.DRAIN_TIMEOUT_S:.0f} s" in words and f"up to {more:.0f} s more" in words, file
+    assert f"**{grace:.0f} s to stop**" in (DOCKER / "README.md").read_text(encoding="utf-8")
 
 
 def test_health_check_is_the_images_own() -> None:
