@@ -46,6 +46,42 @@ class Request:
         return tuple(self.seed + k for k in range(self.num_images))
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A request whose plain fields are right, and whose images nobody has looked at yet."""
+
+    plain: Mapping[str, Any]
+    fields: Mapping[str, Any]
+    spec: ModelSpec
+
+    def complete(self) -> Request:
+        """Read the headers of the images, and settle the size, which may follow from them. Raises InvalidRequest."""
+        raw, encoding = self.fields.get("image"), self.plain["encoding"]
+        images = () if raw is None else _images(raw, self.spec, encoding)
+        height, width = _size(self.fields, self.spec, images)
+        return Request(height=height, width=width, images=images, **self.plain)
+
+
+def draft(fields: Mapping[str, Any], spec: ModelSpec) -> Draft:
+    """Validate all fields that cost nothing to look at: every one but the images. See `parse`."""
+    limits = spec.limits
+    num_images = _integer(fields, "num_images", 1, 1, limits.max_images)
+    plain: dict[str, Any] = {
+        "prompt": _prompt(fields.get("prompt"), limits.max_prompt_bytes),
+        "num_inference_steps": _steps(fields, spec),
+        "guidance_scale": _guidance(fields, spec),
+        "seed": _seed(fields, num_images),
+        "num_images": num_images,
+        "strength": _strength(fields, spec),
+        "output_format": _choice(fields, "output_format", OUTPUT_FORMATS),
+        "quality": _integer(fields, "quality", DEFAULT_QUALITY, 1, 100),
+        "encoding": _choice(fields, "encoding", ENCODINGS),
+    }
+    if "image" not in fields:
+        _size(fields, spec, ())
+    return Draft(plain, fields, spec)
+
+
 def parse(fields: Mapping[str, Any], spec: ModelSpec) -> Request:
     """Validate the fields of one request against a model.
 
@@ -57,22 +93,7 @@ def parse(fields: Mapping[str, Any], spec: ModelSpec) -> Request:
     Raises:
         InvalidRequest: names the field, what came and what is allowed.
     """
-    limits = spec.limits
-    num_images = _integer(fields, "num_images", 1, 1, limits.max_images)
-    cheap: dict[str, Any] = {
-        "prompt": _prompt(fields.get("prompt"), limits.max_prompt_bytes),
-        "num_inference_steps": _steps(fields, spec),
-        "guidance_scale": _guidance(fields, spec),
-        "seed": _seed(fields, num_images),
-        "num_images": num_images,
-        "strength": _strength(fields, spec),
-        "output_format": _choice(fields, "output_format", OUTPUT_FORMATS),
-        "quality": _integer(fields, "quality", DEFAULT_QUALITY, 1, 100),
-        "encoding": _choice(fields, "encoding", ENCODINGS),
-    }
-    images = _images(fields["image"], spec, cheap["encoding"]) if "image" in fields else ()
-    height, width = _size(fields, spec, images)
-    return Request(height=height, width=width, images=images, **cheap)
+    return draft(fields, spec).complete()
 
 
 def _prompt(raw: bytes | None, most: int) -> str:

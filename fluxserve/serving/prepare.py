@@ -1,6 +1,7 @@
 """The `prepare` model: a caller's tensors → validated request → in-flight ticket → job tensors. CPU, n instances.
 
-Of an image the header is read first; pixels are decoded once the request is admitted, in a process beside this one.
+A full queue costs a caller no more than a look at plain fields. Once a request is admitted, base64 and the headers of
+its images are read here, and their pixels in a process beside this one.
 """
 
 import time
@@ -55,20 +56,20 @@ class PrepareModel(ServedModel):
         return None
 
     def _answer(self, triton_request: Any) -> Any | None:
-        """The answer, or None if it is sent later."""
+        """The answer, or None if it is sent later. An image is not looked at before the request has a slot."""
+        ticket = None
         try:
             request_id = checked_id(triton_request.request_id())
-            parsed = request.parse(tensors.read_scalars(triton_request, contract.PREPARE), self._spec)
+            draft = request.draft(tensors.read_scalars(triton_request, contract.PREPARE), self._spec)
             ticket = self._claim(request_id)
-        except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
-            return self._refusal(error)
-        if not parsed.images:
-            return self._admit(parsed, ticket)
-        sender, size = triton_request.get_response_sender(), sum(len(image.data) for image in parsed.images)
-        try:
+            parsed = draft.complete()
+            if not parsed.images:
+                return self._admit(parsed, ticket)
+            sender, size = triton_request.get_response_sender(), sum(len(image.data) for image in parsed.images)
             submitted = self._decoder.submit(size, lambda: tensors.send(sender, self._admit(parsed, ticket)))
-        except errors.ImagesFull as error:
-            self._table.release(ticket)
+        except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
+            if ticket is not None:
+                self._table.release(ticket)
             return self._refusal(error)
         submitted.add_done_callback(triton_errors.report)
         return None

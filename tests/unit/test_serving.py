@@ -172,13 +172,18 @@ def test_requests_with_and_without_images_together(
 
 
 def test_a_full_queue_refuses_before_an_image_is_decoded(prepare: Any, table: InflightTable) -> None:
-    """A damaged one, so that decoding it would show; and it is the other way round for a bad header."""
+    """Files that are wrong, so that a look at them would show: at pixels, a header, base64."""
     table.start(admitted(table, "running"), 9)
-    for k in range(MAX_WAITING):
-        table.claim(str(k))
-    assert refused(prepare, ask(prompt=b"x", image=PNG[:-3000]))[0] == "UNAVAILABLE"
-    assert refused(prepare, ask(prompt=b"x", image=b"GIF89a"))[0] == "INVALID_ARG"
+    waiting = [table.claim(str(k)) for k in range(MAX_WAITING)]
+    wrong = [{"image": PNG[:-3000]}, {"image": b"GIF89a"}, {"image": b"no base64", "encoding": b"base64"}]
+    for fields in wrong:
+        assert refused(prepare, ask(prompt=b"x", **fields))[0] == "UNAVAILABLE"
+    assert refused(prepare, ask(prompt=b"x", quality=0, **wrong[0]))[0] == "INVALID_ARG", "plain fields come first"
     assert table.live() == MAX_WAITING + 1
+    table.release(waiting[0])
+    for fields in wrong:
+        assert refused(prepare, ask(prompt=b"x", **fields))[0] == "INVALID_ARG"
+    assert table.live() == MAX_WAITING
 
 
 def test_more_images_than_may_wait(
