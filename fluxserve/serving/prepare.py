@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fluxserve import contract, errors, request, source
-from fluxserve.inflight import HANDOVER_S, checked_id
+from fluxserve.inflight import HANDOVER_S, checked_id, places
 from fluxserve.job import Job, join, plan
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
@@ -38,7 +38,7 @@ class PrepareModel(ServedModel):
 
     def load(self, config: Settings, args: dict[str, str]) -> None:  # noqa: ARG002 (Triton's; not needed here)
         found = source.find(config)
-        self._spec, self._tokenizers = found.spec, Tokenizers(found.checkpoint)
+        self._spec, self._tokenizers, self._max_waiting = found.spec, Tokenizers(found.checkpoint), config.max_waiting
         self._metrics = RefusalMetrics()
         self._decoder = Decoder()
 
@@ -91,10 +91,11 @@ class PrepareModel(ServedModel):
 
     def _claim(self, request_id: str) -> int:
         """Claim a slot. A full queue beside an idle GPU is given HANDOVER_S, within which its claims lapse or start."""
-        deadline = time.monotonic() + HANDOVER_S + _POLL_S
+        deadline, each = time.monotonic() + HANDOVER_S + _POLL_S, self._processes.seconds_each()
+        most = self._max_waiting or places(self._table.queue_timeout_s, each)
         while True:
             try:
-                return self._table.claim(request_id)
+                return self._table.claim(request_id, most, each)
             except errors.QueueFull:
                 if self._table.drawing or time.monotonic() > deadline:
                     raise

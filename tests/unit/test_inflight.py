@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fluxserve import process
-from fluxserve.contract import MAX_WAITING
+from fluxserve.contract import MAX_WAITING, QUEUE_TIMEOUT_S
 from fluxserve.errors import Cancelled, Draining, InvalidRequest, QueueFull, RequestIdInUse, ServerError
-from fluxserve.inflight import CAPACITY, HANDOVER_S, LEASE_S, MAX_ID_BYTES, InflightTable, Status
+from fluxserve.inflight import CAPACITY, HANDOVER_S, LEASE_S, MAX_ID_BYTES, InflightTable, Status, places
 from tests.support import namespaces
 from tests.support.admission import admitted
 
@@ -225,6 +225,39 @@ def test_a_full_queue(table: InflightTable) -> None:
     table.cancel("more")
     admitted(table, "yet more")
     assert table.live() == MAX_WAITING + 1
+
+
+def test_a_refusal_says_how_long_the_wait_would_be(table: InflightTable) -> None:
+    for _ in range(3):
+        table.claim("", 3, 1.98)
+    with pytest.raises(QueueFull, match=r"3 requests are waiting; at most 3 may\. The wait would be about 6 s\. Try"):
+        table.claim("", 3, 1.98)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "each", "expected"),
+    [
+        (120, 1.98, 60),  # 64 would wait for 127 s
+        (120, 0.3, MAX_WAITING),
+        (120, 119.0, 1),
+        (120, 600.0, 1),  # nobody could wait for the whole of it; one may try
+        (10, 1.0, 10),
+        (120, 0.0, MAX_WAITING),
+    ],
+)
+def test_no_more_may_wait_than_are_drawn_in_time(timeout: float, each: float, expected: int) -> None:
+    assert places(timeout, each) == expected
+
+
+def test_a_lease_is_as_long_as_the_queues_timeout(table: InflightTable, clock: Clock) -> None:
+    assert table.queue_timeout_s == QUEUE_TIMEOUT_S
+    table.set_queue_timeout(300)
+    table.start(admitted(table, "running"), 1)
+    admitted(table, "waiting")
+    clock.wait(LEASE_S + 1)
+    assert InflightTable(table.path, clock).status("waiting").state == "queued"
+    clock.wait(300)
+    assert table.status("waiting") == UNKNOWN
 
 
 def test_a_full_table(table: InflightTable) -> None:

@@ -19,6 +19,7 @@ from fluxserve.contract import MAX_WAITING
 from fluxserve.inflight import MAX_ID_BYTES, InflightTable
 from fluxserve.media.images import write_image
 from fluxserve.serving import decoder
+from fluxserve.serving.processes import Heartbeat, ProcessTable
 from tests.support.admission import admitted
 from tests.support.fake_triton import FINAL, InferenceRequest, Logger, counted, error_of, installed, outputs, prepared
 
@@ -184,6 +185,24 @@ def test_a_full_queue_refuses_before_an_image_is_decoded(prepare: Any, table: In
     for fields in wrong:
         assert refused(prepare, ask(prompt=b"x", **fields))[0] == "INVALID_ARG"
     assert table.live() == MAX_WAITING
+
+
+def test_as_many_may_wait_as_are_drawn_in_time(prepare: Any, table: InflightTable) -> None:
+    """FLUX.1-dev on one GPU: 64 would wait for 127 s, and Triton lets nobody wait for more than 120."""
+    table.start(admitted(table, "running"), 9)
+    drawing = Heartbeat(ProcessTable.beside(table.path), "generate")
+    drawing.draws_in(1.98)
+    try:
+        answers = [refused_or_not(prepare, ask(prompt=b"x")) for _ in range(61)]
+    finally:
+        drawing.close()
+    assert answers[:-1] == [""] * 60
+    assert "queue: 60 requests are waiting; at most 60 may. The wait would be about 119 s." in answers[-1]
+
+
+def refused_or_not(prepare: Any, request: InferenceRequest) -> str:
+    (response,) = prepared(prepare, [request])
+    return error_of(response)[1] if response.has_error() else ""
 
 
 def test_more_images_than_may_wait(

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
 
 from fluxserve import contract, process, supervisor
 from fluxserve.errors import ServerError
@@ -120,6 +122,21 @@ def made(tmp_path: Path, **options: str) -> TritonServer:
     folders, libpython = (Path("/one"), Path("/two")), Path("/lib/libpython.so")
     installation = Installation(tmp_path / "none", backends, folders, libpython, tmp_path / "stub")
     return TritonServer(tmp_path, Ports(1, 2, 3), installation, options=options)
+
+
+def test_the_queues_timeout_is_written_where_triton_reads_it(tmp_path: Path, memory: Path) -> None:
+    shipped = (Path(__file__).parents[2] / "model_repository" / "generate" / "config.pbtxt").read_text()
+    with made(tmp_path, queue_timeout="7") as running:
+        (tmp_path / "generate" / "config.pbtxt").write_text(shipped)
+        running.launch.command()
+        folder = running.launch.home / "model_repository" / "generate"
+        config = text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+        assert config.dynamic_batching.default_queue_policy.default_timeout_microseconds == 7_000_000
+        assert (folder / "1" / "model.py").read_text() == "import fluxserve.serving"
+        (tmp_path / "generate" / "config.pbtxt").write_text("nothing of the kind")
+        with pytest.raises(ServerError, match="got 0 lines `default_timeout_microseconds: "):
+            running.launch.command()
+    assert (tmp_path / "generate" / "config.pbtxt").read_text() == "nothing of the kind", "the user's own is read only"
 
 
 def test_nothing_is_left_behind(tmp_path: Path, memory: Path) -> None:
