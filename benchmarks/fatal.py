@@ -22,8 +22,8 @@ from benchmarks.command import report
 from benchmarks.served import REPOSITORY
 from benchmarks.surroundings import surroundings
 from fluxserve import process
-from fluxserve.installation import bundled
 from fluxserve.supervisor import Ports, TritonServer, memory
+from fluxserve.supervisor.installation import bundled
 
 _ENDS_WITHIN_S = 30.0
 """Longer than Triton takes from any of these requests to its end."""
