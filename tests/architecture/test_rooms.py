@@ -194,6 +194,11 @@ def test_files_and_functions_are_short(file: Path) -> None:
         assert len(file.read_text(encoding="utf-8").splitlines()) < MAX_MODEL_LINES
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=name_of)
+def test_tests_are_as_short(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+
+
 @pytest.mark.parametrize("file", [f for f in CODE if f.is_relative_to(PACKAGE)], ids=name_of)
 def test_every_module_says_what_it_is(file: Path) -> None:
     assert ast.get_docstring(tree(file))

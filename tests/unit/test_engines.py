@@ -14,7 +14,7 @@ from fluxserve.engines.open import ARTIFACTS, ENGINES, WEIGHTS, open_components
 from fluxserve.errors import ShapeError
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.spec import FAMILY, TINY, ModelSpec
-from tests.support import random_flux
+from tests.support import random_flux, threads
 
 ROWS, SIDE = Dim("rows", 1, 4), Dim("side", 2, 8, scale=8)
 SIGNATURE = Signature(
@@ -101,11 +101,8 @@ def test_every_engine_can_be_checked_before_it_is_opened(kind: str, modules: dic
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Small tensors on a busy machine: OpenMP's threads would wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one():
+        yield
 
 
 @pytest.fixture
