@@ -65,7 +65,7 @@ class Runs:
         self._engine.close()  # type: ignore[attr-defined]
 
 
-class Watch:
+class StepCount:
     """Counts the steps of every job; calls job k off after `off[k]` of them."""
 
     def __init__(self, **off: int) -> None:
@@ -78,9 +78,9 @@ class Watch:
 
 
 def test_every_step_of_every_image_is_told(pipeline: Pipeline) -> None:
-    watch = Watch()
-    drawings = pipeline.draw([a_job((1, 2, 3)), a_job((4,))], watch)
-    assert watch.steps == {0: 3 * STEPS, 1: STEPS}
+    count = StepCount()
+    drawings = pipeline.draw([a_job((1, 2, 3)), a_job((4,))], count)
+    assert count.steps == {0: 3 * STEPS, 1: STEPS}
     assert [d.images.shape for d in drawings if d] == [(3, 64, 64, 3), (1, 64, 64, 3)]
 
 
@@ -90,48 +90,48 @@ def test_jobs_that_are_called_off_stop_within_a_step(off: int, max_rows: int) ->
     transformer, decoder = Runs(FLUX().components().transformer), Runs(FLUX().components().vae_decoder)
     components = replace(FLUX().components(), transformer=transformer, vae_decoder=decoder)
     jobs = [a_job((k,)) for k in range(max_rows)]
-    watch = Watch(job0=off, job1=off)
-    assert Pipeline(FLUX().spec, components, max_rows=max_rows).draw(jobs, watch) == [None] * max_rows
-    assert set(watch.steps.values()) == {off}
+    count = StepCount(job0=off, job1=off)
+    assert Pipeline(FLUX().spec, components, max_rows=max_rows).draw(jobs, count) == [None] * max_rows
+    assert set(count.steps.values()) == {off}
     assert transformer.rows == [max_rows] * off, "not another step"
     assert decoder.rows == []
 
 
 def test_the_images_after_the_one_that_is_called_off_are_not_begun() -> None:
     transformer = Runs(FLUX().components().transformer)
-    watch = Watch(job0=2)
+    count = StepCount(job0=2)
     pipeline = Pipeline(FLUX().spec, replace(FLUX().components(), transformer=transformer))
-    assert pipeline.draw([a_job((1, 2, 3))], watch) == [None]
-    assert watch.steps == {0: 2} and transformer.rows == [1, 1]
+    assert pipeline.draw([a_job((1, 2, 3))], count) == [None]
+    assert count.steps == {0: 2} and transformer.rows == [1, 1]
 
 
 @pytest.mark.parametrize("max_rows", [2, 3])
 def test_every_image_of_a_chunk_is_told(max_rows: int) -> None:
     """`generate` announces steps x images; with fewer calls a request would end at step 4 of 12."""
-    watch = Watch()
-    Pipeline(FLUX().spec, FLUX().components(), max_rows=max_rows).draw([a_job((1, 2, 3))], watch)
-    assert watch.steps == {0: 3 * STEPS}
+    count = StepCount()
+    Pipeline(FLUX().spec, FLUX().components(), max_rows=max_rows).draw([a_job((1, 2, 3))], count)
+    assert count.steps == {0: 3 * STEPS}
 
 
 def test_between_two_images(pipeline: Pipeline) -> None:
-    watch = Watch(job0=STEPS + 1)
-    assert pipeline.draw([a_job((1, 2, 3))], watch) == [None]
-    assert watch.steps == {0: STEPS + 1}
+    count = StepCount(job0=STEPS + 1)
+    assert pipeline.draw([a_job((1, 2, 3))], count) == [None]
+    assert count.steps == {0: STEPS + 1}
 
 
 def test_its_neighbours_are_drawn_all_the_same(pipeline: Pipeline) -> None:
-    watch = Watch(job1=2)
-    first, out, last = pipeline.draw([a_job((1,)), a_job((2,)), a_job((3,), prompt=9)], watch)
-    assert out is None and watch.steps == {0: STEPS, 1: 2, 2: STEPS}
+    count = StepCount(job1=2)
+    first, out, last = pipeline.draw([a_job((1,)), a_job((2,)), a_job((3,), prompt=9)], count)
+    assert out is None and count.steps == {0: STEPS, 1: 2, 2: STEPS}
     (alone,) = pipeline.draw([a_job((3,), prompt=9)])
     assert first and last and alone and np.array_equal(last.images, alone.images)
 
 
 def test_rows_that_run_together_stop_when_nobody_wants_any(pipeline: Pipeline) -> None:
     together = Pipeline(FLUX().spec, FLUX().components(), max_rows=2)
-    watch = Watch(job0=1, job1=3)
-    assert together.draw([a_job((1,)), a_job((2,))], watch) == [None, None]
-    assert watch.steps == {0: 1, 1: 3}, "who left is not asked again"
+    count = StepCount(job0=1, job1=3)
+    assert together.draw([a_job((1,)), a_job((2,))], count) == [None, None]
+    assert count.steps == {0: 1, 1: 3}, "who left is not asked again"
 
 
 @pytest.mark.parametrize(("max_rows", "chunks"), [(1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (8, [5])])

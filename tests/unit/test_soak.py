@@ -16,9 +16,9 @@ from PIL import Image
 
 from benchmarks.soak.callers import Outcome, flaw
 from benchmarks.soak.cases import ABANDONED, BAD, FORMATS, IN_USE, WAYS, Case, Shape, cases, references
+from benchmarks.soak.footprint import MIB, Footprint, growth
 from benchmarks.soak.promises import Promise, promises
 from benchmarks.soak.run import _meanwhile, _still_live
-from benchmarks.soak.watch import MIB, Watch, growth
 from fluxserve.errors import InvalidRequest
 from fluxserve.media.images import decode
 from fluxserve.request import parse
@@ -120,7 +120,7 @@ def test_a_server_of_another_machine_is_not_looked_at() -> None:
 
 
 def test_memory_that_was_never_sampled_is_not_flat() -> None:
-    unseen = cast("Watch", SimpleNamespace(samples=[], restarted=list))
+    unseen = cast("Footprint", SimpleNamespace(samples=[], restarted=list))
     assert [p.verdict for p in promises(3, GOOD, [], [], unseen)[-3:]] == ["held", "BROKEN", "BROKEN"]
 
 
@@ -191,11 +191,11 @@ def test_a_process_that_ends_is_seen(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         table = SimpleNamespace(path=tmp_path / "nothing-inflight")
-        watch = Watch(SimpleNamespace(pid=process.pid, table=table))
-        watch.sample()
-        assert watch.first.keys() == {process.pid}
-        assert watch.samples[0].rss > MIB
-        assert watch.restarted() == []
+        footprint = Footprint(SimpleNamespace(pid=process.pid, table=table))
+        footprint.sample()
+        assert footprint.first.keys() == {process.pid}
+        assert footprint.samples[0].rss > MIB
+        assert footprint.restarted() == []
         process.kill()
         process.wait()
-        assert watch.restarted() == [f"{process.pid} is gone"]
+        assert footprint.restarted() == [f"{process.pid} is gone"]
