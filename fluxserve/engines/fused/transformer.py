@@ -49,7 +49,7 @@ class Layers:
 
 
 class FusedTransformer:
-    """An Engine; see engines.base.
+    """An Engine; see engine.py.
 
     Args:
         build: of the folder `transformer`; with ranges exactly if its linears are E4M3.
@@ -83,7 +83,7 @@ class FusedTransformer:
         self._ahead = attention_ahead(qkv, self._usual, self.spec.num_attention_heads, attended)
 
     def saturated(self) -> dict[str, tuple[int, int]]:
-        """Waits for the device; see engines.base.Saturating."""
+        """Waits for the device; see engine.Saturating."""
         assert self.weights is not None, "saturated after close"
         blocks: list[DoubleBlock | SingleBlock] = [*self.weights.double, *self.weights.single]
         counted = zip(blocks, self.counts.tolist(), strict=True)
@@ -131,7 +131,7 @@ class FusedTransformer:
 
 
 class FusedBound:
-    """A Bound and a Denoiser; see engines.base. Its buffers are the arena's, valid until another runs."""
+    """A Bound and a Denoiser; see engine.py. Its buffers are the arena's, valid until another runs."""
 
     def __init__(self, engine: FusedTransformer, weights: Layers, buffers: Mapping[str, Tensor], sizes: Shapes) -> None:
         signature = engine.signature
