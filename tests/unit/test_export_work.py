@@ -156,7 +156,7 @@ def test_a_record_that_is_no_json_leaves_nothing(folder: Path) -> None:
 STUCK = """
 import sys
 from pathlib import Path
-from export import work
+from fluxserve_export import work
 
 def wait(*_):
     print("there", flush=True)
@@ -200,7 +200,7 @@ def test_a_process_that_is_killed(folder: Path, make: Maker, where: str) -> None
 TOGETHER = """
 import json, sys
 from pathlib import Path
-from export.work import Work
+from fluxserve_export.work import Work
 
 def make(folder, line):
     (folder / "model.onnx").write_text("the same")
