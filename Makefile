@@ -65,6 +65,7 @@ $(VENV)/.demo: $(INPUTS) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
+	@scripts/system-packages.sh $(PYTHON) test
 	@$(PIP) --editable '.[server,onnxruntime,export,tensorrt-rtx,test]' --editable ./client --editable ./gateway
 	@touch $@
 

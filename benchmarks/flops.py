@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.command import report
 from benchmarks.pictures import sides
-from fluxserve.engines.torch_eager import Architecture
 from fluxserve.families import registry
+from fluxserve.families.base import Architecture
 from fluxserve.families.flux import signatures
 from fluxserve.families.flux.parts import FluxSpec
 from testing import published

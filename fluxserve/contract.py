@@ -12,14 +12,14 @@ MAX_BATCH_SIZE = 4
 """Requests of equal size, steps and task that `generate` may take in one batch."""
 
 MAX_WAITING = 64
-"""Requests that may wait for the GPU; `prepare` refuses one more with UNAVAILABLE."""
+"""Requests that may wait for the GPU, unless a setting says otherwise or so many would wait for too long."""
 
 MAX_QUEUE_SIZE = 256
 """Triton's own bound on `generate`'s queue: above MAX_WAITING, because a request that was cancelled while it waited no
 longer counts but stays in the queue until its turn comes to be answered."""
 
 QUEUE_TIMEOUT_S = 120
-"""How long a request may wait for the GPU before Triton answers it UNAVAILABLE."""
+"""How long a request may wait for the GPU before Triton answers it UNAVAILABLE, as config.pbtxt is shipped."""
 
 PRIORITY_LEVELS = 3
 """1 is the most urgent; a request that says nothing gets the middle one."""

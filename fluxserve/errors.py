@@ -58,8 +58,15 @@ class Refused(FluxserveError):
 
 
 class QueueFull(Refused):
-    def __init__(self, waiting: int, allowed: int) -> None:
-        super().__init__(f"queue: {waiting} requests are waiting; at most {allowed} may. Try again later")
+    """No more requests may wait.
+
+    Args:
+        wait_s: how long one more would wait, in seconds; 0 if that is not known.
+    """
+
+    def __init__(self, waiting: int, allowed: int, wait_s: float = 0.0) -> None:
+        wait = f". The wait would be about {wait_s:.0f} s" if wait_s else ""
+        super().__init__(f"queue: {waiting} requests are waiting; at most {allowed} may{wait}. Try again later")
 
 
 class ImagesFull(Refused):

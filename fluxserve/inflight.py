@@ -12,10 +12,10 @@ A CLAIMED or RUNNING slot belongs to a process and lapses with it. A QUEUED slot
 drop a request between two steps of an ensemble without notice, and a client can call `prepare` alone. So it lapses
 
 - when it was cancelled,
-- after the timeout of Triton's queue,
+- after the timeout of Triton's queue, which `generate` reads in its configuration,
 - HANDOVER_S after the last GPU went idle, because nothing can be left in the queue,
-- when MAX_WAITING requests wait and one that was queued HANDOVER_S later has been started. (A request of low priority
-  may be overtaken so and still wait: then more than MAX_WAITING do, up to Triton's own bound.)
+- when as many requests wait as may, and one that was queued HANDOVER_S later has been started. (A request of low
+  priority may be overtaken so and still wait: then more than that do, up to Triton's own bound.)
 
 A lapsed slot counts no longer, and may be claimed again when no unused one is left. Until then it keeps its ticket:
 a request that arrives late after all is drawn, or answered as cancelled.
@@ -50,17 +50,23 @@ _RANDOM_BITS = 63 - (CAPACITY - 1).bit_length()
 """Of a ticket, which must fit into an INT64."""
 
 MAX_ID_BYTES = 128
-LEASE_S = QUEUE_TIMEOUT_S + 10.0
+_GRACE_S = 10.0
+"""Of a wait beyond the timeout of Triton's queue, before its slot lapses."""
+
+LEASE_S = QUEUE_TIMEOUT_S + _GRACE_S
+"""How long a slot may be QUEUED, until `generate` has said what Triton's timeout is."""
+
 HANDOVER_S = 1.0
 """Longer than the way from `prepare` to `generate` takes when no other request is in front."""
 
-_VERSION = 2
+_VERSION = 3
 _HEADER = np.dtype(
     [
         ("version", "<u4"),
         ("draining", "<u4"),
         ("idle_since_ns", "<u8"),
         ("newest_started_ns", "<u8"),  # the latest `queued_ns` of all that were started
+        ("queue_timeout_ns", "<u8"),  # 0: not said yet
     ],
     align=True,
 )
@@ -79,6 +85,17 @@ _SLOT = np.dtype(
     ],
     align=True,
 )
+
+
+def places(queue_timeout_s: float, seconds_each: float) -> int:
+    """Return how many requests may wait: all that are drawn within the queue's timeout, from 1 to MAX_WAITING.
+
+    Args:
+        seconds_each: between two pictures of all GPUs together; 0 if that is not known.
+    """
+    if not seconds_each:
+        return MAX_WAITING
+    return min(max(int(queue_timeout_s / seconds_each), 1), MAX_WAITING)
 
 
 def checked_id(request_id: str) -> str:
@@ -113,13 +130,17 @@ class InflightTable:
 
     # --- prepare ---------------------------------------------------------------------------------------------------
 
-    def claim(self, request_id: str) -> int:
+    def claim(self, request_id: str, most: int = MAX_WAITING, seconds_each: float = 0.0) -> int:
         """Admit a request; returns its ticket. An empty id can't be looked up and may be in use many times.
+
+        Args:
+            most: requests that may wait.
+            seconds_each: between two pictures of all GPUs together; 0 if that is not known.
 
         Raises:
             Draining: the server is going down.
             RequestIdInUse: a live request has this id.
-            QueueFull: contract.MAX_WAITING requests wait already.
+            QueueFull: `most` requests wait already.
         """
         with self._locked():
             if self._header["draining"][0]:
@@ -127,11 +148,11 @@ class InflightTable:
             self._sweep()
             if (taken := self._find(request_id)) is not None:
                 raise RequestIdInUse(request_id, self._status(taken).state)
-            if self._waiting() >= MAX_WAITING:
+            if self._waiting() >= most:
                 self._lapse_overtaken()
             free = np.flatnonzero(self._slots["state"] == FREE)
-            if (waiting := self._waiting()) >= MAX_WAITING or not len(free):
-                raise QueueFull(waiting, MAX_WAITING)
+            if (waiting := self._waiting()) >= most or not len(free):
+                raise QueueFull(waiting, most, waiting * seconds_each)
             self._slots["cancel"][(self._slots["state"] == FREE) & self._named(request_id)] = 1  # a lapsed one's id
             index = self._longest_unused(free)
             slot = self._slots[index]
@@ -149,7 +170,16 @@ class InflightTable:
                 raise Cancelled(_id(slot), 0, steps)
             slot["state"], slot["queued_ns"] = QUEUED, self._clock_ns()
 
+    @property
+    def queue_timeout_s(self) -> float:
+        """How long Triton lets a request wait for a GPU."""
+        return int(self._header["queue_timeout_ns"][0]) / 1e9 or float(QUEUE_TIMEOUT_S)
+
     # --- generate --------------------------------------------------------------------------------------------------
+
+    def set_queue_timeout(self, seconds: float) -> None:
+        """Say how long Triton lets a request wait for a GPU, before the first one comes."""
+        self._header["queue_timeout_ns"] = round(seconds * 1e9)
 
     def start(self, ticket: int, steps: int) -> float:
         """Take a queued request up; returns how many seconds it waited.
@@ -245,11 +275,11 @@ class InflightTable:
 
     def _sweep(self, cancelled_waits: bool = True) -> None:
         """Lapse waits that were too long or, unless their state is asked for, cancelled; free dead processes' slots."""
-        slots, now = self._slots, self._clock_ns()
+        slots, now, lease_s = self._slots, self._clock_ns(), self.queue_timeout_s + _GRACE_S
         for index in np.flatnonzero(np.isin(slots["state"], (CLAIMED, RUNNING))):
             if process.started(int(slots[index]["owner_pid"])) != slots[index]["owner_started"]:
                 self._free(slots[index])
-        timed_out = np.isin(slots["state"], (FREE, QUEUED)) & (now - slots["queued_ns"] > LEASE_S * 1e9)
+        timed_out = np.isin(slots["state"], (FREE, QUEUED)) & (now - slots["queued_ns"] > lease_s * 1e9)
         slots["state"][timed_out], slots["ticket"][timed_out] = FREE, 0
         queued = slots["state"] == QUEUED
         if (queued & self._left_behind()).any():  # then its neighbours of the same second most likely are, too

@@ -93,8 +93,10 @@ class Pipeline:
         self._family, self._recipe = registry.of(spec), registry.recipe(spec)
         self._bounds: OrderedDict[tuple[object, ...], Bound] = OrderedDict()
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> float:
         """One step through every component, at the default size twice: engines capture the second.
+
+        Returns how many seconds a picture of the default size and steps takes, by the time of one step more.
 
         So that no first request pays for what is loaded, compiled or captured late, and that what can't run fails now.
         References make the transformer's rows more, so they come after. Then the smallest size: libraries have kernels
@@ -106,6 +108,14 @@ class Pipeline:
             (drawing,) = self.draw([self._family.nothing(self.spec, size, given)])
             assert drawing is not None, "nobody can cancel it"
             drawing.require_finite()
+        return self._seconds_a_picture()
+
+    def _seconds_a_picture(self) -> float:
+        """Draw one step at the default size, once more, and reckon with all steps."""
+        (drawing,) = self.draw([self._family.nothing(self.spec, self.spec.defaults.side, False)])
+        assert drawing is not None, "nobody can cancel it"
+        times, steps = drawing.timings, self.spec.defaults.num_inference_steps
+        return (times["encode"] + steps * times["denoise"] + times["decode"]) / 1000
 
     def saturated(self) -> int:
         """Values at the limit of FP8 in all pictures so far, in a sample of their rows. Waits for the device."""

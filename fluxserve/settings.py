@@ -4,6 +4,7 @@ A parameter in a config.pbtxt (or in `--model-config` overrides) wins over the e
 `fluxserve doctor` prints the table.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -16,6 +17,7 @@ from fluxserve.families import registry
 
 _PREFIX = "FLUXSERVE_"
 _PATHS = ("checkpoint", "artifact", "inflight")
+_BOUNDS = (("threads", 0, math.inf), ("max_rows", 1, math.inf), ("max_waiting", 0, 192), ("queue_timeout", 0, 86_400))
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -42,6 +44,10 @@ class Settings:
     """CPU threads of the GPU worker's process; 0: as many as there are cores."""
     max_rows: int = 1
     """Images that go through the transformer together; 1 keeps an image's bytes the same alone and in a batch."""
+    max_waiting: int = 0
+    """Requests that may wait for a GPU; 0: as many as are drawn within the queue's timeout, at most 64."""
+    queue_timeout: int = 0
+    """Seconds that a request may wait for a GPU; 0: what generate/config.pbtxt says, 120 as shipped."""
     cache: str = ""
     """Where compiled kernels and attention plans are kept between starts; empty: ~/.cache/fluxserve."""
     inflight: str = ""
@@ -53,9 +59,10 @@ class Settings:
         models = [member.name for member in registry.members()]
         if self.model not in ("", *models):
             raise SettingsError("model", self.model, f"{', '.join(models)}; or nothing")
-        for name, least in (("threads", 0), ("max_rows", 1)):
-            if getattr(self, name) < least:
-                raise SettingsError(name, getattr(self, name), f"{least} or more")
+        for name, least, most in _BOUNDS:
+            if not least <= getattr(self, name) <= most:
+                allowed = f"{least} or more" if most == math.inf else f"{least} to {most:,}"
+                raise SettingsError(name, getattr(self, name), allowed)
 
     @property
     def checkpoint_path(self) -> Path:

@@ -1,6 +1,6 @@
 """What is served: a checkpoint's weights, or an artifact's engines. The settings say which."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fluxserve.engine import Components
@@ -53,8 +53,11 @@ class Source:
             finite.check(self.checkpoint.weights(name), dtype)
 
     def check_engine(self, device: str, dtype: str) -> None:
-        """Raise what opening the engine would before it reads weights; see engines.open.check."""
-        engines.check(self.engine, replace(self.checkpoint, spec=self.spec), device, dtype)
+        """Raise the error that opening the engine would raise before it reads weights; see engines.open."""
+        if self.artifact:
+            engines.check_artifact(self.artifact, device)
+        else:
+            engines.check_components(self.engine, self.checkpoint, device, dtype)
 
     def device(self, offered: str) -> str:
         """Where the engine runs: on what is offered, or on the CPU if it runs nowhere else."""

@@ -25,9 +25,9 @@ from typing import Any
 from benchmarks.command import report
 from benchmarks.served import REPOSITORY
 from benchmarks.soak.cases import Shape
+from benchmarks.soak.footprint import MIB, growth
 from benchmarks.soak.promises import Promise, as_json
 from benchmarks.soak.run import Plan, Soaked, soak
-from benchmarks.soak.watch import MIB, growth
 from benchmarks.surroundings import surroundings
 from fluxserve import settings
 from fluxserve.supervisor import Ports, TritonServer, Watch
@@ -56,7 +56,7 @@ def supervised(options: dict[str, str]) -> Iterator[TritonServer]:
 
 def summary(soaked: Soaked) -> dict[str, Any]:
     """Counts by kind, protocol and end; milliseconds of good requests; memory early and late."""
-    outcomes, watch = soaked.outcomes, soaked.watch
+    outcomes, footprint = soaked.outcomes, soaked.footprint
     counts = Counter(
         (o.case.kind, o.case.what if o.case.kind == "abandoned" else "", o.case.protocol, o.ended) for o in outcomes
     )
@@ -68,9 +68,9 @@ def summary(soaked: Soaked) -> dict[str, Any]:
         ],
         "good_ms": {"p50": statistics.median(good), "p99": good[int(0.99 * (len(good) - 1))]} if good else {},
     }
-    if watch and watch.samples:
+    if footprint and footprint.samples:
         for name in ("rss", "shared"):
-            early, late = growth([getattr(s, name) for s in watch.samples])
+            early, late = growth([getattr(s, name) for s in footprint.samples])
             result[f"{name}_mib"] = {"early": round(early / MIB, 1), "late": round(late / MIB, 1)}
     return result
 

@@ -139,6 +139,7 @@ class Callers:
             await asyncio.wait([task])
         finally:
             task.cancel()
+            await asyncio.wait([task])
         if task.cancelled() or isinstance(task.exception(), Cancelled | DeadlineExceeded):
             return "gave up", ""
         task.result()  # any other error
@@ -174,10 +175,13 @@ class Callers:
                 tensor.set_data_from_numpy(_array(value, dtype))
                 inputs.append(tensor)
             task = asyncio.create_task(client.infer("flux", inputs))
-            await asyncio.wait([task], timeout=case.delay)
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            try:
+                await asyncio.wait([task], timeout=case.delay)
+            finally:
+                task.cancel()
+                await asyncio.wait([task])
+            if not task.cancelled():
+                task.result()
 
 
 def _plain(case: Case) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.soak.callers import Outcome
-from benchmarks.soak.watch import MIB, Watch, growth
+from benchmarks.soak.footprint import MIB, Footprint, growth
 
 GROWTH = 0.05
 RSS_SLACK = 64 * MIB
@@ -27,14 +27,18 @@ class Promise:
 
 
 def promises(
-    sent: int, outcomes: Sequence[Outcome], different: Sequence[str], still_live: Sequence[str], watch: Watch | None
+    sent: int,
+    outcomes: Sequence[Outcome],
+    different: Sequence[str],
+    still_live: Sequence[str] | None,
+    footprint: Footprint | None,
 ) -> list[Promise]:
     """Judge a soak.
 
     Args:
         sent: how many requests were begun.
         different: reference requests whose bytes changed.
-        still_live: requests that the server holds although nobody waits any more.
+        still_live: requests that the server holds although nobody waits any more; None if nobody could look.
     """
     lost = [_line(o) for o in outcomes if o.ended == "lost"]
     if sent != len(outcomes):
@@ -49,16 +53,18 @@ def promises(
         Promise("abandoned requests end as cancelled, or were answered before", _of(wrong, "abandoned")),
         Promise("the same request has the same bytes at the end", different),
         Promise("nothing is in flight afterwards", still_live),
-        Promise("no process ended or came", watch.restarted() if watch else None),
-        Promise("resident memory is flat", _flat(watch, lambda w: [s.rss for s in w.samples], RSS_SLACK)),
-        Promise("shared memory is flat", _flat(watch, lambda w: [s.shared for s in w.samples], SHARED_SLACK)),
+        Promise("no process ended or came", footprint.restarted() if footprint else None),
+        Promise("resident memory is flat", _flat(footprint, lambda w: [s.rss for s in w.samples], RSS_SLACK)),
+        Promise("shared memory is flat", _flat(footprint, lambda w: [s.shared for s in w.samples], SHARED_SLACK)),
     ]
 
 
-def _flat(watch: Watch | None, values: Callable[[Watch], list[int]], slack: int) -> list[str] | None:
-    if watch is None or not watch.samples:
+def _flat(footprint: Footprint | None, values: Callable[[Footprint], list[int]], slack: int) -> list[str] | None:
+    if footprint is None:
         return None
-    early, late = growth(values(watch))
+    if not footprint.samples:
+        return ["no sample was taken"]
+    early, late = growth(values(footprint))
     most = early * (1 + GROWTH) + slack
     return [f"{early / MIB:.0f} MiB grew to {late / MIB:.0f} MiB; bound {most / MIB:.0f}"] if late > most else []
 

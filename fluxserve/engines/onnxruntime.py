@@ -73,10 +73,17 @@ def _name(tensor: Tensor) -> str:
     return _NUMPY_NAMES[tensor.dtype]
 
 
-def open_artifact(artifact: Artifact, device: str) -> Components:
-    """Load all five components; see engines.open.open_artifact."""
+def check_artifact(artifact: Artifact, device: str) -> None:
+    """Check the device and what each component computes in; see engines.open."""
     if device != "cpu":
         raise ArtifactUnsuited(f"{artifact.path}: onnxruntime runs it on the CPU; got the device {device}")
+    for name in artifact.spec.components:
+        _signature(artifact, artifact.component(name))
+
+
+def open_artifact(artifact: Artifact, device: str) -> Components:
+    """Load all five components; see engines.open.open_artifact."""
+    check_artifact(artifact, device)
 
     def load(name: str) -> OrtEngine:
         component = artifact.component(name)

@@ -50,15 +50,22 @@ def open_components(name: str, checkpoint: Checkpoint, device: str, dtype: str) 
     return components
 
 
-def check(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> None:
-    """Raise what opening would raise before it reads weights: for the library, the device, the model's configuration.
+def check_components(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> None:
+    """Raise the error that `open_components` would raise before it reads weights: of library, device or model.
 
     Raises:
         EngineError, SettingsError, CheckpointError.
     """
-    known = getattr(import_module(ENGINES[name]), "check", None)  # engines of exported graphs have none
-    if known is not None:
-        known(checkpoint, device, dtype)
+    import_module(WEIGHTS[name]).check_components(checkpoint, device, dtype)
+
+
+def check_artifact(artifact: Artifact, device: str) -> None:
+    """Raise the error that `open_artifact` would raise before it reads a plan or weights.
+
+    Raises:
+        ArtifactError, EngineError.
+    """
+    import_module(ARTIFACTS[artifact.engine]).check_artifact(artifact, device)
 
 
 def open_artifact(artifact: Artifact, device: str) -> Components:

@@ -249,18 +249,29 @@ class TensorRTBound:
         self._replay()
 
 
-def open_artifact(artifact: Artifact, device: str, cache_folder: Path | None = None) -> Components:
-    """Load all five components; see engines.open.open_artifact.
+def check_artifact(artifact: Artifact, device: str) -> None:
+    """Check the device, its architecture, the library and its version; see engines.open."""
+    _suited(artifact, device)
 
-    Args:
-        cache_folder: where TensorRT-RTX keeps what it compiles, made when it is first written to; None: the cache.
-    """
+
+def _suited(artifact: Artifact, device: str) -> tuple[Cuda, Library]:
+    """Return the device and the library that an artifact was built for. Raises ArtifactUnsuited, EngineError."""
     if torch.device(device).type != "cuda":
         raise ArtifactUnsuited(f"{artifact.path}: {artifact.engine} runs it on a GPU; got the device {device}")
     cuda = Cuda(device)
     _check_architecture(artifact, cuda.architecture)
     library = tensorrt_library.load(artifact.engine)
     _check_version(artifact, library)
+    return cuda, library
+
+
+def open_artifact(artifact: Artifact, device: str, cache_folder: Path | None = None) -> Components:
+    """Load all five components; see engines.open.open_artifact.
+
+    Args:
+        cache_folder: where TensorRT-RTX keeps what it compiles, made when it is first written to; None: the cache.
+    """
+    cuda, library = _suited(artifact, device)
     opened = []
     with cuda.active():
         runtime = library.runtime()

@@ -116,8 +116,8 @@ def _libraries_errors(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def check(checkpoint: Checkpoint, _: str, __: str) -> None:
-    """Build every module, without its weights; see engines.open.check. Raises CheckpointError."""
+def check_components(checkpoint: Checkpoint, _: str, __: str) -> None:
+    """Build every module, without its weights; see engines.open. Raises CheckpointError."""
     for component in checkpoint.spec.components:
         hollow_module(checkpoint, component)
 

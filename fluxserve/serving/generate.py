@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fluxserve import contract, source
-from fluxserve.errors import Cancelled, FluxserveError, NotFinite
+from fluxserve.errors import Cancelled, FluxserveError, NotFinite, SettingsError
 from fluxserve.families import registry
 from fluxserve.job import Job
 from fluxserve.pipeline import Drawing, Pipeline
@@ -60,6 +60,7 @@ class GenerateModel(ServedModel):
 
     def load(self, config: Settings, args: dict[str, str]) -> None:
         offered = f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "cpu"
+        self._table.set_queue_timeout(_queue_timeout(json.loads(args["model_config"]), config.queue_timeout))
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         found = source.find(config)
         name = found.device(offered)
@@ -70,7 +71,7 @@ class GenerateModel(ServedModel):
         self._spec, self._max_rows = found.spec, config.max_rows
         self._pipeline = Pipeline(found.spec, components, name, config.max_rows)
         begin = time.monotonic()
-        self._pipeline.warm_up()
+        self._heartbeat.draws_in(self._pipeline.warm_up())
         self._pace = Pace(self._heartbeat, time.monotonic() - begin)
         self._files = Files(device if found.compiles else None, found.spec.defaults.side)
         self._metrics = DrawingMetrics()
@@ -217,6 +218,27 @@ class GenerateModel(ServedModel):
         elif isinstance(error, NotFinite):
             self._metrics.not_finite()
         return triton_errors.response(error)
+
+
+def _queue_timeout(config: Mapping[str, Any], chosen: int) -> float:
+    """Return how many seconds Triton lets a request wait for this model.
+
+    Args:
+        config: the model's configuration, as Triton hands it on.
+        chosen: the setting; 0: none.
+
+    Raises:
+        SettingsError: Triton's bound is missing, or is not the setting's.
+    """
+    policy = config.get("dynamic_batching", {}).get("default_queue_policy", {})
+    seconds = int(policy.get("default_timeout_microseconds", 0)) / 1e6
+    if seconds <= 0:
+        allowed = "a number above 0, in the default_queue_policy of generate/config.pbtxt"
+        raise SettingsError("default_timeout_microseconds", 0, allowed)
+    if chosen not in (0, seconds):
+        allowed = f"{seconds:g}, as generate/config.pbtxt says; `fluxserve serve` writes the setting into it"
+        raise SettingsError("queue_timeout", chosen, allowed)
+    return seconds
 
 
 def _answer(asked: _Asked, files: list[bytes], size: tuple[int, ...], timings: Mapping[str, float]) -> Any:

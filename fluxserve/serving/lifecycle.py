@@ -20,6 +20,7 @@ class ServedModel:
 
     name: ClassVar[str]
     _table: InflightTable
+    _processes: ProcessTable
     _heartbeat: Heartbeat
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -35,7 +36,8 @@ class ServedModel:
         config = settings.load(json.loads(args["model_config"])["parameters"])
         settings.keep_cache_in(config.cache)
         self._table = InflightTable(config.inflight_path)
-        self._heartbeat = Heartbeat(ProcessTable.beside(config.inflight_path), self.name)
+        self._processes = ProcessTable.beside(config.inflight_path)
+        self._heartbeat = Heartbeat(self._processes, self.name)
         try:
             self.load(config, args)
         except BaseException:

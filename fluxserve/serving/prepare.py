@@ -1,6 +1,7 @@
 """The `prepare` model: a caller's tensors → validated request → in-flight ticket → job tensors. CPU, n instances.
 
-Of an image the header is read first; pixels are decoded once the request is admitted, in a process beside this one.
+A full queue costs a caller no more than a look at plain fields. Once a request is admitted, base64 and the headers of
+its images are read here, and their pixels in a process beside this one.
 """
 
 import time
@@ -9,7 +10,7 @@ from typing import Any
 
 from fluxserve import contract, errors, source
 from fluxserve.families import registry
-from fluxserve.inflight import HANDOVER_S, checked_id
+from fluxserve.inflight import HANDOVER_S, checked_id, places
 from fluxserve.request import Request
 from fluxserve.serving import envelope, tensors
 from fluxserve.serving import errors as triton_errors
@@ -38,7 +39,7 @@ class PrepareModel(ServedModel):
 
     def load(self, config: Settings, args: dict[str, str]) -> None:  # noqa: ARG002 (Triton's; not needed here)
         found = source.find(config)
-        self._spec, self._tokenizers = found.spec, Tokenizers(found.checkpoint)
+        self._spec, self._tokenizers, self._max_waiting = found.spec, Tokenizers(found.checkpoint), config.max_waiting
         self._family = registry.of(found.spec)
         self._metrics = RefusalMetrics()
         self._decoder = Decoder()
@@ -57,20 +58,20 @@ class PrepareModel(ServedModel):
         return None
 
     def _answer(self, triton_request: Any) -> Any | None:
-        """The answer, or None if it is sent later."""
+        """The answer, or None if it is sent later. An image is not looked at before the request has a slot."""
+        ticket = None
         try:
             request_id = checked_id(triton_request.request_id())
-            parsed = self._family.draft(tensors.read_scalars(triton_request, contract.PREPARE), self._spec).complete()
+            draft = self._family.draft(tensors.read_scalars(triton_request, contract.PREPARE), self._spec)
             ticket = self._claim(request_id)
-        except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
-            return self._refusal(error)
-        if not parsed.images:
-            return self._admit(parsed, ticket)
-        sender, size = triton_request.get_response_sender(), sum(len(image.data) for image in parsed.images)
-        try:
+            parsed = draft.complete()
+            if not parsed.images:
+                return self._admit(parsed, ticket)
+            sender, size = triton_request.get_response_sender(), sum(len(image.data) for image in parsed.images)
             submitted = self._decoder.submit(size, lambda: tensors.send(sender, self._admit(parsed, ticket)))
-        except errors.ImagesFull as error:
-            self._table.release(ticket)
+        except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
+            if ticket is not None:
+                self._table.release(ticket)
             return self._refusal(error)
         submitted.add_done_callback(triton_errors.report)
         return None
@@ -92,10 +93,11 @@ class PrepareModel(ServedModel):
 
     def _claim(self, request_id: str) -> int:
         """Claim a slot. A full queue beside an idle GPU is given HANDOVER_S, within which its claims lapse or start."""
-        deadline = time.monotonic() + HANDOVER_S + _POLL_S
+        deadline, each = time.monotonic() + HANDOVER_S + _POLL_S, self._processes.seconds_each()
+        most = self._max_waiting or places(self._table.queue_timeout_s, each)
         while True:
             try:
-                return self._table.claim(request_id)
+                return self._table.claim(request_id, most, each)
             except errors.QueueFull:
                 if self._table.drawing or time.monotonic() > deadline:
                     raise

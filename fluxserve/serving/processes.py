@@ -37,7 +37,7 @@ requests with INTERNAL."""
 
 LOADING, LOADED = 0, 1
 
-_VERSION = 1
+_VERSION = 2
 _HEADER = np.dtype([("version", "<u8")], align=True)
 _ENTRY = np.dtype(
     [
@@ -47,6 +47,7 @@ _ENTRY = np.dtype(
         ("progress_ns", "<u8"),
         ("promised_ns", "<u8"),
         ("stage", "<u8"),
+        ("picture_ns", "<u8"),  # what a picture takes this process; 0: it draws none, or has not said
         ("model", "S32"),
     ],
     align=True,
@@ -80,10 +81,15 @@ class ProcessTable:
                 raise ServerError(f"processes: {MAX_PROCESSES} are registered; no more are expected")
             entry = self._entries[free[0] : free[0] + 1]
             now = self._clock_ns()
-            entry["beat_ns"], entry["progress_ns"], entry["promised_ns"] = now, now, 0
+            entry["beat_ns"], entry["progress_ns"], entry["promised_ns"], entry["picture_ns"] = now, now, 0, 0
             entry["started"], entry["model"], entry["stage"] = process.started(os.getpid()), model.encode(), LOADING
             entry["pid"] = os.getpid()
             return entry
+
+    def seconds_each(self) -> float:
+        """Return the time between two pictures of all GPUs together; 0 if no process has said what one takes it."""
+        rate = sum(1e9 / int(e["picture_ns"]) for e in self._registered() if e["picture_ns"] and _alive(e))
+        return 1 / rate if rate else 0.0
 
     # --- supervisor ------------------------------------------------------------------------------------------------
 
@@ -157,6 +163,10 @@ class Heartbeat:
 
     def loaded(self) -> None:
         self._entry["stage"] = LOADED
+
+    def draws_in(self, picture_s: float) -> None:
+        """Say how long this process takes to draw a picture."""
+        self._entry["picture_ns"] = round(picture_s * 1e9)
 
     def begin(self, promised_s: float) -> None:
         """Say that there is work, and within how many seconds the first progress comes."""

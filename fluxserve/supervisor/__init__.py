@@ -12,8 +12,17 @@ sees a broken connection, and one that comes while models load finds the port cl
 ever loaded or unloaded by a request, so that the administrative API stays shut for everybody.
 """
 
-from fluxserve.supervisor.server import DRAIN_TIMEOUT_S, EXIT_TIMEOUT_S, READY_TIMEOUT_S, TritonServer
+from fluxserve.supervisor.server import DRAIN_TIMEOUT_S, EXIT_TIMEOUT_S, GONE_TIMEOUT_S, READY_TIMEOUT_S, TritonServer
 from fluxserve.supervisor.sockets import LOOPBACK, Ports
 from fluxserve.supervisor.watch import Watch
 
-__all__ = ["DRAIN_TIMEOUT_S", "EXIT_TIMEOUT_S", "LOOPBACK", "READY_TIMEOUT_S", "Ports", "TritonServer", "Watch"]
+__all__ = [
+    "DRAIN_TIMEOUT_S",
+    "EXIT_TIMEOUT_S",
+    "GONE_TIMEOUT_S",
+    "LOOPBACK",
+    "READY_TIMEOUT_S",
+    "Ports",
+    "TritonServer",
+    "Watch",
+]

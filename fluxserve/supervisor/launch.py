@@ -12,9 +12,10 @@ from fluxserve.errors import ServerError
 from fluxserve.supervisor.arguments import passed_through
 from fluxserve.supervisor.installation import Installation
 from fluxserve.supervisor.interpreter import programs
+from fluxserve.supervisor.repository import with_queue_timeout
 from fluxserve.supervisor.sockets import Ports
 
-EXIT_TIMEOUT_S = 120
+_TRITON_EXIT_S = 120
 """How long Triton itself may wait for HTTP connections after SIGTERM. The supervisor ends it long before, as soon as
 no answer is left in a connection: Triton would wait for a client that only keeps its connection open."""
 
@@ -72,7 +73,7 @@ class Launch:
             f"--model-repository={self._repository()}",
             "--model-control-mode=none",
             "--disable-auto-complete-config",
-            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            f"--exit-timeout-secs={_TRITON_EXIT_S}",
             f"--grpc-http2-min-recv-ping-interval-without-data={PINGS_MS}",
             *shut(),
             f"--backend-config=python,shm-region-prefix-name={self.prefix}",
@@ -92,6 +93,8 @@ class Launch:
         for name in contract.MODELS:
             _refuse_foreign(self.repository / name)
             (folder / name).symlink_to((self.repository / name).resolve())
+        if seconds := settings.load({n: {"string_value": v} for n, v in self.options.items()}).queue_timeout:
+            _bound_queue(folder / contract.GENERATE.name, seconds)
         return folder
 
     def _backends(self) -> Path:
@@ -137,6 +140,19 @@ class Launch:
         if libraries := self._libraries():
             env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
         return env
+
+
+def _bound_queue(link: Path, seconds: int) -> None:
+    """Replace the link to a model with a folder of links, but for its configuration, which gets a queue timeout."""
+    model = link.resolve()
+    link.unlink()
+    link.mkdir()
+    for entry in model.iterdir():
+        (link / entry.name).symlink_to(entry)
+    config = link / "config.pbtxt"
+    text = with_queue_timeout(config.read_text(encoding="utf-8"), seconds)
+    config.unlink()
+    config.write_text(text, encoding="utf-8")
 
 
 def _refuse_foreign(model: Path) -> None:

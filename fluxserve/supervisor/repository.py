@@ -5,6 +5,7 @@ each with a server of its own.
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,17 @@ def lay_out(shipped: Path, target: Path, chosen: Mapping[str, str], gpus: Sequen
         for name, text in configs.items():
             (folder / name).write_text(text, encoding="utf-8")
         folder.rename(target)
+
+
+def with_queue_timeout(text: str, seconds: int) -> str:
+    """Return the text of generate/config.pbtxt with Triton's bound on the wait set. Raises ServerError: it has none."""
+    line = "default_timeout_microseconds: "
+    changed, count = re.subn(rf"{line}\d+", f"{line}{1_000_000 * seconds}", text)
+    if count != 1:
+        raise ServerError(
+            f"generate/config.pbtxt: got {count} lines `{line}…`; expected one, as in fluxserve's model repository"
+        )
+    return changed
 
 
 def _told(config: Path, chosen: Mapping[str, str]) -> str:

@@ -40,7 +40,7 @@ DRAIN_TIMEOUT_S = 120.0
 EXIT_TIMEOUT_S = 5.0
 """For Triton's own ending once everything is answered; an idle HTTP connection would hold it up for ever."""
 
-_GONE_TIMEOUT_S = 10.0
+GONE_TIMEOUT_S = 10.0
 """For the kernel to take a killed process apart, with the memory of its GPU."""
 
 POLL_S = 0.1
@@ -226,7 +226,7 @@ class TritonServer:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._log.forget()
-        deadline = time.monotonic() + _GONE_TIMEOUT_S
+        deadline = time.monotonic() + GONE_TIMEOUT_S
         while not self.processes.gone() and time.monotonic() < deadline and not hurry():
             time.sleep(POLL_S / 10)
         self.table.reset()

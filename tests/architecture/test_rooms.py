@@ -1,4 +1,4 @@
-"""DESIGN's two tables, enforced: where a line may live, and which way imports point. Read off the syntax trees."""
+"""Two tables, enforced: where a line may live, and which way imports point. Read off the syntax trees."""
 
 import ast
 import re
@@ -211,6 +211,11 @@ def test_files_and_functions_are_short(file: Path) -> None:
             assert length <= MAX_FUNCTION_LINES, f"{node.name}: {length} lines"
     if file.name == "model.py":
         assert len(file.read_text(encoding="utf-8").splitlines()) < MAX_MODEL_LINES
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=name_of)
+def test_tests_are_as_short(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
 
 
 @pytest.mark.parametrize("file", [f for f in CODE if f.is_relative_to(PACKAGE)], ids=name_of)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ import pytest
 from fluxserve_client import AsyncClient, Unavailable
 
 from tests.client.fakes import FakeFlux, Wire
+from tests.support import programs
 
 EXAMPLES = Path(__file__).parents[2] / "client" / "examples"
 
@@ -58,9 +58,8 @@ async def test_async_many(fake: FakeFlux, wire: Wire, tmp_path: Path, monkeypatc
 
 
 def curl(wire: Wire, prompt: str, target: Path) -> subprocess.CompletedProcess[str]:
-    for tool in ("curl", "jq"):
-        if not shutil.which(tool):
-            pytest.skip(f"{tool} is not installed")
+    for program in ("curl", "jq"):
+        programs.needed(program)
     command = ["sh", str(EXAMPLES / "curl.sh"), prompt, str(target)]
     environment = {**os.environ, "URL": wire.url("http")}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)

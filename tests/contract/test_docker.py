@@ -1,7 +1,6 @@
 """docker/ against the library: no engine runs it here, so whatever can be held against something is."""
 
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ from fluxserve import __version__, contract, settings
 from fluxserve import supervisor as server
 from fluxserve.cli import main as cli
 from fluxserve.families.flux.models import FLUX1_DEV, FLUX2_KLEIN_4B, MEMBERS
-from fluxserve.spec import ModelSpec
+from tests.support.bodies import MIB, largest_mib
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -246,12 +245,6 @@ def instances(model: str) -> int:
     return int(group.count)
 
 
-def largest_body(model: ModelSpec) -> int:
-    """Bytes of the largest request that a model takes: its image files in base64, and a MiB for all else."""
-    files = max(model.limits.max_references, 1) * model.limits.max_image_bytes
-    return math.ceil(files / 3) * 4 + 2**20
-
-
 def shared_memory_needed(gpus: int = 1) -> int:
     """Bytes in /dev/shm when every process has held its largest request and the answer to it, at the widest limits.
 
@@ -259,7 +252,7 @@ def shared_memory_needed(gpus: int = 1) -> int:
     body that reaches Triton, for `control` too. Triton 2.51 bounds none; a proxy does, and keeps clients to `flux` and
     `control`.
     """
-    body = max(largest_body(model) for model in MEMBERS)
+    body = max(largest_mib(model) for model in MEMBERS) * MIB
     limits = max((model.limits for model in MEMBERS), key=lambda limits: limits.max_pixels)
     image = 3 * limits.max_pixels  # RGB; as much as all references have
     assert image >= 3 * max(m.limits.max_references * m.limits.max_reference_pixels for m in MEMBERS)
@@ -277,10 +270,12 @@ def test_shared_memory() -> None:
 
 
 def test_the_proxys_limits_are_the_models() -> None:
-    """A body of a megabyte less could hold no request of the largest size, and one of more holds no other."""
-    text = (DOCKER / "README.md").read_text(encoding="utf-8")
-    for model, name in ((FLUX1_DEV, "FLUX.1"), (FLUX2_KLEIN_4B, "FLUX.2")):
-        assert f"{math.ceil(largest_body(model) / 1e6)} MB for {name}" in text
+    """The largest request passes, and the configuration and both pages say the same."""
+    one, four = largest_mib(FLUX1_DEV), largest_mib(FLUX2_KLEIN_4B)
+    configuration = (DOCKER / "nginx.conf").read_text(encoding="utf-8")
+    assert f"client_max_body_size {one}m;" in configuration and f"FLUX.2: {four}m." in configuration
+    for page in (DOCKER / "README.md", ROOT / "docs" / "security.md"):
+        assert f"{one} MiB for FLUX.1, {four} MiB for FLUX.2" in page.read_text(encoding="utf-8"), page
 
 
 FLUX1_BYTES = 2 * 12 * 10**9
@@ -302,8 +297,13 @@ def test_memory_limit() -> None:
 
 
 def test_process_limit() -> None:
-    gpus, cores, idle, compilers = 8, 128, 195, 32
-    assert int(service()["pids_limit"]) >= 2 * (idle + gpus * (cores + compilers))
+    kept = ROOT / "benchmarks" / "results" / "fatal-cpu-2026-11-30.json"
+    idle = json.loads(kept.read_text(encoding="utf-8"))["idle_threads"]
+    gpus, cores, compilers = 8, 128, 32
+    assert int(service()["pids_limit"]) >= 2 * (idle["all"] + gpus * (cores + compilers))
+    assert f"[{idle['all']} are in use]" in (DOCKER / "README.md").read_text(encoding="utf-8")
+    text = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
+    assert f"{idle['all']} are in use, {idle['triton']} of them Triton's own" in text
 
 
 def test_no_core_dumps() -> None:
@@ -321,8 +321,13 @@ def test_limits_can_be_changed_and_are_documented() -> None:
 
 def test_stopping_leaves_time_to_drain() -> None:
     assert command().drain_timeout == server.DRAIN_TIMEOUT_S
-    killed_after = server.DRAIN_TIMEOUT_S + server.EXIT_TIMEOUT_S + 10  # TritonServer.stop
-    assert seconds(service()["stop_grace_period"]) >= killed_after
+    more = server.EXIT_TIMEOUT_S + server.GONE_TIMEOUT_S  # TritonServer.stop
+    grace = seconds(service()["stop_grace_period"])
+    assert grace >= server.DRAIN_TIMEOUT_S + more
+    for file in ("compose.yaml", "README.md"):
+        words = " ".join((DOCKER / file).read_text(encoding="utf-8").split())
+        assert f"up to {server.DRAIN_TIMEOUT_S:.0f} s" in words and f"up to {more:.0f} s more" in words, file
+    assert f"**{grace:.0f} s to stop**" in (DOCKER / "README.md").read_text(encoding="utf-8")
 
 
 def test_health_check_is_the_images_own() -> None:

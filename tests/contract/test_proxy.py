@@ -1,8 +1,7 @@
-"""docker/nginx.conf, where nginx is installed: what reaches the server behind it, and what does not."""
+"""docker/nginx.conf in nginx: which requests reach the server behind it, and which do not."""
 
 import http.client
 import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -14,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from fluxserve import spec
+from tests.support import programs
+from tests.support.bodies import MIB, largest_mib
+
 CONFIGURATION = Path(__file__).parents[2] / "docker" / "nginx.conf"
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 
 INFER = "/v2/models/flux/infer"
 LENGTH = "Inference-Header-Content-Length"
@@ -48,7 +49,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
-    proxy = Proxy(free_port())
+    nginx, proxy = programs.needed("nginx"), Proxy(free_port())
 
     class Server(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -78,7 +79,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
         file = folder / "nginx.conf"
         user = "user root;" if os.geteuid() == 0 else ""  # whose the folder is
         file.write_text(f"daemon off; {user} pid {folder}/pid; error_log {folder}/log;\n{text}", encoding="utf-8")
-        process = subprocess.Popen([str(NGINX), "-p", str(folder), "-e", str(folder / "log"), "-c", str(file)])
+        process = subprocess.Popen([nginx, "-p", str(folder), "-e", str(folder / "log"), "-c", str(file)])
         try:
             for _ in range(100):
                 with socket.socket() as probe:
@@ -163,8 +164,9 @@ def test_of_two_headers_only_the_one_that_was_judged_passes(proxy: Proxy) -> Non
 
 
 def test_bodies(proxy: Proxy) -> None:
-    assert proxy.ask("POST", INFER, body=bytes(32 * 2**20)) == 200
-    assert proxy.passed[0][2] == 32 * 2**20
-    assert proxy.ask("POST", INFER, body=bytes(34 * 2**20)) == 413
+    most = largest_mib(spec.FLUX1_DEV) * MIB
+    assert proxy.ask("POST", INFER, body=bytes(most)) == 200
+    assert proxy.passed[0][2] == most
+    assert proxy.ask("POST", INFER, body=bytes(most + 1)) == 413
     assert proxy.ask("POST", INFER, (("Content-Encoding", "gzip"),)) == 415
     assert len(proxy.passed) == 1

@@ -176,6 +176,12 @@ def installed() -> Iterator[dict[str, ModuleType]]:
             vars(fluxserve.serving).pop(name, None)
 
 
+def queue_policy(seconds: float) -> dict[str, Any]:
+    """A part of a model's configuration, as Triton hands it on: how long a request may wait."""
+    microseconds = str(round(1e6 * seconds))
+    return {"dynamic_batching": {"default_queue_policy": {"default_timeout_microseconds": microseconds}}}
+
+
 def answers(model: Any, requests: list[InferenceRequest]) -> list[InferenceResponse]:
     """What `generate` answered: every request, once; its one writer has counted them too."""
     assert model.execute(requests) is None, "Triton would answer a second time"

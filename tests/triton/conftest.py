@@ -56,7 +56,8 @@ def serving(repository: Path = REPOSITORY, **options: str) -> Iterator[TritonSer
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[TritonServer]:
-    with serving() as started:
+    """The shared one. How many may wait does not depend on how busy this machine was when a picture was timed."""
+    with serving(max_waiting=str(contract.MAX_WAITING)) as started:
         yield started
 
 
@@ -128,10 +129,12 @@ def wait_for(what: Callable[[], bool], patience: float = PATIENCE) -> float:
 
 
 @contextmanager
-def running(client: PlainClient, request_id: str, steps: int = 2) -> Iterator["Future[tuple[str, str]]"]:
+def running(
+    client: PlainClient, request_id: str, steps: int = 2, **fields: object
+) -> Iterator["Future[tuple[str, str]]"]:
     """A long request that has done some steps, and that ends in an error."""
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(client.refused, lambda: client.draw(request_id=request_id, **LONG))
+        future = pool.submit(client.refused, lambda: client.draw(request_id=request_id, **LONG, **fields))
         wait_for(lambda: client.control(request_id, "status")[1] >= steps)
         yield future
 

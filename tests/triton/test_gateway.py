@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from PIL import Image
 
 from fluxserve.supervisor import TritonServer
 from tests.gateway.serving import Gateway
+from tests.support import programs
 from tests.triton.conftest import plain, wait_for
 
 pytestmark = pytest.mark.xdist_group("triton")
@@ -80,9 +80,7 @@ def test_a_stream(gateway: Gateway, alone: Client) -> None:
 
 
 def test_curl(gateway: Gateway, tmp_path: Path) -> None:
-    if not (curl := shutil.which("curl")):
-        pytest.skip("curl is not installed")
-    picture = tmp_path / "a.png"
+    curl, picture = programs.needed("curl"), tmp_path / "a.png"
     Image.new("RGB", (64, 64), "green").save(picture)
 
     def answer(*options: str) -> bytes:

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import shutil
 import subprocess
 import urllib.error
 import urllib.request
@@ -15,6 +14,7 @@ from PIL import Image
 from fluxserve import contract
 from fluxserve.media.images import write_image
 from fluxserve.supervisor import TritonServer
+from tests.support import programs
 from tests.triton.conftest import plain
 
 pytestmark = pytest.mark.xdist_group("triton")
@@ -82,10 +82,8 @@ def test_an_error_is_json(server: TritonServer) -> None:
 
 def test_curl(server: TritonServer) -> None:
     """The README's own line."""
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
     url = f"http://{server.http_url}/v2/models/flux/infer"
-    command = ["curl", "--silent", "--fail", url, "--data-binary", "@-"]
+    command = [programs.needed("curl"), "--silent", "--fail", url, "--data-binary", "@-"]
     done = subprocess.run(command, input=body(**FIELDS, encoding="base64"), capture_output=True, check=True)
     (image,) = outputs(done.stdout)["images"]
     assert Image.open(io.BytesIO(base64.b64decode(str(image)))).format == "PNG"

@@ -1,6 +1,7 @@
 """The seam: what a signature refuses, how an engine is opened, and that a bound engine's tensors never move."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,13 @@ import torch
 
 from fluxserve import errors
 from fluxserve.engine import FLOATING, Bound, Components, Dim, Engine, Shapes, Signature, TensorSpec
-from fluxserve.engines.open import ENGINES, open_components
+from fluxserve.engines.open import ARTIFACTS, ENGINES, WEIGHTS, open_components
 from fluxserve.errors import ShapeError
 from fluxserve.families.flux import signatures
 from fluxserve.families.flux.models import MEMBERS, TINY
 from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.folders.checkpoint import Checkpoint
-from tests.support import random_flux
+from tests.support import random_flux, threads
 
 ROWS, SIDE = Dim("rows", 1, 4), Dim("side", 2, 8, multiple=8)
 SIGNATURE = Signature(
@@ -144,13 +145,17 @@ def test_an_unknown_engine(name: str) -> None:
     assert str(caught.value) == f"engine: got {name!r}; known engines: {', '.join(sorted(ENGINES))}"
 
 
+@pytest.mark.parametrize(("kind", "modules"), [("components", WEIGHTS), ("artifact", ARTIFACTS)])
+def test_every_engine_can_be_checked_before_it_is_opened(kind: str, modules: dict[str, str]) -> None:
+    for name in modules.values():
+        engine = import_module(name)
+        assert callable(getattr(engine, f"open_{kind}")) and callable(getattr(engine, f"check_{kind}")), name
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Small tensors on a busy machine: OpenMP's threads would wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one():
+        yield
 
 
 @pytest.fixture

@@ -271,7 +271,7 @@ def without(module: str, *arguments: object) -> "subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/export/src"},
     )
 
 

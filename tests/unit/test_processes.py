@@ -198,3 +198,21 @@ def test_the_file_is_private_and_of_one_version(table: ProcessTable, tmp_path: P
     (tmp_path / "link").symlink_to(table.path)
     with pytest.raises(OSError, match="link"):
         ProcessTable(tmp_path / "link")
+
+
+def test_the_time_between_two_pictures_of_all_gpus(table: ProcessTable) -> None:
+    assert table.seconds_each() == 0.0
+    mine = Heartbeat(table, "generate")
+    assert table.seconds_each() == 0.0, "it has not said"
+    mine.draws_in(2.0)
+    assert table.seconds_each() == pytest.approx(2.0)
+    with worker(table) as other:
+        assert other.stdin is not None and other.stdout is not None
+        other.stdin.write("heartbeat.draws_in(2.0); print('said', flush=True)\n")
+        other.stdin.flush()
+        assert other.stdout.readline() == "said\n"
+        assert table.seconds_each() == pytest.approx(1.0)
+    other.wait()
+    assert table.seconds_each() == pytest.approx(2.0), "the dead draw nothing"
+    mine.close()
+    assert table.seconds_each() == 0.0

@@ -20,6 +20,7 @@ from fluxserve.inflight import MAX_ID_BYTES, InflightTable
 from fluxserve.media.images import write_image
 from fluxserve.serving import decoder
 from fluxserve.serving.envelope import opened
+from fluxserve.serving.processes import Heartbeat, ProcessTable
 from tests.support.admission import admitted
 from tests.support.fake_triton import FINAL, InferenceRequest, Logger, counted, error_of, installed, outputs, prepared
 
@@ -172,13 +173,36 @@ def test_requests_with_and_without_images_together(
 
 
 def test_a_full_queue_refuses_before_an_image_is_decoded(prepare: Any, table: InflightTable) -> None:
-    """A damaged one, so that decoding it would show; and it is the other way round for a bad header."""
+    """Files that are wrong, so that a look at them would show: at pixels, a header, base64."""
     table.start(admitted(table, "running"), 9)
-    for k in range(MAX_WAITING):
-        table.claim(str(k))
-    assert refused(prepare, ask(prompt=b"x", image=PNG[:-3000]))[0] == "UNAVAILABLE"
-    assert refused(prepare, ask(prompt=b"x", image=b"GIF89a"))[0] == "INVALID_ARG"
+    waiting = [table.claim(str(k)) for k in range(MAX_WAITING)]
+    wrong = [{"image": PNG[:-3000]}, {"image": b"GIF89a"}, {"image": b"no base64", "encoding": b"base64"}]
+    for fields in wrong:
+        assert refused(prepare, ask(prompt=b"x", **fields))[0] == "UNAVAILABLE"
+    assert refused(prepare, ask(prompt=b"x", quality=0, **wrong[0]))[0] == "INVALID_ARG", "plain fields come first"
     assert table.live() == MAX_WAITING + 1
+    table.release(waiting[0])
+    for fields in wrong:
+        assert refused(prepare, ask(prompt=b"x", **fields))[0] == "INVALID_ARG"
+    assert table.live() == MAX_WAITING
+
+
+def test_as_many_may_wait_as_are_drawn_in_time(prepare: Any, table: InflightTable) -> None:
+    """FLUX.1-dev on one GPU: 64 would wait for 127 s, and Triton lets nobody wait for more than 120."""
+    table.start(admitted(table, "running"), 9)
+    drawing = Heartbeat(ProcessTable.beside(table.path), "generate")
+    drawing.draws_in(1.98)
+    try:
+        answers = [refused_or_not(prepare, ask(prompt=b"x")) for _ in range(61)]
+    finally:
+        drawing.close()
+    assert answers[:-1] == [""] * 60
+    assert "queue: 60 requests are waiting; at most 60 may. The wait would be about 119 s." in answers[-1]
+
+
+def refused_or_not(prepare: Any, request: InferenceRequest) -> str:
+    (response,) = prepared(prepare, [request])
+    return error_of(response)[1] if response.has_error() else ""
 
 
 def test_more_images_than_may_wait(

@@ -4,8 +4,8 @@ import gc
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,25 @@ import torch
 from PIL import Image
 
 from fluxserve import contract
-from fluxserve.errors import ServerError
 from fluxserve.inflight import InflightTable
 from fluxserve.job import Job
 from fluxserve.media.png import strips
 from fluxserve.serving import files
 from fluxserve.serving.processes import ProcessTable
 from tests.support.admission import admitted
-from tests.support.fake_triton import InferenceRequest, Logger, answers, counted, error_of, installed, outputs
+from tests.support.fake_triton import (
+    InferenceRequest,
+    Logger,
+    answers,
+    counted,
+    error_of,
+    installed,
+    outputs,
+    queue_policy,
+)
 
 STEPS = 3
+QUEUE_TIMEOUT_S = 30
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +53,7 @@ def generate(serving: dict[str, Any], table: InflightTable) -> Iterator[Any]:
     serving["generate"]._WRITERS = 1  # so that what comes after a file can be waited for
     model = serving["generate"].GenerateModel()
     parameters = {n: {"string_value": v} for n, v in (("inflight", str(table.path)), ("threads", "1"))}
-    config = json.dumps({"parameters": parameters})
+    config = json.dumps({"parameters": parameters} | queue_policy(QUEUE_TIMEOUT_S))
     model.initialize({"model_config": config, "model_instance_kind": "CPU", "model_instance_device_id": "0"})
     yield model
     model.finalize()
@@ -362,36 +371,14 @@ def test_a_size_outside_the_limits_never_reaches_the_loop(generate: Any, size: t
     assert spent("steps_total") == steps
 
 
+def test_what_the_door_needs_to_know(generate: Any, table: InflightTable) -> None:
+    """Triton's bound on the wait, and what a picture takes: measured, so within a wide range."""
+    assert table.queue_timeout_s == QUEUE_TIMEOUT_S
+    begin = time.monotonic()
+    generate._pipeline.warm_up()
+    longest = 20 * (time.monotonic() - begin)
+    assert 0 < ProcessTable.beside(table.path).seconds_each() < longest
+
+
 def test_the_worker_is_known(generate: Any, table: InflightTable) -> None:
     assert ProcessTable.beside(table.path).pids("generate") == [os.getpid()]
-
-
-def test_an_unusable_checkpoint_fails_while_loading(serving: dict[str, Any], tmp_path: Path) -> None:
-    given = {"checkpoint": tmp_path / "nowhere", "inflight": tmp_path / "table"}
-    parameters = {name: {"string_value": str(value)} for name, value in given.items()}
-    args = {"model_config": json.dumps({"parameters": parameters}), "model_instance_kind": "CPU"}
-    with pytest.raises(Exception, match="nowhere: no such folder"):
-        serving["generate"].GenerateModel().initialize(args)
-
-
-def test_the_gpu_that_was_given_is_the_current_one(
-    serving: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Triton's kernels are launched on the current one, whichever their tensors are on."""
-
-    class Opened(Exception):
-        pass
-
-    chosen: list[str] = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
-
-    def opened(source: object, device: str, dtype: str) -> None:
-        chosen.append(device)
-        raise Opened
-
-    monkeypatch.setattr("fluxserve.source.Source.open_components", opened)
-    parameters = {"inflight": {"string_value": str(tmp_path / "table")}}
-    args = {"model_config": json.dumps({"parameters": parameters}), "model_instance_kind": "GPU"}
-    with pytest.raises(ServerError, match="Opened: "):
-        serving["generate"].GenerateModel().initialize({**args, "model_instance_device_id": "1"})
-    assert chosen == ["cuda:1", "cuda:1"]

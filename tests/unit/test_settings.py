@@ -38,6 +38,8 @@ VALUES = {
     "dtype": ("float16", "bfloat16"),
     "threads": ("3", "4"),
     "max_rows": ("2", "5"),
+    "max_waiting": ("7", "8"),
+    "queue_timeout": ("30", "600"),
     "cache": ("/e", "/f"),
     "inflight": ("/x", "/y"),
 }
@@ -68,12 +70,15 @@ def test_precedence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("threads", "", "an integer"),
         ("threads", "-1", "0 or more"),
         ("max_rows", "0", "1 or more"),
+        ("max_waiting", "-1", "0 to 192"),
+        ("max_waiting", "193", "0 to 192"),
+        ("queue_timeout", "86401", "0 to 86,400"),
     ],
 )
 def test_errors_name_the_setting(name: str, value: str, allowed: str) -> None:
     with pytest.raises(SettingsError) as caught:
         settings.load(given(**{name: value}))
-    got = repr(int(value)) if allowed.endswith("more") else repr(value)
+    got = value if allowed[0] in "01" else repr(value)
     assert str(caught.value) == f"{name}: got {got}; allowed: {allowed}"
 
 

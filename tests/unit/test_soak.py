@@ -1,5 +1,6 @@
 """The soak's own judgement: which requests it sends, and that each broken promise is seen."""
 
+import asyncio
 import io
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fluxserve_client import Result, Timings
@@ -15,8 +16,9 @@ from PIL import Image
 
 from benchmarks.soak.callers import Outcome, flaw
 from benchmarks.soak.cases import ABANDONED, BAD, FORMATS, IN_USE, WAYS, Case, Shape, cases, references
+from benchmarks.soak.footprint import MIB, Footprint, growth
 from benchmarks.soak.promises import Promise, promises
-from benchmarks.soak.watch import MIB, Watch, growth
+from benchmarks.soak.run import _meanwhile, _still_live
 from fluxserve.errors import InvalidRequest
 from fluxserve.families.flux.models import TINY
 from fluxserve.media.images import decode
@@ -112,6 +114,50 @@ def test_all_is_well() -> None:
     assert [p.verdict for p in judged[-3:]] == ["not looked at"] * 3
 
 
+def test_a_server_of_another_machine_is_not_looked_at() -> None:
+    judged = promises(3, GOOD, [], asyncio.run(_still_live(None)), None)
+    assert [p.verdict for p in judged[-4:]] == ["not looked at"] * 4
+
+
+def test_memory_that_was_never_sampled_is_not_flat() -> None:
+    unseen = cast("Footprint", SimpleNamespace(samples=[], restarted=list))
+    assert [p.verdict for p in promises(3, GOOD, [], [], unseen)[-3:]] == ["held", "BROKEN", "BROKEN"]
+
+
+def test_what_runs_beside_the_load_ends_with_it() -> None:
+    ended: list[str] = []
+
+    async def endless() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)  # what it still has to do
+            ended.append("ended")
+
+    async def load(error: Exception | None) -> None:
+        async with _meanwhile(endless()):
+            await asyncio.sleep(0)
+            if error:
+                raise error
+
+    asyncio.run(load(None))
+    with pytest.raises(ConnectionError):
+        asyncio.run(load(ConnectionError()))
+    assert ended == ["ended"] * 2
+
+
+def test_an_error_beside_the_load_is_raised() -> None:
+    async def broken_sample() -> None:
+        raise OSError("no /proc")
+
+    async def load() -> None:
+        async with _meanwhile(broken_sample()):
+            await asyncio.sleep(0.01)
+
+    with pytest.raises(OSError, match="no /proc"):
+        asyncio.run(load())
+
+
 @pytest.mark.parametrize(
     ("sent", "outcomes", "different", "live", "promise"),
     [
@@ -145,11 +191,11 @@ def test_a_process_that_ends_is_seen(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         table = SimpleNamespace(path=tmp_path / "nothing-inflight")
-        watch = Watch(SimpleNamespace(pid=process.pid, table=table))
-        watch.sample()
-        assert watch.first.keys() == {process.pid}
-        assert watch.samples[0].rss > MIB
-        assert watch.restarted() == []
+        footprint = Footprint(SimpleNamespace(pid=process.pid, table=table))
+        footprint.sample()
+        assert footprint.first.keys() == {process.pid}
+        assert footprint.samples[0].rss > MIB
+        assert footprint.restarted() == []
         process.kill()
         process.wait()
-        assert watch.restarted() == [f"{process.pid} is gone"]
+        assert footprint.restarted() == [f"{process.pid} is gone"]

@@ -1,13 +1,18 @@
 """source.find: the settings name a checkpoint or an artifact, or contradict each other."""
 
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from fluxserve import source
 from fluxserve.cli import main as cli
 from fluxserve.engine import Components
+from fluxserve.engines import tensorrt
 from fluxserve.engines.open import ARTIFACTS, ENGINES, WEIGHTS
 from fluxserve.errors import (
     ArtifactDamaged,
@@ -18,7 +23,6 @@ from fluxserve.errors import (
     SettingsError,
     UnknownEngine,
 )
-from fluxserve.families.flux import signatures
 from fluxserve.families.flux.models import TINY
 from fluxserve.pipeline import Pipeline
 from fluxserve.settings import Settings, default_checkpoint
@@ -204,7 +208,7 @@ def test_rows(folder: Path, rows: int) -> None:
     """`max_rows` can't be more than the transformer was built for, which is 2 here."""
     found = source.find(Settings(artifact=str(folder), max_rows=rows))
     assert found.artifact
-    engines = {n: Stub(signatures.exported(found.artifact.component(n), found.spec)) for n in found.spec.components}
+    engines = {n: Stub(found.artifact.component(n).signature(found.spec)) for n in found.spec.components}
     components = Components(engines)  # type: ignore[arg-type]
     if rows <= made.ROWS[-1]:
         assert Pipeline(found.spec, components, max_rows=rows)
@@ -212,6 +216,36 @@ def test_rows(folder: Path, rows: int) -> None:
     with pytest.raises(SettingsError) as caught:
         Pipeline(found.spec, components, max_rows=rows)
     assert str(caught.value) == "max_rows: got 3; allowed: 1 to 2, which this engine takes"
+
+
+@pytest.mark.parametrize(("gpu", "library", "reason"), [
+    ("", "", "runs it on a GPU; got the device cpu"),
+    ("sm89", "", "this GPU is sm89; clip was built for sm90"),
+    ("sm90", "", "not installed; expected"),
+    ("sm90", "9.9.0", "got tensorrt 9.9.0; built by tensorrt 10.13.3, whose plans need 10.13.x"),
+    ("sm90", "10.13.9", ""),
+])  # fmt: skip
+def test_doctor_says_whether_an_artifact_can_be_opened_here(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gpu: str,
+    library: str,
+    reason: str,
+) -> None:
+    path = made.write(tmp_path / "tiny.trt", "tensorrt", ["sm90"])
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["made"]["versions"]["tensorrt"] = "10.13.3"
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(tensorrt, "Cuda", lambda device: SimpleNamespace(architecture=gpu))
+    module = ModuleType("tensorrt")
+    vars(module).update(__version__=library, ILogger=object)
+    monkeypatch.setitem(sys.modules, "tensorrt", module if library else None)  # type: ignore[arg-type]
+    assert cli.main(["doctor", "--artifact", str(path)]) == int(bool(reason))
+    said = [line for line in capsys.readouterr().out.splitlines() if "engine:" in line]
+    assert len(said) == 1 and reason in said[0] and said[0].split()[0] == ("FAIL" if reason else "ok")
 
 
 @pytest.mark.parametrize("command", ["serve", "demo", "doctor"])

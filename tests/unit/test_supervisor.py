@@ -4,96 +4,24 @@ import contextlib
 import errno
 import os
 import resource
-import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from fluxserve import contract, process, supervisor
+from fluxserve import contract, process
 from fluxserve.errors import ServerError
-from fluxserve.supervisor import Ports, TritonServer, arguments, installation, server, sockets
+from fluxserve.supervisor import Ports, TritonServer, server, sockets
 from fluxserve.supervisor import memory as memories
-from fluxserve.supervisor.installation import Installation, bundled, installed_at
-
-VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
-LIBRARY = f"libpython{VERSION}.so.1.0"
-
-
-def test_free_ports() -> None:
-    seen = [Ports.free() for _ in range(20)]
-    for ports in seen:
-        assert len({ports.http, ports.grpc, ports.metrics}) == 3
-        assert all(1024 <= p < 32768 for p in (ports.http, ports.grpc, ports.metrics))
-
-
-@pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The layout of nvidia-pytriton as far as `bundled` looks at it."""
-    stub = tmp_path / "pytriton" / "tritonserver" / "python_backend_stubs" / VERSION / "triton_python_backend_stub"
-    stub.parent.mkdir(parents=True)
-    stub.touch()
-    (tmp_path / "pytriton" / "__init__.py").touch()
-    (tmp_path / LIBRARY).touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "pytriton", raising=False)
-    monkeypatch.setattr(np, "__version__", "1.26.4")
-    settle(monkeypatch, LIBDIR=str(tmp_path))
-    return tmp_path / "pytriton"
-
-
-def settle(monkeypatch: pytest.MonkeyPatch, **variables: str | None) -> None:
-    real = sysconfig.get_config_var
-    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: variables[name] if name in variables else real(name))
-
-
-def test_bundled(wheel: Path) -> None:
-    found = bundled()
-    assert found.binary == wheel / "tritonserver" / "bin" / "tritonserver"
-    assert found.backends == wheel / "tritonserver" / "backends"
-    assert found.libraries == (wheel.parent / "nvidia_pytriton.libs",)
-    assert found.libpython == wheel.parent / LIBRARY
-    assert found.stub is not None and found.stub.is_file()
-
-
-@pytest.mark.parametrize("version", ["2.0.0", "2.4.1", "10.0"])
-def test_a_newer_numpy_is_refused(wheel: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    monkeypatch.setattr(np, "__version__", version)
-    with pytest.raises(ServerError, match=f"numpy {version}: .* install numpy<2"):
-        bundled()
-
-
-def test_no_stub_for_this_python(wheel: Path) -> None:
-    stubs = wheel / "tritonserver" / "python_backend_stubs"
-    (stubs / VERSION).rename(stubs / "3.7")
-    with pytest.raises(ServerError, match=f"no stub for Python {VERSION}; it has 3.7"):
-        bundled()
-
-
-def test_no_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ServerError, match=r"pip install 'fluxserve\[server\]'"):
-        bundled()
-
-
-def test_no_libpython(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for libdir in (str(tmp_path), None):
-        settle(monkeypatch, LIBDIR=libdir, MULTIARCH=None)
-        with pytest.raises(ServerError, match=r"libpython2\.0\.so\.1\.0 not found; .* package libpython2\.0"):
-            installation._libpython("2.0")
-    (tmp_path / "libpython2.0.so.1.0").touch()
-    settle(monkeypatch, LIBDIR=str(tmp_path), MULTIARCH=None)
-    assert installation._libpython("2.0") == tmp_path / "libpython2.0.so.1.0"
-
+from fluxserve.supervisor.installation import Installation, installed_at
+from tests.support.unstarted import made
 
 # --- one server, not started -----------------------------------------------------------------------------------------
 
@@ -108,18 +36,11 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def made(tmp_path: Path, **options: str) -> TritonServer:
-    backends = tmp_path / "backends"
-    (backends / "python" / "folder").mkdir(parents=True, exist_ok=True)
-    (backends / "python" / "libtriton_python.so").touch()
-    (tmp_path / "stub").touch()
-    for name in contract.MODELS:
-        (tmp_path / name / "1").mkdir(parents=True, exist_ok=True)
-        (tmp_path / name / "config.pbtxt").write_text("ensemble_scheduling")
-        (tmp_path / name / "1" / "model.py").write_text("import fluxserve.serving")
-    folders, libpython = (Path("/one"), Path("/two")), Path("/lib/libpython.so")
-    installation = Installation(tmp_path / "none", backends, folders, libpython, tmp_path / "stub")
-    return TritonServer(tmp_path, Ports(1, 2, 3), installation, options=options)
+def test_free_ports() -> None:
+    seen = [Ports.free() for _ in range(20)]
+    for ports in seen:
+        assert len({ports.http, ports.grpc, ports.metrics}) == 3
+        assert all(1024 <= p < 32768 for p in (ports.http, ports.grpc, ports.metrics))
 
 
 def test_nothing_is_left_behind(tmp_path: Path, memory: Path) -> None:
@@ -171,38 +92,6 @@ def test_a_leftover_of_another_user(tmp_path: Path, memory: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", sticky)
         process.remove_leftovers(memory)
-
-
-def test_the_command(tmp_path: Path, memory: Path) -> None:
-    with made(tmp_path) as running:
-        command = running.launch.command()
-        assert command[0] == str(tmp_path / "none")
-        assert {"--http-port=1", "--grpc-port=2", "--metrics-port=3"} < set(command)
-        assert {f"--{p}-address=127.0.0.1" for p in ("http", "grpc", "metrics")} < set(command)
-        assert "--model-control-mode=none" in command
-        shut = "model-repository,shared-memory,trace,logging:fluxserve: NO HEADER HAS THIS NAME=shut"
-        assert {f"--http-restricted-api={shut}", f"--grpc-restricted-protocol={shut}"} < set(command)
-        models = running._home / "model_repository"
-        assert {p.name for p in models.iterdir()} == set(contract.MODELS), "not what else lies in the folder"
-        linked = running._home / "backends" / "python"
-        assert {p.name for p in linked.iterdir()} == {"libtriton_python.so", "triton_python_backend_stub"}
-        assert (linked / "triton_python_backend_stub").resolve() == tmp_path / "stub"
-
-
-def test_the_environment(tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LD_LIBRARY_PATH", "/mine")
-    with made(tmp_path, engine="other") as running:
-        env = running.launch.environment()
-        assert env["FLUXSERVE_ENGINE"] == "other"
-        assert env["FLUXSERVE_INFLIGHT"] == str(running.table.path)
-        *given, own, mine = env["LD_LIBRARY_PATH"].split(":")
-        assert given == ["/one", "/two"] and mine == "/mine"
-        (libpython,) = Path(own).iterdir()  # alone: what stands beside it would go before PyTorch's own libraries
-        assert libpython.readlink() == Path("/lib/libpython.so")
-        assert running.launch.environment() == env, "a server that is started again"
-        assert env["HF_HUB_OFFLINE"] == env["TRANSFORMERS_OFFLINE"] == "1"
-        assert str(Path(supervisor.__file__).parents[2]) in env["PYTHONPATH"].split(":")
-    assert os.environ["LD_LIBRARY_PATH"] == "/mine"
 
 
 class Ready(BaseHTTPRequestHandler):
@@ -343,106 +232,6 @@ def test_a_port_of_roots(monkeypatch: pytest.MonkeyPatch) -> None:
         Ports(80, 2, 3).refuse_taken("127.0.0.1")
 
 
-def no_config(model: Path) -> str:
-    (model / "config.pbtxt").unlink()
-    return "generate/config.pbtxt: No such file or directory"
-
-
-def dangling(model: Path) -> str:
-    shutil.rmtree(model)
-    model.symlink_to("nowhere")
-    return "generate/config.pbtxt: No such file or directory"
-
-
-def no_version(model: Path) -> str:
-    (model / "1" / "model.py").rename(model / "model.py")
-    return "generate/1/model.py: No such file or directory"
-
-
-def a_file(model: Path) -> str:
-    shutil.rmtree(model)
-    model.touch()
-    return "generate/config.pbtxt: Not a directory"
-
-
-def somebody_elses(model: Path) -> str:
-    (model / "1" / "model.py").write_text("import vllm")
-    return "generate/1/model.py: another model's"
-
-
-def endless(model: Path) -> str:
-    shutil.rmtree(model)
-    model.symlink_to(model)
-    return "generate/config.pbtxt: Too many levels of symbolic links"
-
-
-@pytest.mark.parametrize("damage", [no_config, dangling, no_version, a_file, somebody_elses, endless])
-def test_a_model_that_is_not_ours_is_refused_by_name(
-    tmp_path: Path, memory: Path, damage: Callable[[Path], str]
-) -> None:
-    with made(tmp_path) as running:
-        message = damage(tmp_path / "generate")
-        with pytest.raises(ServerError) as refused:
-            running.start()
-        assert f"{tmp_path}/{message}; expected `generate` of fluxserve's model repository" == str(refused.value)
-        assert running.exit_status() is None, "before Triton starts"
-
-
-def test_the_ensemble_is_ours_too(tmp_path: Path, memory: Path) -> None:
-    with made(tmp_path) as running:
-        shutil.rmtree(tmp_path / "flux" / "1")
-        with pytest.raises(ServerError, match="flux: no folder `1` for its version"):
-            running.launch.command()
-        (tmp_path / "flux" / "config.pbtxt").write_text('backend: "vllm"')
-        with pytest.raises(ServerError, match=r"flux/config\.pbtxt: another model's"):
-            running.launch.command()
-
-
-def test_a_model_that_cannot_be_read(tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(self: Path, **_: object) -> str:
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
-
-    with made(tmp_path) as running, monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", denied)
-        with pytest.raises(ServerError, match=r"flux/config\.pbtxt: Permission denied; expected `flux`"):
-            running.launch.command()
-
-
-def test_paths_are_of_the_folder_that_the_user_is_in(
-    tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Triton runs in a folder of its own, which holds this package and nothing else."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    monkeypatch.setenv("FLUXSERVE_ARTIFACT", "model")
-    monkeypatch.setattr("sys.path", ["", "here", *sys.path])
-    with made(tmp_path, checkpoint="model") as running:
-        given = ["--grpc-server-cert=a.pem", "--log-f=log", "--trace-config=triton,file=t", "--log-info=1"]
-        assert replace(running.launch, arguments=given).command()[-4:] == [
-            f"--grpc-server-cert={tmp_path}/a.pem",
-            f"--log-f={tmp_path}/log",
-            f"--trace-config=triton,file={tmp_path}/t",
-            "--log-info=1",
-        ]
-        env = running.launch.environment()
-        assert env["FLUXSERVE_CHECKPOINT"] == env["FLUXSERVE_ARTIFACT"] == str(tmp_path / "model")
-        assert all(Path(folder).is_absolute() for folder in env["PYTHONPATH"].split(":"))
-        (package,) = running.launch.folder().iterdir()
-        assert package.resolve() == Path(supervisor.__file__).parents[1]
-    with made(tmp_path, checkpoint="black-forest-labs/FLUX.1-dev") as running:
-        assert running.launch.environment()["FLUXSERVE_CHECKPOINT"] == "black-forest-labs/FLUX.1-dev", "no path of ours"
-
-
-def test_a_collector_on_this_machine_is_reached_without_a_proxy(
-    tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("no_proxy", "intern")
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    with made(tmp_path) as running:
-        env = running.launch.environment()
-        assert env["no_proxy"] == "intern,localhost,127.0.0.1,::1" and env["NO_PROXY"] == "localhost,127.0.0.1,::1"
-
-
 def test_a_server_that_ends_before_it_is_ready(tmp_path: Path, memory: Path) -> None:
     script = tmp_path / "none"
     script.write_text("#!/bin/sh\necho no room; exit 3\n")
@@ -464,52 +253,6 @@ def test_a_server_that_never_gets_ready(tmp_path: Path, memory: Path) -> None:
             running.wait_ready(1)
         assert running.wait_ready(5, stopping=lambda: True) < 1
     assert running.exit_status() is not None, "stopped on the way out"
-
-
-# --- arguments and memory --------------------------------------------------------------------------------------------
-
-
-def test_arguments_are_passed_on(tmp_path: Path, memory: Path) -> None:
-    with made(tmp_path) as running:
-        given = ["--log-verbose=1", "--backend-config=python,shm-growth-byte-size=2097152"]
-        assert replace(running.launch, arguments=given).command()[-2:] == given
-
-
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "--model-control-mode=explicit",
-        "--model-contr=explicit",  # Triton takes any beginning of a name
-        "--http-port=80",
-        "--grpc-addr=0.0.0.0",
-        "--model-repository=/tmp",
-        "--backend-config=python,shm-region-prefix-name=x",
-        "--backend-directory=/tmp",
-        "--exit-timeout-secs=1",
-        "--",
-        "80",
-        "",
-    ],
-)
-def test_an_argument_of_ours_is_refused_by_name(tmp_path: Path, memory: Path, argument: str) -> None:
-    with made(tmp_path) as running, pytest.raises(ServerError, match=f"--triton-arg: got {argument!r}; expected"):
-        replace(running.launch, arguments=[argument]).command()
-
-
-def test_a_tracing_argument_beside_trace_is_refused(tmp_path: Path, memory: Path) -> None:
-    with made(tmp_path) as running:
-        given = arguments.tracing("http://here:4318/v1/traces", 7)
-        assert "--trace-config=rate=7" in replace(running.launch, arguments=given).command()
-        with pytest.raises(ServerError, match="twice"):
-            replace(running.launch, arguments=[*given, "--trace-config=rate=1"]).command()
-
-
-@pytest.mark.parametrize("url", ["", "localhost:4318", "ftp://x", "http://"])
-def test_a_collector_is_an_address(url: str) -> None:
-    with pytest.raises(ServerError, match=f"--trace: got {url!r}; expected"):
-        arguments.tracing(url)
-    with pytest.raises(ServerError, match="--trace-rate: got 0; expected"):
-        arguments.tracing("http://x", 0)
 
 
 def test_sizes() -> None:

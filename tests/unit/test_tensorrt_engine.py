@@ -18,7 +18,6 @@ from fluxserve.engine import FLOATING, Components, Dim, Signature, TensorSpec
 from fluxserve.engines import open as engines
 from fluxserve.engines import tensorrt, tensorrt_library
 from fluxserve.errors import ArtifactDamaged, ArtifactError, LibraryMissing, LibraryRefused, ShapeError
-from fluxserve.families.flux import signatures
 from fluxserve.folders import checkpoint as checkpoints
 from fluxserve.folders.artifact import Artifact
 from tests.support import fake_tensorrt as fake
@@ -53,7 +52,7 @@ class Built:
 
     def replan(self, name: str, **changes: Any) -> None:
         """Replace a component's plan, in the manifest too."""
-        signature = signatures.exported(self.artifact.component(name), self.artifact.spec)
+        signature = self.artifact.component(name).signature(self.artifact.spec)
         self.write(name, fake.plan_of(self.module, signature, "bfloat16", **changes))
 
     def write(self, name: str, plan: bytes) -> None:
@@ -220,7 +219,7 @@ def test_a_tampered_plan_never_reaches_the_library(built: Built) -> None:
 
 def test_tensors_that_differ_from_the_signature(built: Built) -> None:
     plan = built.artifact.path / "clip/sm90.engine"
-    signature = signatures.exported(built.artifact.component("clip"), built.artifact.spec)
+    signature = built.artifact.component("clip").signature(built.artifact.spec)
     other = replace(signature, inputs=(*signature.inputs, TensorSpec("mask", "int64", (Dim("rows", 1, 2), 77))))
     fewer = replace(signature, inputs=(replace(signature.inputs[0], dims=(Dim("rows", 1, 1), Dim("tokens", 77, 77))),))
     wider = replace(signature, outputs=(replace(signature.outputs[0], dims=(Dim("rows", 1, 2), 129)),))
@@ -246,7 +245,7 @@ def test_tensors_that_differ_from_the_signature(built: Built) -> None:
 def test_an_output_of_another_size(built: Built) -> None:
     """A dimension that varies is compared when it is known."""
     built.replan("t5")
-    signature = signatures.exported(built.artifact.component("t5"), built.artifact.spec)
+    signature = built.artifact.component("t5").signature(built.artifact.spec)
     rows, tokens, channels = signature.outputs[0].dims
     assert isinstance(tokens, Dim)
     odd = replace(signature.outputs[0], dims=(rows, replace(tokens, multiple=2), channels))

@@ -56,7 +56,7 @@ class _Layer:
 
 
 class FusedClip:
-    """An Engine in the compute dtype; see engines.base."""
+    """An Engine in the compute dtype; see engine.py."""
 
     def __init__(self, checkpoint: Checkpoint, build: Build) -> None:
         usual = {"layer_norm_eps": 1e-5, "hidden_act": _QUICK_GELU, "eos_token_id": _OLD_END}

@@ -38,7 +38,7 @@ _ENCODERS: dict[str, Callable[[Checkpoint, Build], Engine]] = {"clip": FusedClip
 
 def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Components:
     """In BF16, which needs no calibration; see engines.open.open_components."""
-    check(checkpoint, device, dtype)
+    check_components(checkpoint, device, dtype)
     return _served(assemble(checkpoint, usable(device), BF16, None, LAUNCHED))
 
 
@@ -89,12 +89,18 @@ def assemble(
         raise OutOfMemory("weights", needed, f"what {device} has left ({error})") from error
 
 
-def check(checkpoint: Checkpoint, device: str, dtype: str) -> None:
-    """What is known before a file is read; see engines.open.check."""
+def check_components(checkpoint: Checkpoint, device: str, dtype: str) -> None:
+    """Check the dtype, the device and the text encoders; see engines.open."""
     if dtype not in ("auto", "bfloat16"):
         raise SettingsError("dtype", dtype, "auto or bfloat16 with the fused engine; FP8 comes with an artifact")
     usable(device)
     _check_encoders(FluxSpec.of(checkpoint.spec))
+
+
+def check_artifact(artifact: Artifact, device: str) -> None:
+    """Check the device and the text encoders; see engines.open."""
+    usable(device)
+    _check_encoders(FluxSpec.of(artifact.spec))
 
 
 def _check_encoders(spec: FluxSpec) -> None:

@@ -91,7 +91,7 @@ class _Layer:
 
 
 class FusedQwen3:
-    """An Engine; see engines.base. Of a folder of Qwen3ForCausalLM, or of a Qwen3Model.
+    """An Engine; see engine.py. Of a folder of Qwen3ForCausalLM, or of a Qwen3Model.
 
     Raises:
         CheckpointError: weights are missing, have other shapes, or nobody knows them.

@@ -67,7 +67,7 @@ class _Layer:
 
 
 class FusedT5:
-    """An Engine; see engines.base."""
+    """An Engine; see engine.py."""
 
     def __init__(self, checkpoint: Checkpoint, build: Build) -> None:
         self.shape, self.precision, self.kernels = _Shape.of(checkpoint.config(FOLDER)), build.precision, build.kernels

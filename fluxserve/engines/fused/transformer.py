@@ -27,7 +27,7 @@ KEPT = "kept_"
 _NO_BATCH = -1
 
 
-class Weights:
+class Layers:
     """Everything that is read of the folder `transformer`, on the device.
 
     Raises:
@@ -49,7 +49,7 @@ class Weights:
 
 
 class FusedTransformer:
-    """An Engine; see engines.base.
+    """An Engine; see engine.py.
 
     Args:
         build: of the folder `transformer`; with ranges exactly if its linears are E4M3.
@@ -65,7 +65,7 @@ class FusedTransformer:
         self.steps_between_means = steps_between_means
         self._largest = self.layout(self.signature.at({s: r[1] for s, r in ranges.items()}))
         self.arena = Arena(size(self._largest), build.device)
-        self.weights: Weights | None = Weights(build, spec)
+        self.weights: Layers | None = Layers(build, spec)
         blocks = self.spec.num_layers + self.spec.num_single_layers
         self.counts = torch.zeros(blocks, 2, dtype=torch.int64, device=build.device)
         self._usual = spec.text.sequence.tokens + spec.image_tokens(spec.defaults.side, spec.defaults.side)
@@ -83,7 +83,7 @@ class FusedTransformer:
         self._ahead = attention_ahead(qkv, self._usual, self.spec.num_attention_heads, attended)
 
     def saturated(self) -> dict[str, tuple[int, int]]:
-        """Waits for the device; see engines.base.Saturating."""
+        """Waits for the device; see engine.Saturating."""
         assert self.weights is not None, "saturated after close"
         blocks: list[DoubleBlock | SingleBlock] = [*self.weights.double, *self.weights.single]
         counted = zip(blocks, self.counts.tolist(), strict=True)
@@ -131,11 +131,9 @@ class FusedTransformer:
 
 
 class FusedBound:
-    """A Bound and a Denoiser; see engines.base. Its buffers are the arena's, valid until another runs."""
+    """A Bound and a Denoiser; see engine.py. Its buffers are the arena's, valid until another runs."""
 
-    def __init__(
-        self, engine: FusedTransformer, weights: Weights, buffers: Mapping[str, Tensor], sizes: Shapes
-    ) -> None:
+    def __init__(self, engine: FusedTransformer, weights: Layers, buffers: Mapping[str, Tensor], sizes: Shapes) -> None:
         signature = engine.signature
         self.inputs: Mapping[str, Tensor] = {t.name: buffers[t.name] for t in signature.inputs}
         self.outputs: Mapping[str, Tensor] = {t.name: buffers[t.name] for t in signature.outputs}

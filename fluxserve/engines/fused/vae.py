@@ -256,7 +256,7 @@ class _Encoder:
 
 
 class FusedVae:
-    """An Engine for one way of the VAE; see engines.base."""
+    """An Engine for one way of the VAE; see engine.py."""
 
     def __init__(
         self, signature: Signature, network: "_Decoder | _Encoder", dtype: torch.dtype, device: torch.device

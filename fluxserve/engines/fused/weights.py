@@ -45,10 +45,11 @@ class Reader:
         return tensor
 
     def shaped(self, name: str, *shape: int) -> Tensor:
-        """One tensor that must have this shape. Raises CheckpointError."""
+        """Return one tensor, of the shape that the engine computes with; `Weights` holds it to its config.json."""
         tensor = self(name)
-        if tensor.shape != shape:
-            raise CheckpointError(f"{self._folder}: {name}: got {tuple(tensor.shape)}; expected {shape}")
+        assert tensor.shape == shape, (
+            f"{self._prefix}{name}: config.json says {tuple(tensor.shape)}, the engine {shape}"
+        )
         return tensor
 
     def below(self, prefix: str) -> "Reader":

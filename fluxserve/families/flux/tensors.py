@@ -121,9 +121,8 @@ def _flux2(config: Config, _: int | None) -> TensorList:
     def named() -> _Named:
         channels = config.get("timestep_guidance_channels", _TIME_CHANNELS)
         yield from _embedders(config, width, channels, "time_guidance_embed", False)
-        for part, factors in (("double_stream_modulation_img", 6), ("double_stream_modulation_txt", 6)):
-            yield from _linear(f"{part}.linear", width, factors * width, False)
-        yield from _linear("single_stream_modulation.linear", width, 3 * width, False)
+        for part, vectors in _MODULATION.items():
+            yield from _linear(f"{part}.linear", width, vectors * width, False)
         for index in range(config["num_layers"]):
             block = f"transformer_blocks.{index}"
             yield from _joint_attention(block, width, head, False)
@@ -140,6 +139,9 @@ def _flux2(config: Config, _: int | None) -> TensorList:
 
     return TensorList(dict(named()))
 
+
+_MODULATION = {"double_stream_modulation_img": 6, "double_stream_modulation_txt": 6, "single_stream_modulation": 3}
+"""Vectors of modulation that FLUX.2's blocks of a kind share: shift, scale and gate, for attention and MLP."""
 
 _TIME_CHANNELS = 256
 """Sines and cosines that a timestep is embedded by, where the configuration does not say."""

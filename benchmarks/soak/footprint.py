@@ -22,7 +22,7 @@ class Sample:
 
 
 @dataclass
-class Watch:
+class Footprint:
     """Samples of one server; `TritonServer` starts it in a session of its own, whose id is the server's pid."""
 
     server: TritonServer
@@ -52,7 +52,7 @@ class Watch:
         self.samples.append(Sample(time.monotonic(), rss, sum(files)))
 
     def restarted(self) -> list[str]:
-        """Processes that are gone, or came, since the watch began."""
+        """Processes that are gone, or came, since the first look."""
         now = self.processes()
         gone = [f"{pid} is gone" for pid, started in self.first.items() if process.started(pid) != started]
         return gone + [f"{pid} is new" for pid in now.keys() - self.first.keys()]
