@@ -72,7 +72,7 @@ def test_editing(sizes: Sequence[tuple[int, int]], head_dim: int) -> None:
 
 def test_its_arena_holds_the_largest_picture_with_all_references() -> None:
     folder = random_flux2.klein().checkpoint()
-    signature = assemble(folder, CPU, EXACT, None, PLAIN).transformer.signature
+    signature = assemble(folder, CPU, EXACT, None, PLAIN).network.signature
     limits = folder.spec.limits
     assert signature.most("image_tokens") == (limits.max_pixels + 4 * limits.max_reference_pixels) // 16**2
 
@@ -101,7 +101,7 @@ def reference(wide: RandomFlux2, jobs: list[Job]) -> tuple[list[np.ndarray], Ran
     transformer = TorchEngine(
         signatures.transformer(folder.spec), architectures(folder.spec)["transformer"].wrapper(module)
     )
-    components = replace(open_components("torch_eager", folder, "cpu", "float32"), transformer=transformer)
+    components = open_components("torch_eager", folder, "cpu", "float32").replacing(transformer=transformer)
     with watched("transformer", module) as seen:
         drawn = [one(Pipeline(folder.spec, components), job) for job in jobs]
     return drawn, seen.ranges("max")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxserve import spec
+from fluxserve.families.flux.models import FLUX1_DEV
 from tests.support import programs
 from tests.support.bodies import MIB, largest_mib
 
@@ -164,7 +164,7 @@ def test_of_two_headers_only_the_one_that_was_judged_passes(proxy: Proxy) -> Non
 
 
 def test_bodies(proxy: Proxy) -> None:
-    most = largest_mib(spec.FLUX1_DEV) * MIB
+    most = largest_mib(FLUX1_DEV) * MIB
     assert proxy.ask("POST", INFER, body=bytes(most)) == 200
     assert proxy.passed[0][2] == most
     assert proxy.ask("POST", INFER, body=bytes(most + 1)) == 413
