@@ -15,12 +15,9 @@ import torch
 
 from benchmarks.command import report
 from benchmarks.surroundings import surroundings
-from fluxserve import settings, source
-from fluxserve.families import registry
-from fluxserve.pipeline import Pipeline
-from fluxserve.text import Tokenizers
+from fluxserve import Model, settings
 
-PROMPT = b"a fox on a blue background"
+PROMPT = "a fox on a blue background"
 WARM_UP = 2
 
 
@@ -29,25 +26,21 @@ class Contender:
 
     def __init__(self, given: dict[str, str], device: str) -> None:
         config = settings.load({name: {"string_value": value} for name, value in given.items()})
-        found = source.find(config)
+        before = allocated(reset=True)
+        self._model = Model.open(config, device)
+        self.memory = {"opened": allocated() - before, "most while opening": allocated(peak=True) - before}
+        found = self._model.source
         self.name = found.engine
         if found.artifact:
             self.name += f" {found.artifact.manifest['precision']}"
-        device = found.device(device)
-        before = allocated(reset=True)
-        components = found.open_components(device, config.dtype)
-        self.memory = {"opened": allocated() - before, "most while opening": allocated(peak=True) - before}
-        if arena := getattr(components.network, "arena", None):
+        if arena := getattr(self._model.pipeline.network, "arena", None):
             self.memory["of which arena"] = arena.bytes / 2**30
-        self._pipeline = Pipeline(found.spec, components, device)
-        self._spec, self._tokenizers = found.spec, Tokenizers(found.checkpoint)
         self.times: list[dict[str, float]] = []
 
     def draw(self, seed: int) -> None:
-        job = registry.plan({"prompt": PROMPT, "seed": seed}, self._spec, self._tokenizers)
+        request = self._model.request(PROMPT, seed=seed)
         before = allocated(reset=True)
-        (drawing,) = self._pipeline.draw([job])
-        assert drawing is not None
+        (drawing,) = self._model.draw(request)
         drawn = self.memory["opened"] + allocated(peak=True) - before
         self.memory["peak"] = max(self.memory.get("peak", 0.0), drawn)
         self.times.append(drawing.timings)

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from benchmarks.command import report
 from benchmarks.surroundings import surroundings
+from fluxserve import Model, settings
 from testing.judge import judge, load_judge
 from training.evaluate import ask_for
 
 if TYPE_CHECKING:
-    from fluxserve.pipeline import Pipeline
-    from fluxserve.text import Tokenizers
+    pass
 
 Generate = Callable[[Sequence[str], Sequence[int], int, float], Tensor]
 """(prompts, seeds, steps, guidance) → uint8 [N, H, W, 3] on the CPU."""
@@ -43,43 +43,26 @@ def fluxserve_generator(
     Args:
         given: settings.Settings by name, as text: checkpoint or artifact, dtype.
     """
-    return _generator(*_load(given, device, batch), size)
+    return _generator(_open(given, device, batch), size)
 
 
 @contextmanager
 def opened(given: Mapping[str, str], device: str, batch: int, size: tuple[int, int]) -> Iterator[Generate]:
     """`fluxserve_generator` for as long as the block lasts: then its engines are closed, and the next fit."""
-    pipeline, tokenizers = _load(given, device, batch)
-    try:
-        yield _generator(pipeline, tokenizers, size)
-    finally:
-        pipeline.close()
+    with _open(given, device, batch) as model:
+        yield _generator(model, size)
 
 
-def _load(given: Mapping[str, str], device: str, batch: int) -> "tuple[Pipeline, Tokenizers]":
-    from fluxserve import settings, source
-    from fluxserve.pipeline import Pipeline
-    from fluxserve.text import Tokenizers
-
+def _open(given: Mapping[str, str], device: str, batch: int) -> Model:
     config = settings.load({name: {"string_value": value} for name, value in given.items()})
-    found = source.find(config)
-    device = found.device(device)
-    components = found.open_components(device, config.dtype)
-    rows = min(batch, components.network.signature.most("rows"))
-    return Pipeline(found.spec, components, device, rows), Tokenizers(found.checkpoint)
+    return Model.open(config, device, max_rows=batch)
 
 
-def _generator(pipeline: "Pipeline", tokenizers: "Tokenizers", size: tuple[int, int]) -> Generate:
-    from fluxserve.families import registry
-
+def _generator(model: Model, size: tuple[int, int]) -> Generate:
     def generate(prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float) -> Tensor:
         fields = {"height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance}
-        jobs = [
-            registry.plan({"prompt": prompt.encode(), "seed": seed, **fields}, pipeline.spec, tokenizers)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        drawings = pipeline.draw(jobs)
-        return torch.cat([torch.from_numpy(drawing.images) for drawing in drawings if drawing is not None])
+        requests = [model.request(prompt, seed=seed, **fields) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return torch.cat([torch.from_numpy(drawing.images) for drawing in model.draw(*requests)])
 
     return generate
 

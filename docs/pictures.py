@@ -5,12 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fluxserve import settings
-from fluxserve.engines.open import open_components
-from fluxserve.families import registry
-from fluxserve.folders import checkpoint
-from fluxserve.pipeline import Pipeline
-from fluxserve.text import Tokenizers
+from fluxserve import Model, Settings
 
 PROMPTS = (
     "a fox on a blue background",
@@ -28,16 +23,12 @@ COLUMNS, TILE, CAPTION, GAP = 5, 128, 28, 6
 
 
 def main() -> None:
-    folder = checkpoint.read(settings.default_checkpoint())
-    pipeline = Pipeline(folder.spec, open_components("torch_eager", folder, "cpu", "float32"))
-    tokenizers = Tokenizers(folder)
+    model = Model.open(Settings(dtype="float32"), device="cpu")
     rows = -(-len(PROMPTS) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, rows * (TILE + CAPTION + GAP) + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for place, prompt in enumerate(PROMPTS):
-        job = registry.plan({"prompt": prompt.encode(), "seed": place}, folder.spec, tokenizers)
-        (drawing,) = pipeline.draw([job])
-        assert drawing is not None
+        (drawing,) = model.draw(model.request(prompt, seed=place))
         x, y = GAP + place % COLUMNS * (TILE + GAP), GAP + place // COLUMNS * (TILE + CAPTION + GAP)
         words = "\n".join(textwrap.wrap(prompt, 22))
         pen.multiline_text((x + TILE / 2, y + CAPTION / 2), words, "#333333", font, anchor="mm", align="center")

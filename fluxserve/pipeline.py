@@ -122,6 +122,11 @@ class Pipeline:
         engine = self._engines.network
         return sum(map(sum, engine.saturated().values())) if isinstance(engine, Saturating) else 0
 
+    @property
+    def network(self) -> Engine:
+        """The engine that the loop runs."""
+        return self._engines.network
+
     def close(self) -> None:
         self._bounds.clear()
         self._engines.close()

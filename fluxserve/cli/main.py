@@ -291,32 +291,24 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    import torch
-
     from fluxserve import source
-    from fluxserve.media.images import decode, write_image
-    from fluxserve.pipeline import Pipeline
-    from fluxserve.text import Tokenizers
+    from fluxserve.media.images import write_image
+    from fluxserve.model import Model
+    from fluxserve.model import request as request_of
 
     config = settings.load({name: {"string_value": value} for name, value in _chosen(options).items()})
-    found = source.find(config)
     names = ("height", "width", "num_inference_steps", "guidance_scale", "seed")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    given["output_format"] = _FORMATS[options.output.suffix.lower()].encode()
-    family = registry.of(found.spec)
-    parsed = family.draft({"prompt": os.fsencode(options.prompt), **given}, found.spec).complete()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = found.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    given["output_format"] = _FORMATS[options.output.suffix.lower()]
+    request = request_of(source.find(config).spec, options.prompt, **given)  # before weights are loaded
     ticker, begin = console.Ticker("loading"), time.perf_counter()
-    pipeline = Pipeline(found.spec, found.open_components(device, config.dtype), device, config.max_rows)
-    ticker.done(time.perf_counter() - begin)
-    job = family.lay_out(parsed, found.spec, Tokenizers(found.checkpoint), decode)
-    (drawing,) = pipeline.draw([job])
-    assert drawing is not None, "nobody can cancel it"
-    options.output.write_bytes(write_image(drawing.images[0], parsed.output_format, parsed.quality))
+    with Model.open(config) as model:
+        ticker.done(time.perf_counter() - begin)
+        (drawing,) = model.draw(request)
+        options.output.write_bytes(write_image(drawing.images[0], request.output_format, request.quality))
+        size, device = f"{request.width} x {request.height}", model.pipeline.device
     stages = ", ".join(f"{name} {spent:.1f} ms" for name, spent in drawing.timings.items())
-    print(f"{options.output.resolve()}: {job.width} x {job.height}, seed {parsed.seed}, {device}\n  {stages}")
+    print(f"{options.output.resolve()}: {size}, seed {request.seed}, {device}\n  {stages}")
     return 0
 
 
