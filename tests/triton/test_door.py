@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from fluxserve import contract, process
 from fluxserve.media.images import decode, read_image
@@ -28,9 +29,15 @@ def job(client: PlainClient, **fields: object) -> dict[str, np.ndarray]:
     return client.call("prepare", {**SMALL, **fields})
 
 
+def forge(tensors: dict[str, np.ndarray], ticket: int) -> dict[str, np.ndarray]:
+    """The same job with another ticket."""
+    arrays = {**load(tensors["job"][0].tobytes()), "ticket": np.array([ticket])}
+    return {**tensors, "job": np.frombuffer(save(arrays), np.uint8)[None]}
+
+
 @pytest.mark.parametrize("ticket", [0, 1, -1, 300, 2**62 + 5])
 def test_generate_refuses_a_ticket_that_nobody_was_given(client: PlainClient, ticket: int) -> None:
-    forged = job(client) | {"ticket": np.array([[ticket]])}
+    forged = forge(job(client), ticket)
     status, message = client.refused(lambda: client.call("generate", forged))
     assert status == "INVALID_ARGUMENT"
     assert f"ticket: got {ticket}, which no waiting request has" in message
@@ -54,7 +61,7 @@ def test_guessed_tickets_cancel_nobody(server: TritonServer) -> None:
         wait_for(lambda: client.control("good-7", "status")[0] == "queued")
 
         def attack(ticket: int) -> str:
-            tensors = forged | {"ticket": np.array([[ticket]])}
+            tensors = forge(forged, ticket)
             return client.refused(lambda: client.call("generate", tensors, priority=1))[0]
 
         attacks = [bad.submit(attack, ticket) for ticket in guesses]
