@@ -65,7 +65,7 @@ $(VENV)/.demo: $(INPUTS) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	@$(PIP) --editable '.[server,onnxruntime,export,tensorrt-rtx,test]' --editable ./client --editable ./gateway
+	@$(PIP) --editable '.[server,onnxruntime,export,provenance,tensorrt-rtx,test]' --editable ./client --editable ./gateway
 	@touch $@
 
 clean:

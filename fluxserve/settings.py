@@ -15,7 +15,7 @@ from fluxserve.errors import SettingsError
 from fluxserve.families import registry
 
 _PREFIX = "FLUXSERVE_"
-_PATHS = ("checkpoint", "artifact", "inflight")
+_PATHS = ("checkpoint", "artifact", "inflight", "c2pa_certificate", "c2pa_key")
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -44,6 +44,10 @@ class Settings:
     """Images that go through the transformer together; 1 keeps an image's bytes the same alone and in a batch."""
     cache: str = ""
     """Where compiled kernels and attention plans are kept between starts; empty: ~/.cache/fluxserve."""
+    c2pa_certificate: str = ""
+    """A PEM file with the certificates that files are signed with; empty: no file is signed."""
+    c2pa_key: str = ""
+    """A PEM file with the key of the first of them."""
     inflight: str = ""
     """The in-flight table's file; empty: one for each tritonserver process, in shared memory."""
 

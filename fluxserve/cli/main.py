@@ -294,8 +294,10 @@ def _generate(options: argparse.Namespace) -> int:
     import torch
 
     from fluxserve import source
-    from fluxserve.media.images import decode, write_image
+    from fluxserve.media.images import decode
+    from fluxserve.media.provenance import System
     from fluxserve.pipeline import Pipeline
+    from fluxserve.serving.files import Files, open_signer
     from fluxserve.text import Tokenizers
 
     config = settings.load({name: {"string_value": value} for name, value in _chosen(options).items()})
@@ -308,13 +310,16 @@ def _generate(options: argparse.Namespace) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = found.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    system = System(found.spec.name, found.engine, found.precision(device, config.dtype))
+    files = Files(None, found.spec, system, open_signer(config, found.spec.name))
     ticker, begin = console.Ticker("loading"), time.perf_counter()
     pipeline = Pipeline(found.spec, found.open_components(device, config.dtype), device, config.max_rows)
     ticker.done(time.perf_counter() - begin)
     job = family.lay_out(parsed, found.spec, Tokenizers(found.checkpoint), decode)
     (drawing,) = pipeline.draw([job])
     assert drawing is not None, "nobody can cancel it"
-    options.output.write_bytes(write_image(drawing.images[0], parsed.output_format, parsed.quality))
+    (file,) = files.begin(drawing, job, parsed.output_format, parsed.quality)()
+    options.output.write_bytes(file)
     stages = ", ".join(f"{name} {spent:.1f} ms" for name, spent in drawing.timings.items())
     print(f"{options.output.resolve()}: {job.width} x {job.height}, seed {parsed.seed}, {device}\n  {stages}")
     return 0

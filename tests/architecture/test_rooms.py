@@ -40,6 +40,8 @@ IMPORTS = {
     "triton": ("fluxserve/kernels/", "benchmarks/kernels.py"),
     "cudnn": ("fluxserve/kernels/",),
     "modelopt": ("export/",),
+    "c2pa": ("fluxserve/media/signing.py", "client/src/fluxserve_client/inspection.py"),
+    "cryptography": ("fluxserve/media/signing.py",),
     "diffusers": (
         "fluxserve/engines/torch_eager.py",
         "fluxserve/families/",

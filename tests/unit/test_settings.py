@@ -39,6 +39,8 @@ VALUES = {
     "threads": ("3", "4"),
     "max_rows": ("2", "5"),
     "cache": ("/e", "/f"),
+    "c2pa_certificate": ("/g", "/h"),
+    "c2pa_key": ("/i", "/j"),
     "inflight": ("/x", "/y"),
 }
 
