@@ -120,6 +120,7 @@ def test_progress_in_lines_and_quiet(fake: FakeFlux, run: Run, capsys: pytest.Ca
     fake.steps, fake.step_s = 4, 0.1
     assert run("generate", "a fox") == 0
     assert "running 2/4\n" in capsys.readouterr().err
+    assert Path("fluxserve.png").exists(), "the file of whoever names none"
     assert run("generate", "a fox", "-q") == 0
     assert capsys.readouterr().err == ""
 

@@ -190,9 +190,9 @@ def _generate_options(command: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        default=Path("fluxserve.media.png"),
+        default=Path("fluxserve.png"),
         metavar="FILE",
-        help="its suffix chooses the format: .png .jpg .webp .raw (default fluxserve.media.png)",
+        help="its suffix chooses the format: .png .jpg .webp .raw (default fluxserve.png)",
     )
     out.add_argument("-n", "--num-images", type=int, metavar="N", help="pictures, with seeds that count up")
     out.add_argument("--separate", action="store_true", help="write FILE-1, FILE-2, … and not one sheet")
