@@ -16,6 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from PIL import Image
 
 from fluxserve import settings
+from fluxserve.cli.main import main
 from fluxserve.errors import SettingsError, SigningFailed
 from fluxserve.media.images import write_image
 from fluxserve.media.signing import Signer
@@ -173,3 +174,24 @@ def test_without_the_library_nothing_is_left_unsigned(
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(SettingsError, match=r"c2pa_certificate: .*pip install 'fluxserve\[provenance\]'"):
         open_signer(config, "tiny")
+
+
+def test_the_command_line_signs_and_its_doctor_says_what_a_server_would_refuse(
+    signer_files: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one model, drawn once."""
+    monkeypatch.setenv("FLUXSERVE_C2PA_CERTIFICATE", str(signer_files.chain))
+    monkeypatch.setenv("FLUXSERVE_C2PA_KEY", str(signer_files.key))
+    out = tmp_path / "fox.webp"
+    size = ["--height", "64", "--width", "64", "--num-inference-steps", "1", "--seed", "3"]
+    assert main(["generate", "a fox", *size, "-o", str(out)]) == 0
+    store = read(out.read_bytes(), "webp", signer_files.authority)
+    assert store["validation_state"] == "Trusted"
+    assert b"<fluxserve:seed>3<" in out.read_bytes() and b"fox" not in out.read_bytes()
+    assert main(["doctor"]) == 0
+    assert f"ok    signature: C2PA, with {signer_files.chain}" in capsys.readouterr().out
+    monkeypatch.setenv("FLUXSERVE_C2PA_KEY", str(identity(tmp_path / "other").key))
+    assert main(["doctor"]) == 1
+    assert "FAIL  signature: c2pa_key: got " in capsys.readouterr().out
+    assert main(["generate", "a fox", *size, "-o", str(tmp_path / "b.png")]) == 1
+    assert not (tmp_path / "b.png").exists()
