@@ -168,15 +168,17 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def write_image(pixels: Pixels, output_format: str, quality: int, made: Provenance | None = None) -> bytes:
+def write_image(pixels: Pixels, output_format: str, quality: int, provenance: Provenance | None = None) -> bytes:
     """Encode uint8 [height, width, 3] as one of contract.OUTPUT_FORMATS. PNG and raw are exact, WebP and JPEG lossy.
 
-    The file says how its picture was made; raw pixels have no place for it. None is for pictures that no model drew.
+    The file carries the provenance; raw pixels have no place for it. None is for pictures that no model drew.
     """
     if output_format == "raw":
         return pixels.tobytes()
     if output_format == "png":
-        return strips.encode(pixels, made.png_chunks() if made else b"")
+        return strips.encode(pixels, provenance.png_chunks() if provenance else b"")
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, format=output_format, quality=quality, **({"xmp": made.xmp()} if made else {}))
+    Image.fromarray(pixels).save(
+        out, format=output_format, quality=quality, **({"xmp": provenance.xmp()} if provenance else {})
+    )
     return out.getvalue()

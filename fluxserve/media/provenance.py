@@ -39,7 +39,7 @@ _ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;",
 
 @dataclass(frozen=True)
 class System:
-    """What draws: it is the same for every picture of a server."""
+    """The model and how it is run: the same for every picture of a server."""
 
     model: str
     engine: str
@@ -52,7 +52,7 @@ class Provenance:
 
     Attributes:
         steps: denoising steps that were computed.
-        own: what the model's family says beside, such as `task` and `guidance`: names of XML elements.
+        own: fields of the model's family, such as `task` and `guidance`; their names become those of XML elements.
         prompt: empty unless the caller wants it in the file.
     """
 
@@ -65,7 +65,7 @@ class Provenance:
     prompt: str = ""
 
     def xmp(self) -> bytes:
-        """An XMP packet in UTF-8.
+        """Return an XMP packet in UTF-8.
 
         Quotes and `>` are escaped too: a reader that searches the packet with a regular expression, as Pillow does for
         an orientation, must not find a property in a prompt.
@@ -75,7 +75,7 @@ class Provenance:
         return _PACKET.format(namespaces=namespaces, properties=properties).encode()
 
     def _properties(self) -> Mapping[str, str]:
-        given = {
+        properties = {
             "Iptc4xmpExt:DigitalSourceType": SOURCE_TYPE,
             "Iptc4xmpExt:AISystemUsed": self.system.model,
             "Iptc4xmpExt:AISystemVersionUsed": PRODUCT,
@@ -89,10 +89,10 @@ class Provenance:
             "fluxserve:precision": self.system.precision,
             **{f"fluxserve:{name}": value for name, value in self.own.items()},
         }
-        return {name: value for name, value in given.items() if value}
+        return {name: value for name, value in properties.items() if value}
 
     def parameters(self) -> str:
-        """The text that Stable Diffusion's programs write and read: the prompt's lines, if any, then the settings."""
+        """Return the text that Stable Diffusion's programs read: the prompt's lines, if any, then the settings."""
         settings = {
             "Steps": str(self.steps),
             "Distilled CFG Scale": self.own.get("guidance", ""),
@@ -105,15 +105,15 @@ class Provenance:
         return f"{_printable(self.prompt)}\n{line}" if self.prompt else line
 
     def png_chunks(self) -> bytes:
-        """The text chunks of a PNG, to stand behind its header."""
+        """Return the text chunks of a PNG, which stand behind its header."""
         return text("XML:com.adobe.xmp", self.xmp().decode()) + text("parameters", self.parameters())
 
 
 def _printable(value: str) -> str:
-    """The text with U+FFFD in place of control characters and others that XML 1.0 lacks."""
+    """Replace control characters, and others that XML 1.0 lacks, by U+FFFD."""
     return _NOT_XML.sub("\ufffd", value)
 
 
 def _escaped(value: str) -> str:
-    """Text for an XML element."""
+    """Escape text for an XML element."""
     return _printable(value).translate(_ESCAPES)

@@ -40,7 +40,7 @@ class Signer:
         model: the name of what draws.
 
     Raises:
-        SettingsError: a file that can't be read, that do not belong together, or that C2PA refuses.
+        SettingsError: a file can't be read, the two do not belong together, or C2PA refuses the certificate.
     """
 
     def __init__(self, certificate: Path, key: Path, model: str) -> None:

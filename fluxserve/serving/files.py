@@ -1,6 +1,6 @@
 """Pictures → files, where that is quickest: PNGs on the GPU that drew the picture, everything else on the host.
 
-Every file says how its picture was made, and is signed where the operator has a certificate.
+Every file carries its provenance, and is signed where the operator has a certificate.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ Finish = Callable[[], list[bytes]]
 
 
 def open_signer(config: Settings, model: str) -> "Signer | None":
-    """The signer that the settings name, tried out; None where they name none.
+    """Open the signer that the settings name and try it out; None where they name none.
 
     Raises:
         SettingsError: it can't sign, or its library is not installed.
@@ -44,7 +44,7 @@ def open_signer(config: Settings, model: str) -> "Signer | None":
 
 
 class Files:
-    """Writes them.
+    """Writes the files of pictures.
 
     Args:
         device: a GPU whose kernels may be compiled here, to write PNGs on; None: the host writes them.
@@ -70,7 +70,7 @@ class Files:
 
         Args:
             drawing: the pictures of `job`.
-            prompt: what the files are to hold as the prompt; nothing, unless the caller wants that.
+            prompt: goes into the files; empty unless the caller wants it there.
 
         Returns:
             what does the rest, on any thread: a file for each image.
@@ -79,15 +79,15 @@ class Files:
             NotFinite: there is no picture to write.
         """
         drawing.require_finite()
-        made = self._provenances(job, prompt)
+        provenances = self._provenances(job, prompt)
         if self._encode is not None and output_format == "png":
-            pairs = zip(drawing.pixels, made, strict=True)
+            pairs = zip(drawing.pixels, provenances, strict=True)
             written = [self._encode(pixels, each.png_chunks()) for pixels, each in pairs]
             return lambda: self._signed(written, output_format)
         images = drawing.images
 
         def finish() -> list[bytes]:
-            pairs = zip(images, made, strict=True)
+            pairs = zip(images, provenances, strict=True)
             return self._signed(
                 [write_image(image, output_format, quality, each) for image, each in pairs], output_format
             )
@@ -95,12 +95,12 @@ class Files:
         return finish
 
     def _signed(self, files: list[bytes], output_format: str) -> list[bytes]:
-        """The files with a signature each. Raw pixels have no place for one."""
+        """Sign each file. Raw pixels have no place for a signature."""
         if self._signer is None or output_format == "raw":
             return files
         return [self._signer.sign(file, output_format) for file in files]
 
     def _provenances(self, job: Job, prompt: str) -> Sequence[Provenance]:
-        """One for each image. Image k of several says what the same image says alone."""
+        """Describe each image. Image k of several gets the same description as the same image alone."""
         own = registry.of(self._spec).parameters(job, self._spec)
         return [Provenance(self._system, seed, job.steps, job.height, job.width, own, prompt) for seed in job.seeds]

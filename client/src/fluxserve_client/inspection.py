@@ -120,23 +120,23 @@ def inspect(path: Path, trust: Path | None = None) -> Inspection:
     )
 
 
-def report(path: Path, found: Inspection, *, as_json: bool) -> str:
-    """What a file says, for a terminal or as one JSON object. A terminal gets no control character of the file's."""
+def report(path: Path, inspection: Inspection, *, as_json: bool) -> str:
+    """Format an inspection for a terminal or as one JSON object. A terminal gets no control character of the file."""
     if as_json:
-        return json.dumps({"file": str(path), "made_by_a_model": found.made_by_a_model, **asdict(found)})
-    size = f"{found.format}, {found.height} × {found.width} (height × width)"
-    source = "a trained model made it" if found.made_by_a_model else "nothing says that a model made it"
-    rows = [("file", size), ("source", source), *found.xmp.items()]
-    rows += [("parameters", found.parameters)] if found.parameters else []
-    rows += [("C2PA", _manifest_line(found))]
-    rows += [("problem", problem) for problem in found.problems]
+        return json.dumps({"file": str(path), "made_by_a_model": inspection.made_by_a_model, **asdict(inspection)})
+    size = f"{inspection.format}, {inspection.height} × {inspection.width} (height × width)"
+    source = "a trained model made it" if inspection.made_by_a_model else "nothing says that a model made it"
+    rows = [("file", size), ("source", source), *inspection.xmp.items()]
+    rows += [("parameters", inspection.parameters)] if inspection.parameters else []
+    rows += [("C2PA", _manifest_line(inspection))]
+    rows += [("problem", problem) for problem in inspection.problems]
     return "\n".join([one_line(str(path)), *(f"  {one_line(name):{_COLUMN}} {one_line(text)}" for name, text in rows)])
 
 
-def _manifest_line(found: Inspection) -> str:
-    if not found.c2pa_checked:
+def _manifest_line(inspection: Inspection) -> str:
+    if not inspection.c2pa_checked:
         return "not checked: c2pa-python is not installed (pip install 'fluxserve-client[provenance]')"
-    if not (manifest := found.c2pa):
+    if not (manifest := inspection.c2pa):
         return "no manifest"
     if manifest.state == "unread":
         return "a manifest that cannot be read"
@@ -150,7 +150,7 @@ def _manifest_line(found: Inspection) -> str:
 
 
 def read_xmp(packet: bytes | str) -> dict[str, str]:
-    """The properties of an XMP packet, each as one text; of lists and structures the parts, one behind the other.
+    """Return the properties of an XMP packet, each as one text; a list's or structure's parts are joined.
 
     Raises:
         ValueError: no well-formed XML, a DOCTYPE, or more than 1 MiB.
@@ -217,7 +217,7 @@ def _short(name: str) -> str:
 
 
 def _read_manifest(data: bytes, kind: str, trust: Path | None) -> tuple[bool, Manifest | None]:
-    """Whether the library is there, and the manifest. Nothing is fetched: not a manifest elsewhere, no revocations."""
+    """Return whether the library is installed, and the manifest. Manifests elsewhere and revocations are not fetched."""
     try:
         import c2pa
     except ModuleNotFoundError:
