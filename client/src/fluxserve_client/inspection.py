@@ -217,7 +217,7 @@ def _short(name: str) -> str:
 
 
 def _read_manifest(data: bytes, kind: str, trust: Path | None) -> tuple[bool, Manifest | None]:
-    """Return whether the library is installed, and the manifest. Manifests elsewhere and revocations are not fetched."""
+    """Return whether the library is installed, and the manifest. Manifests elsewhere, and revocations, stay unread."""
     try:
         import c2pa
     except ModuleNotFoundError:
