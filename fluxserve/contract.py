@@ -76,6 +76,7 @@ REQUEST_INPUTS = (
     _tensor("output_format", "BYTES", [1], "png, jpeg, webp or raw (height x width x 3 bytes)", optional=True),
     _tensor("quality", "INT32", [1], "1 to 100, of jpeg and webp", optional=True),
     _tensor("encoding", "BYTES", [1], "of image and images: binary, or base64 for JSON", optional=True),
+    _tensor("embed_prompt", "BOOL", [1], "whether files hold the prompt beside the parameters", optional=True),
 )
 
 _ANSWER = (
@@ -92,6 +93,7 @@ FLUX = ModelContract("flux", REQUEST_INPUTS, _ANSWER)
 _JOB = (
     _tensor("job", "UINT8", [ANY], "the arrays of one request: safetensors, see fluxserve/job.py"),
     _tensor("batch_key", "UINT8", [ANY, ANY, ANY, ANY], "no bytes: [height, width, steps, 0]"),
+    _tensor("embedded_prompt", "BYTES", [1], "the prompt that files are to hold; empty: none"),
 )
 
 

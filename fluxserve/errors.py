@@ -25,6 +25,7 @@ FluxserveError
 │   ├── NotFinite          a picture of NaN or infinity: weights or precision are at fault
 │   └── ShapeError         a tensor outside an engine's signature
 ├── SettingsError          an environment variable or a Triton parameter
+├── SigningFailed          a file can't be signed, and is not sent without
 ├── DecoderLost            the process that decodes images ended at one of them
 └── ServerError            tritonserver could not be started, reached or stopped
 
@@ -177,6 +178,13 @@ class ShapeError(EngineError):
 class SettingsError(FluxserveError):
     def __init__(self, name: str, got: object, allowed: str) -> None:
         super().__init__(f"{name}: got {got!r}; allowed: {allowed}")
+
+
+class SigningFailed(FluxserveError):
+    """C2PA's library refused to sign a file; the message has its words."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"signature: {reason}. The picture was drawn and is not sent without one")
 
 
 class DecoderLost(FluxserveError):

@@ -57,6 +57,7 @@ class Request:
     output_format: str
     quality: int
     encoding: str
+    embed_prompt: bool
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -94,6 +95,7 @@ def common(fields: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
         "output_format": _choice(fields, "output_format", OUTPUT_FORMATS),
         "quality": integer(fields, "quality", DEFAULT_QUALITY, 1, 100),
         "encoding": _choice(fields, "encoding", ENCODINGS),
+        "embed_prompt": bool(fields.get("embed_prompt", False)),
     }
 
 

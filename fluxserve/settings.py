@@ -16,7 +16,7 @@ from fluxserve.errors import SettingsError
 from fluxserve.families import registry
 
 _PREFIX = "FLUXSERVE_"
-_PATHS = ("checkpoint", "artifact", "inflight")
+_PATHS = ("checkpoint", "artifact", "inflight", "c2pa_certificate", "c2pa_key")
 _BOUNDS = (("threads", 0, math.inf), ("max_rows", 1, math.inf), ("max_waiting", 0, 192), ("queue_timeout", 0, 86_400))
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -50,6 +50,10 @@ class Settings:
     """Seconds that a request may wait for a GPU; 0: what generate/config.pbtxt says, 120 as shipped."""
     cache: str = ""
     """Where compiled kernels and attention plans are kept between starts; empty: ~/.cache/fluxserve."""
+    c2pa_certificate: str = ""
+    """A PEM file with the certificates that files are signed with; empty: no file is signed."""
+    c2pa_key: str = ""
+    """A PEM file with the key of the first of them."""
     inflight: str = ""
     """The in-flight table's file; empty: one for each tritonserver process, in shared memory."""
 

@@ -63,6 +63,12 @@ class Source:
         """Where the engine runs: on what is offered, or on the CPU if it runs nowhere else."""
         return "cpu" if self.engine in engines.CPU_ONLY else offered
 
+    def precision(self, device: str, dtype: str) -> str:
+        """The numbers that the network computes with: those of the artifact, or else the dtype on that device."""
+        if self.artifact:
+            return self.artifact.component(self.spec.network).precision
+        return engines.dtype_on(device, dtype)
+
     @property
     def compiles(self) -> bool:
         """Whether kernels may be compiled where the engine runs, because its own are."""

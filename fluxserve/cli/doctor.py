@@ -47,16 +47,23 @@ def checks(config: Settings, server: Check) -> Mapping[str, Check]:
             return "none; the CPU is used"
         return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
+    def signature() -> str:
+        from fluxserve.serving.files import open_signer
+
+        signer = open_signer(config, found().spec.name)
+        return f"C2PA, with {config.c2pa_certificate}" if signer else "none; no certificate is set"
+
     return {
         "tritonserver": server,
         "model": model,
         "tokenizers": tokenizers,
         "weights": weights,
         "engine": engine,
+        "signature": signature,
         "GPU": gpu,
         "torch": lambda: str(torch.__version__),
     }
 
 
-NEEDS_MODEL = ("tokenizers", "weights", "engine")
+NEEDS_MODEL = ("tokenizers", "weights", "engine", "signature")
 """Checks that say nothing where the one of `model` failed."""

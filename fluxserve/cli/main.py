@@ -292,21 +292,28 @@ def _export(arguments: Sequence[str]) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     from fluxserve import source
-    from fluxserve.media.images import write_image
+    from fluxserve.media.provenance import System
     from fluxserve.model import Model
     from fluxserve.model import request as request_of
+    from fluxserve.serving.files import Files, open_signer
 
     config = settings.load({name: {"string_value": value} for name, value in _chosen(options).items()})
     names = ("height", "width", "num_inference_steps", "guidance_scale", "seed")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given["output_format"] = _FORMATS[options.output.suffix.lower()]
-    request = request_of(source.find(config).spec, options.prompt, **given)  # before weights are loaded
+    found = source.find(config)
+    request = request_of(found.spec, options.prompt, **given)  # this and the signer before weights are loaded
+    signer = open_signer(config, found.spec.name)
     ticker, begin = console.Ticker("loading"), time.perf_counter()
     with Model.open(config) as model:
         ticker.done(time.perf_counter() - begin)
+        job, device = model.job(request), str(model.pipeline.device)
         (drawing,) = model.draw(request)
-        options.output.write_bytes(write_image(drawing.images[0], request.output_format, request.quality))
-        size, device = f"{request.width} x {request.height}", model.pipeline.device
+        system = System(found.spec.name, found.engine, found.precision(device, config.dtype))
+        files = Files(None, found.spec, system, signer)
+        (file,) = files.begin(drawing, job, request.output_format, request.quality)()
+        options.output.write_bytes(file)
+    size = f"{request.width} x {request.height}"
     stages = ", ".join(f"{name} {spent:.1f} ms" for name, spent in drawing.timings.items())
     print(f"{options.output.resolve()}: {size}, seed {request.seed}, {device}\n  {stages}")
     return 0

@@ -32,6 +32,13 @@ def needs_artifact(name: str) -> bool:
     return name not in WEIGHTS
 
 
+def dtype_on(device: str, dtype: str) -> str:
+    """The dtype that a checkpoint is loaded in, where the settings leave it to the device (`auto`)."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if device == "cpu" else "bfloat16"
+
+
 def open_components(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> Components:
     """Load every component of a checkpoint.
 

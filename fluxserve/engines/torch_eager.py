@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from fluxserve.engine import FLOATING, Components, Shapes, Signature, TensorSpec
 from fluxserve.engines.finite import extremes, refuse_infinite
+from fluxserve.engines.open import dtype_on
 from fluxserve.errors import CheckpointError
 from fluxserve.families import registry
 from fluxserve.folders.checkpoint import Checkpoint
@@ -124,10 +125,9 @@ def check_components(checkpoint: Checkpoint, _: str, __: str) -> None:
 
 def open_components(checkpoint: Checkpoint, device: str, dtype: str) -> Components:
     """Load every component; see engines.open.open_components."""
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
+    loaded = getattr(torch, dtype_on(device, dtype))
     names = (name for name in checkpoint.spec.components if name != "vae_encoder")  # whose module is the decoder's
-    modules = {name: load_module(checkpoint, name, device, getattr(torch, dtype)) for name in names}
+    modules = {name: load_module(checkpoint, name, device, loaded) for name in names}
     return from_modules(checkpoint.spec, {**modules, "vae_encoder": modules["vae_decoder"]})
 
 

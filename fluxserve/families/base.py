@@ -81,6 +81,12 @@ class Family(Protocol[Spec, Asked]):
     def check(self, job: Job, spec: Spec) -> None:
         """Check a job that anybody may have sent. Raises InvalidRequest, which names the array."""
 
+    def parameters(self, job: Job, spec: Spec) -> Mapping[str, str]:
+        """Return what files say about a checked job beside seed, size and steps: its `task`, `guidance`, …
+
+        Names are those of XML elements; see media/provenance.py.
+        """
+
     def nothing(self, spec: Spec, side: int, image: bool) -> Job:
         """Return a square job of no words and one step, to warm up with; `image`: with a black input image."""
 

@@ -24,6 +24,7 @@ from fluxserve.errors import InvalidRequest
 from fluxserve.media.colour import in_srgb
 from fluxserve.media.png import strips
 from fluxserve.media.png.texts import without_texts
+from fluxserve.media.provenance import Provenance
 from fluxserve.spec import Limits
 
 Pixels = npt.NDArray[np.uint8]
@@ -167,12 +168,17 @@ def _rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def write_image(pixels: Pixels, output_format: str, quality: int) -> bytes:
-    """Encode uint8 [height, width, 3] as one of contract.OUTPUT_FORMATS. PNG and raw are exact, WebP and JPEG lossy."""
+def write_image(pixels: Pixels, output_format: str, quality: int, provenance: Provenance | None = None) -> bytes:
+    """Encode uint8 [height, width, 3] as one of contract.OUTPUT_FORMATS. PNG and raw are exact, WebP and JPEG lossy.
+
+    The file carries the provenance; raw pixels have no place for it. None is for pictures that no model drew.
+    """
     if output_format == "raw":
         return pixels.tobytes()
     if output_format == "png":
-        return strips.encode(pixels)
+        return strips.encode(pixels, provenance.png_chunks() if provenance else b"")
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, format=output_format, quality=quality)
+    Image.fromarray(pixels).save(
+        out, format=output_format, quality=quality, **({"xmp": provenance.xmp()} if provenance else {})
+    )
     return out.getvalue()

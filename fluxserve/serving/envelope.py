@@ -1,4 +1,8 @@
-"""What crosses from `prepare` to `generate`: a job, and what its answer needs. Two tensors, whatever the model."""
+"""What crosses from `prepare` to `generate`: a job, and what its answer needs. Three tensors, whatever the model.
+
+A prompt for the files has a tensor of its own, whose shape is always the same: in the job, its length would keep
+requests with prompts of different lengths out of one batch.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +14,7 @@ from fluxserve import job as jobs
 from fluxserve.contract import ENCODINGS, OUTPUT_FORMATS
 from fluxserve.errors import InvalidRequest
 from fluxserve.job import Array, Job
+from fluxserve.media.provenance import MAX_PROMPT_BYTES
 from fluxserve.request import Request
 
 _CHOICES = {"output_format": OUTPUT_FORMATS, "encoding": ENCODINGS}
@@ -22,12 +27,14 @@ class Delivery:
 
     Attributes:
         ticket: the key to its place in the in-flight table.
+        prompt: what the files are to hold as the prompt; empty unless the caller wants that.
     """
 
     ticket: int
     output_format: str
     quality: int
     encoding: str
+    prompt: str
 
 
 def sealed(job: Job, ticket: int, request: Request) -> dict[str, Any]:
@@ -37,6 +44,7 @@ def sealed(job: Job, ticket: int, request: Request) -> dict[str, Any]:
     return {
         "job": np.frombuffer(wire, dtype=np.uint8)[None],
         "batch_key": np.empty((1, *job.batch_key, 0), dtype=np.uint8),
+        "embedded_prompt": [[request.prompt.encode() if request.embed_prompt else b""]],
     }
 
 
@@ -55,7 +63,18 @@ def opened(arrays: Mapping[str, Array]) -> tuple[Job, Delivery]:
     if not 1 <= numbers["quality"] <= 100:
         raise InvalidRequest("quality", str(numbers["quality"]), "1 to 100")
     words = {name: _choice(name, numbers[name], choices) for name, choices in _CHOICES.items()}
-    return job, Delivery(numbers["ticket"], quality=numbers["quality"], **words)
+    prompt = _prompt(arrays["embedded_prompt"][0, 0])
+    return job, Delivery(numbers["ticket"], quality=numbers["quality"], prompt=prompt, **words)
+
+
+def _prompt(raw: bytes) -> str:
+    refusal = InvalidRequest("embedded_prompt", f"{len(raw)} bytes", f"at most {MAX_PROMPT_BYTES} bytes of UTF-8 text")
+    if len(raw) > MAX_PROMPT_BYTES:
+        raise refusal
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise refusal from error
 
 
 def _choice(name: str, index: int, choices: tuple[str, ...]) -> str:

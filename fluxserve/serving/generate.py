@@ -21,11 +21,12 @@ from fluxserve import contract, source
 from fluxserve.errors import Cancelled, FluxserveError, NotFinite, SettingsError
 from fluxserve.families import registry
 from fluxserve.job import Job
+from fluxserve.media.provenance import System
 from fluxserve.pipeline import Drawing, Pipeline
 from fluxserve.serving import envelope, shared_memory, tensors
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving.envelope import Delivery
-from fluxserve.serving.files import Files, Finish
+from fluxserve.serving.files import Files, Finish, open_signer
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import DrawingMetrics
 from fluxserve.serving.processes import Pace
@@ -63,6 +64,7 @@ class GenerateModel(ServedModel):
         self._table.set_queue_timeout(_queue_timeout(json.loads(args["model_config"]), config.queue_timeout))
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         found = source.find(config)
+        signer = open_signer(config, found.spec.name)  # before minutes of loading weights
         name = found.device(offered)
         device = torch.device(name)
         if device.type == "cuda":
@@ -73,7 +75,8 @@ class GenerateModel(ServedModel):
         begin = time.monotonic()
         self._heartbeat.draws_in(self._pipeline.warm_up())
         self._pace = Pace(self._heartbeat, time.monotonic() - begin)
-        self._files = Files(device if found.compiles else None, found.spec.defaults.side)
+        system = System(found.spec.name, found.engine, found.precision(name, config.dtype))
+        self._files = Files(device if found.compiles else None, found.spec, system, signer)
         self._metrics = DrawingMetrics()
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="answer")
 
@@ -169,7 +172,8 @@ class GenerateModel(ServedModel):
         """Do with the files what the GPU has to, and leave the rest to a thread."""
         begin = time.perf_counter()
         try:
-            finish = self._files.begin(drawing, asked.delivery.output_format, asked.delivery.quality)
+            wanted = asked.delivery
+            finish = self._files.begin(drawing, asked.job, wanted.output_format, wanted.quality, wanted.prompt)
         except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
             tensors.send(asked.sender, self._refusal(error))
             return

@@ -43,6 +43,8 @@ IMPORTS = {
     "fluxserve.kernels.fp8.E4M3_MAX": ("fluxserve/kernels/", "fluxserve/engines/fused/scales.py", "benchmarks/"),
     "fluxserve.kernels.fp8.quantise_rows": ("fluxserve/kernels/", "fluxserve/engines/fused/scales.py", "benchmarks/"),
     "modelopt": ("export/",),
+    "c2pa": ("fluxserve/media/signing.py", "client/src/fluxserve_client/inspection.py"),
+    "cryptography": ("fluxserve/media/signing.py",),
     "diffusers": (
         "fluxserve/engines/torch_eager.py",
         "fluxserve/families/",

@@ -18,6 +18,7 @@ from fluxserve_client import InvalidRequest, MockTransport, Progress, State
 from fluxserve_client.cli import main
 from fluxserve_client.show import progress_display
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tests.client.fakes import FakeFlux, Wire
 
@@ -60,7 +61,7 @@ def test_several_images(fake: FakeFlux, run: Run) -> None:
 def test_every_option(fake: FakeFlux, run: Run) -> None:
     fake.pictures = (picture((1, 2, 3), "webp"),)
     Path("in.png").write_bytes(b"\x89PNGin")
-    options = "--height 64 --width 96 --steps 9 --guidance 3.5 --seed -1 --image in.png --strength 0.5"
+    options = "--height 64 --width 96 --steps 9 --guidance 3.5 --seed -1 --image in.png --strength 0.5 --embed-prompt"
     assert run("generate", "a fox", "-o", "fox.webp", *options.split(), "--quality", "80", "--request-id", "me") == 0
     assert fake.requests[0][0] == "me"
     assert inputs(fake) == {
@@ -74,6 +75,7 @@ def test_every_option(fake: FakeFlux, run: Run) -> None:
         "strength": 0.5,
         "output_format": b"webp",
         "quality": 80,
+        "embed_prompt": True,
     }
 
 
@@ -85,6 +87,17 @@ def test_several_make_a_sheet(fake: FakeFlux, run: Run, capsys: pytest.CaptureFi
     assert abs(sheet.getpixel((48, 24))[0] - 180) < 8  # the fourth, bottom right
     assert inputs(fake)["output_format"] == b"png"  # quality is lost once, in the sheet
     assert "seed    5 6 7 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["foxes.png", "foxes.jpg", "foxes.webp"])
+def test_a_sheet_says_what_its_pictures_said(fake: FakeFlux, run: Run, name: str) -> None:
+    texts = PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", "<x>a machine made it</x>")
+    file = io.BytesIO()
+    Image.new("RGB", (32, 16)).save(file, "png", pnginfo=texts)
+    fake.pictures = (file.getvalue(),) * 2
+    assert run("generate", "a fox", "-n", "2", "-o", name) == 0
+    assert Image.open(name).info["xmp"] == b"<x>a machine made it</x>"
 
 
 def test_several_apart(fake: FakeFlux, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,6 +120,7 @@ def test_progress_in_lines_and_quiet(fake: FakeFlux, run: Run, capsys: pytest.Ca
     fake.steps, fake.step_s = 4, 0.1
     assert run("generate", "a fox") == 0
     assert "running 2/4\n" in capsys.readouterr().err
+    assert Path("fluxserve.png").exists(), "the file of whoever names none"
     assert run("generate", "a fox", "-q") == 0
     assert capsys.readouterr().err == ""
 

@@ -28,6 +28,7 @@ def test_the_inputs_of_flux() -> None:
         strength=1,
         output_format="png",
         quality=1,
+        embed_prompt=True,
     )
     for_json = {"encoding"}  # the client's answers are binary over both protocols
     inputs = [t for t in server.FLUX.inputs if t.name not in for_json]

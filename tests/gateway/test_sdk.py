@@ -43,7 +43,7 @@ def test_a_picture(gateway: Gateway, fake: FakeFlux) -> None:
         moderation="low",
         quality="auto",
         response_format="b64_json",
-        extra_body={"seed": 7, "num_inference_steps": 3, "guidance_scale": 2},
+        extra_body={"seed": 7, "num_inference_steps": 3, "guidance_scale": 2, "embed_prompt": True},
     )
     assert sent(fake) == {
         "prompt": "a red fox 🦊",
@@ -55,6 +55,7 @@ def test_a_picture(gateway: Gateway, fake: FakeFlux) -> None:
         "seed": 7,
         "num_inference_steps": 3,
         "guidance_scale": 2.0,
+        "embed_prompt": True,
     }
     assert answer.data is not None
     pictures = [base64.b64decode(image.b64_json or "") for image in answer.data]

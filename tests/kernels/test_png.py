@@ -10,6 +10,7 @@ from PIL import Image
 
 from fluxserve.kernels.image.png_stream import NONE, RUN, SYMBOLS, pack, plain_pack, plain_symbols_of, symbols_of
 from fluxserve.media.png import gpu, huffman, strips
+from fluxserve.media.png.container import text
 from tests.kernels.judge import DEVICE
 from tests.unit.test_png import chunks
 
@@ -71,6 +72,14 @@ def test_the_file_is_whole_and_exact(picture, height: int, width: int) -> None:
 def test_files_are_no_larger_than_the_other_writers(picture) -> None:
     pixels = picture(128, 160)
     assert len(gpu.encode(pixels.to(DEVICE))) < 1.01 * len(strips.encode(pixels.numpy())) + 200
+
+
+def test_texts_stand_behind_the_header() -> None:
+    """The host puts them there; what the GPU wrote is the same without."""
+    pixels, texts = smooth(16, 16).to(DEVICE), text("parameters", "Steps: 4")
+    with_texts, without = gpu.encode(pixels, texts), gpu.encode(pixels)
+    assert with_texts == without[:33] + texts + without[33:]
+    assert Image.open(io.BytesIO(with_texts)).text == {"parameters": "Steps: 4"}
 
 
 def test_runs_save_what_is_flat() -> None:

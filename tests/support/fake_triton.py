@@ -23,7 +23,7 @@ class Tensor:
     def __init__(self, name: str, array: np.ndarray) -> None:
         if array.dtype == np.object_:
             assert all(isinstance(x, bytes) for x in array.reshape(-1)), f"{name}: BYTES must be bytes"
-        assert array.dtype.kind in "Oiuf" and array.flags.c_contiguous, f"{name}: Triton copies the buffer as it lies"
+        assert array.dtype.kind in "Oiufb" and array.flags.c_contiguous, f"{name}: Triton copies the buffer as it lies"
         self._name, self._array = name, array
 
     def name(self) -> str:

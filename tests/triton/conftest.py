@@ -36,6 +36,7 @@ NUMPY = {
     "INT64": np.int64,
     "FP32": np.float32,
     "FP64": np.float64,
+    "BOOL": np.bool_,
 }
 
 # A picture that takes several seconds on two cores: long enough to be found running, and cancelled.

@@ -24,7 +24,7 @@ from fluxserve.serving.processes import Heartbeat, ProcessTable
 from tests.support.admission import admitted
 from tests.support.fake_triton import FINAL, InferenceRequest, Logger, counted, error_of, installed, outputs, prepared
 
-NUMPY = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
+NUMPY = {"BYTES": np.object_, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BOOL": np.bool_}
 PNG = write_image(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8), "png", 90)
 
 
@@ -79,8 +79,19 @@ def test_what_prepare_gives_is_its_contract(prepare: Any, table: InflightTable) 
     job, delivery = opened(out)
     assert (job.height, job.width, job.seeds, job.steps) == (128, 64, (7, 8, 9), 20)
     assert (delivery.output_format, delivery.quality, delivery.encoding) == ("jpeg", 3, "binary")
+    assert delivery.prompt == "", "files hold no prompt unless the caller wants it"
     assert table.status("r").state == "queued"
     assert table.start(delivery.ticket, 20) >= 0
+
+
+def test_a_prompt_crosses_over_for_the_file_if_its_caller_wants_that(prepare: Any, table: InflightTable) -> None:
+    shapes = set()
+    for prompt, wanted in (("狐 & co", True), ("a fox", True), ("a fox", False)):
+        (response,) = prepared(prepare, [ask(prompt=prompt.encode(), embed_prompt=wanted)])
+        out = outputs(response)
+        assert opened(out)[1].prompt == (prompt if wanted else "")
+        shapes.add(tuple(out[tensor.name].shape for tensor in contract.PREPARE.outputs))
+    assert len(shapes) == 1, "Triton may batch them"
 
 
 def test_prepare_with_an_image(prepare: Any) -> None:

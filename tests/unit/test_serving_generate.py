@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from fluxserve import contract
+from fluxserve.errors import SigningFailed
 from fluxserve.inflight import InflightTable
 from fluxserve.job import Job
 from fluxserve.media.png import strips
+from fluxserve.media.provenance import Provenance
 from fluxserve.serving import files
 from fluxserve.serving.processes import ProcessTable
 from tests.support.admission import admitted
@@ -83,6 +85,7 @@ def job(
     index: int | None = None,
     quality: int = 90,
     encoding: int = 0,
+    prompt: bytes = b"",
 ) -> InferenceRequest:
     arrays = {"ids.clip": np.full(77, 5), "ids.t5": np.full(32, 5), "guidance": np.array([3.0], np.float32)}
     levels = np.linspace(1, 0, steps + 1, dtype=np.float32) if sigmas is None else sigmas
@@ -92,6 +95,7 @@ def job(
     values = {
         "job": np.frombuffer(wire, np.uint8)[None],
         "batch_key": np.empty((1, *planned.batch_key, 0), np.uint8),
+        "embedded_prompt": np.array([[prompt]], dtype=object),
     }
     return InferenceRequest(values, request_id, cancelled_after)
 
@@ -131,8 +135,9 @@ def test_files(generate: Any, table: InflightTable, output_format: bytes) -> Non
     )
     files = outputs(encoded)["images"][0]
     assert len(files) == len(seeds)
-    for file, pixels in zip(files, images(raw)[0], strict=True):
+    for file, pixels, seed in zip(files, images(raw)[0], seeds, strict=True):
         picture = Image.open(io.BytesIO(file))
+        assert f"<fluxserve:seed>{seed}<".encode() in picture.info["xmp"], "each image has its own"
         assert picture.format == output_format.decode().upper() and picture.size == (64, 64)
         assert output_format != b"png" or np.array_equal(np.asarray(picture), pixels)
 
@@ -142,10 +147,10 @@ def test_a_file_that_fails_is_its_own_requests_error(
 ) -> None:
     write = files.write_image
 
-    def fail_for_webp(image: np.ndarray, output_format: str, quality: int) -> bytes:
+    def fail_for_webp(image: np.ndarray, output_format: str, quality: int, made: Provenance) -> bytes:
         if output_format == "webp":
             raise RuntimeError("no such codec")
-        return bytes(write(image, output_format, quality))
+        return bytes(write(image, output_format, quality, made))
 
     monkeypatch.setattr(files, "write_image", fail_for_webp)
     bad, good = answers(generate, [job(admitted(table, "a"), output_format=b"webp"), job(admitted(table, "b"))])
@@ -159,22 +164,23 @@ def test_pngs_are_written_where_the_picture_is(
     """On a GPU, played here; other formats are the host's."""
     drawn: list[torch.Tensor] = []
 
-    def encode(pixels: torch.Tensor) -> bytes:
+    def encode(pixels: torch.Tensor, texts: bytes) -> bytes:
         drawn.append(pixels)
-        return strips.encode(pixels.numpy())
+        return strips.encode(pixels.numpy(), texts)
 
     monkeypatch.setattr(generate._files, "_encode", encode)
     wanted = job(admitted(table, "a"), seeds=(1, 2), output_format=b"png")
     png, raw = answers(generate, [wanted, job(admitted(table, "b"), output_format=b"raw")])
     assert [tuple(pixels.shape) for pixels in drawn] == [(64, 64, 3)] * 2
-    first = np.asarray(Image.open(io.BytesIO(outputs(png)["images"][0, 0])))
-    assert outputs(raw)["images"][0, 0] == first.tobytes(), "the same picture"
+    first = Image.open(io.BytesIO(outputs(png)["images"][0, 0]))
+    assert outputs(raw)["images"][0, 0] == np.asarray(first).tobytes(), "the same picture"
+    assert b"trainedAlgorithmicMedia" in first.info["xmp"], "the host says what made it"
 
 
 def test_a_gpu_that_fails_at_a_file_fails_that_request_alone(
     generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(pixels: torch.Tensor) -> bytes:
+    def fail(pixels: torch.Tensor, texts: bytes) -> bytes:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(generate._files, "_encode", fail)
@@ -184,9 +190,30 @@ def test_a_gpu_that_fails_at_a_file_fails_that_request_alone(
     assert not good.has_error()
 
 
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+def test_a_file_that_can_not_be_signed_is_not_sent(
+    generate: Any, table: InflightTable, monkeypatch: pytest.MonkeyPatch, on_a_gpu: bool
+) -> None:
+    """Its request gets the error. Raw pixels have no place for a signature."""
+
+    class Expired:
+        def sign(self, file: bytes, output_format: str) -> bytes:
+            raise SigningFailed("the certificate was not valid at time of signing")
+
+    monkeypatch.setattr(generate._files, "_signer", Expired())
+    if on_a_gpu:
+        monkeypatch.setattr(generate._files, "_encode", lambda pixels, texts: strips.encode(pixels.numpy(), texts))
+    bad, good = answers(generate, [job(admitted(table, "a"), output_format=b"png"), job(admitted(table, "b"))])
+    status, message = error_of(bad)
+    assert status == "INTERNAL" and "signature: the certificate was not valid at time of signing" in message
+    assert not bad.output_tensors() and not good.has_error()
+
+
 @pytest.mark.parametrize(
     ("changed", "field"),
     [
+        ({"prompt": b"\xff"}, "embedded_prompt: got 1 bytes; allowed: at most 8192"),
+        ({"prompt": b"a" * 8193}, "embedded_prompt: got 8193 bytes"),
         ({"index": 4}, "output_format: got 4; allowed: 0 to 3: png, jpeg, webp, raw"),
         ({"index": -1}, "output_format: got -1"),
         ({"encoding": 2}, "encoding: got 2; allowed: 0 to 1: binary, base64"),

@@ -41,6 +41,8 @@ VALUES = {
     "max_waiting": ("7", "8"),
     "queue_timeout": ("30", "600"),
     "cache": ("/e", "/f"),
+    "c2pa_certificate": ("/g", "/h"),
+    "c2pa_key": ("/i", "/j"),
     "inflight": ("/x", "/y"),
 }
 

@@ -151,6 +151,7 @@ class AsyncClient:
         strength: float | None = None,
         output_format: ImageFormat | str | None = None,
         quality: int | None = None,
+        embed_prompt: bool | None = None,
         request_id: str | None = None,
         timeout: float | None = None,
         progress: ProgressCallback | None = None,
@@ -171,6 +172,7 @@ class AsyncClient:
             output_format: "png" (the server's default), "jpeg", "webp" or "raw" (uint8 RGB, height × width × 3); also
                 as "JPEG", "jpg" or ".jpg".
             quality: of jpeg and webp.
+            embed_prompt: write the prompt into the files, beside the parameters that they have anyway.
             request_id: the name of this request for `status` and `cancel`, 1 to 128 bytes of UTF-8 without control
                 characters, unique among the requests in flight; a random one if not given.
             timeout: seconds for the whole call; None waits for ever.
@@ -203,6 +205,7 @@ class AsyncClient:
             strength=strength,
             output_format=output_format,
             quality=quality,
+            embed_prompt=embed_prompt,
         )
         self._check(timeout)
         inputs = request.tensors()

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fluxserve_client import console
+from fluxserve_client import console, inspection
 from fluxserve_client.errors import FluxserveError
 from fluxserve_client.pictures import grid, save
 from fluxserve_client.result import FORMAT_OF_SUFFIX, Result, State
@@ -36,8 +36,10 @@ examples:
   fluxserve-client generate "a fox" --url https://flux.example.com --header "Authorization=Bearer TOKEN"
   fluxserve-client generate "a fox" --request-id fox-1 &  fluxserve-client cancel fox-1
   fluxserve-client health --protocol http
+  fluxserve-client inspect fox.png                                                 who made it, and how
 
-exit status: 0 done, 1 the server (or the way to it) failed, 2 wrong usage, 130 stopped by Ctrl-C,
+exit status: 0 done, 1 the server (or the way to it) failed, or a file is not what it says, 2 wrong usage,
+  130 stopped by Ctrl-C,
   143 by SIGTERM
 """
 
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None, transport: Transport | None = None) 
 
 def _run(argv: Sequence[str] | None, transport: Transport | None) -> int:
     arguments = build_parser().parse_args(argv)
+    if arguments.run == _inspect:
+        return _inspect(arguments)  # without a server
     clear = CLEAR_LINE if _draws_bars() else ""
     logging.basicConfig(format=f"{clear}fluxserve-client: %(message)s")  # what could not be done, e.g. a cancel
     with _connect(arguments, transport) as client:
@@ -130,7 +134,19 @@ def build_parser() -> argparse.ArgumentParser:
             _generate_options(command)
         elif name != "health":
             command.add_argument("request_id", metavar="ID", help="the --request-id of a request in flight")
+    _add_inspect(commands)
     return parser
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "what a picture's file says about how it was made"
+    command = commands.add_parser("inspect", help=text, description=f"{text[0].upper()}{text[1:]}; no server is asked.")
+    command.set_defaults(run=_inspect)
+    command.add_argument("files", metavar="FILE", type=Path, nargs="+", help="a PNG, JPEG or WebP file")
+    command.add_argument(
+        "--trust", type=Path, metavar="FILE", help="PEM file of the authorities that a C2PA signature must go back to"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object a file for a program to read")
 
 
 def _connection_options() -> argparse.ArgumentParser:
@@ -174,13 +190,15 @@ def _generate_options(command: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        default=Path("fluxserve.media.png"),
+        default=Path("fluxserve.png"),
         metavar="FILE",
-        help="its suffix chooses the format: .png .jpg .webp .raw (default fluxserve.media.png)",
+        help="its suffix chooses the format: .png .jpg .webp .raw (default fluxserve.png)",
     )
     out.add_argument("-n", "--num-images", type=int, metavar="N", help="pictures, with seeds that count up")
     out.add_argument("--separate", action="store_true", help="write FILE-1, FILE-2, … and not one sheet")
     out.add_argument("--quality", type=int, help="1-100, of .jpg and .webp")
+    prompt = "write the prompt into the file, beside the parameters that it has anyway"
+    out.add_argument("--embed-prompt", action="store_true", default=None, help=prompt)
     out.add_argument("-q", "--quiet", action="store_true", help="no progress")
     picture = command.add_argument_group("picture (the server's model decides what is not given)")
     picture.add_argument("--height", type=int, metavar="PIXELS", help="a multiple of 16")
@@ -234,6 +252,7 @@ def _generate(client: Client, arguments: argparse.Namespace) -> int:
             strength=arguments.strength,
             output_format="png" if as_sheet else chosen,  # a sheet is encoded here: lose quality once, not twice
             quality=None if as_sheet else arguments.quality,
+            embed_prompt=arguments.embed_prompt,
             request_id=arguments.request_id,
             timeout=arguments.timeout,
             progress=progress,
@@ -255,12 +274,20 @@ def _check_writable(target: Path) -> None:
 
 def _write(result: Result, target: Path, as_sheet: bool, quality: int | None) -> list[Path]:
     if as_sheet:
-        save(grid([result.pil(index) for index in range(len(result.images))]), target, quality)
+        pictures = [result.pil(index) for index in range(len(result.images))]
+        save(grid(pictures), target, quality, xmp=pictures[0].info.get("xmp", b""))
         return [target]
     if len(result.images) == 1:
         return [result.save(target)]
     numbered = (target.with_stem(f"{target.stem}-{index + 1}") for index in range(len(result.images)))
     return [result.save(path, index) for index, path in enumerate(numbered)]
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    found = [(path, inspection.inspect(path, arguments.trust)) for path in arguments.files]
+    for path, each in found:
+        print(inspection.report(path, each, as_json=arguments.json))
+    return FAILED if any(each.problems for _, each in found) else OK
 
 
 def _status(client: Client, arguments: argparse.Namespace) -> int:

@@ -45,6 +45,7 @@ class Request:
     strength: float | None = None
     output_format: ImageFormat | str | None = None
     quality: int | None = None
+    embed_prompt: bool | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The inputs that were given, one element each; `image` has as many as there are pictures.
@@ -135,6 +136,12 @@ def _float(name: str, value: object) -> Tensor:
     return np.array([number], dtype=np.float32)
 
 
+def _truth(name: str, value: object) -> Tensor:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected bool")
+    return np.array([value], dtype=np.bool_)
+
+
 _INPUTS: dict[str, Callable[[str, object], Tensor]] = {
     "prompt": _text,
     "height": _integer(np.int32),
@@ -147,6 +154,7 @@ _INPUTS: dict[str, Callable[[str, object], Tensor]] = {
     "strength": _float,
     "output_format": _format,
     "quality": _integer(np.int32),
+    "embed_prompt": _truth,
 }
 
 

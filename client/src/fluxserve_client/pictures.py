@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fluxserve_client.result import FORMAT_OF_SUFFIX
 
@@ -29,8 +31,10 @@ def grid(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.I
     return sheet
 
 
-def save(picture: Image.Image, path: Path, quality: int | None = None) -> None:
+def save(picture: Image.Image, path: Path, quality: int | None = None, xmp: bytes = b"") -> None:
     """Write `picture` in the format that the suffix of `path` names; `quality` is of jpeg and webp.
+
+    `xmp` is a packet that says how the picture was made.
 
     Raises:
         ValueError: a suffix that names no format of pictures.
@@ -38,4 +42,10 @@ def save(picture: Image.Image, path: Path, quality: int | None = None) -> None:
     name = FORMAT_OF_SUFFIX.get(path.suffix.lower(), "raw")
     if name == "raw":
         raise ValueError(f"path: got {path.name!r}, expected a name ending in .png, .jpg or .webp")
-    picture.save(path, name, **({} if quality is None else {"quality": quality}))
+    options: dict[str, Any] = {} if quality is None else {"quality": quality}
+    if xmp and name == "png":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode())
+    elif xmp:
+        options["xmp"] = xmp
+    picture.save(path, name, **options)

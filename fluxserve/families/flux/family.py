@@ -49,6 +49,9 @@ class Flux:
     def check(self, job: Job, spec: FluxSpec) -> None:
         layout.check(job, spec)
 
+    def parameters(self, job: Job, spec: FluxSpec) -> Mapping[str, str]:
+        return layout.parameters(job, spec)
+
     def nothing(self, spec: FluxSpec, side: int, image: bool) -> Job:
         return layout.nothing(spec, side, image)
 

@@ -86,6 +86,13 @@ def nothing(spec: FluxSpec, side: int, image: bool) -> Job:
     return Job(side, side, (0,), np.array([1.0, 0.0], dtype=np.float32), arrays)
 
 
+def parameters(job: Job, spec: FluxSpec) -> dict[str, str]:
+    """Return what files say about a job; see families.base. Guidance is as it was typed: a float32 has seven digits."""
+    task = "image-to-image" if job.get(IMAGE) is not None else "text-to-image"
+    task = "references" if job.numbered(REFERENCES) else task
+    return {"task": task, **({"guidance": f"{job[GUIDANCE][0]:.7g}"} if spec.takes_guidance else {})}
+
+
 def check(job: Job, spec: FluxSpec) -> None:
     """Check what could not be drawn, or would take the GPU's context along.
 

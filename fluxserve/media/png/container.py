@@ -15,6 +15,14 @@ def header(height: int, width: int) -> bytes:
     return b"".join(chunk(struct.pack(">IIBBBBB", width, height, *_TRUE_COLOUR), kind=b"IHDR"))
 
 
+def text(keyword: str, value: str) -> bytes:
+    """A chunk of text, uncompressed: the XMP packet is always iTXt, other text only where ASCII does not hold it."""
+    if value.isascii() and not keyword.startswith("XML:"):
+        return b"".join(chunk(f"{keyword}\0{value}".encode(), kind=b"tEXt"))
+    uncompressed_in_no_language = b"\0\0\0\0\0"
+    return b"".join(chunk(keyword.encode(), uncompressed_in_no_language, value.encode(), kind=b"iTXt"))
+
+
 def end() -> bytes:
     """The last chunk."""
     return b"".join(chunk(kind=b"IEND"))

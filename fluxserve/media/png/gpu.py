@@ -35,8 +35,11 @@ class _Bits:
         self.count += count
 
 
-def encode(pixels: Tensor) -> bytes:
-    """uint8 [height, width, 3], contiguous, on a GPU → a PNG file. Waits for the GPU twice: for counts, for bits."""
+def encode(pixels: Tensor, texts: bytes = b"") -> bytes:
+    """uint8 [height, width, 3], contiguous, on a GPU → a PNG file. Waits for the GPU twice: for counts, for bits.
+
+    `texts` are chunks that stand behind the file's header; the host puts them there.
+    """
     height, width, _ = pixels.shape
     symbols, counted = symbols_of(pixels)
     *counts, total, weighted = counted.tolist()
@@ -48,7 +51,8 @@ def encode(pixels: Tensor) -> bytes:
     body = _body(symbols, table, head, used)
     size = height * (1 + 3 * width)
     adler = (size + weighted) % _ADLER_BASE << 16 | (1 + total) % _ADLER_BASE
-    return b"".join([SIGNATURE, header(height, width), *chunk(ZLIB_HEAD, body.data, adler.to_bytes(4)), end()])
+    stream = chunk(ZLIB_HEAD, body.data, adler.to_bytes(4))
+    return b"".join([SIGNATURE, header(height, width), texts, *stream, end()])
 
 
 def _table(lengths: list[int]) -> list[int]:

@@ -33,20 +33,23 @@ _DEFLATE_END = b"\x03\x00"  # an empty last block
 _ADLER_BASE = 65521
 
 
-def encode(pixels: Pixels) -> bytes:
-    """uint8 [height, width, 3] → a PNG file."""
+def encode(pixels: Pixels, texts: bytes = b"") -> bytes:
+    """uint8 [height, width, 3] → a PNG file; `texts` are chunks that stand behind its header."""
     height, width, _ = pixels.shape
     rows = np.ascontiguousarray(pixels).reshape(height, -1)
     count = max(1, _STRIP_BYTES // rows.shape[1])
     firsts = range(0, height, count)
     strips = (_pool().map if len(firsts) > 1 else map)(partial(_strip, rows, count), firsts)
-    return b"".join(_file(width, height, strips))
+    return b"".join(_file(width, height, texts, strips))
 
 
-def _file(width: int, height: int, strips: Iterator[tuple[bytes, int, int]]) -> Iterator[bytes | memoryview]:
+def _file(
+    width: int, height: int, texts: bytes, strips: Iterator[tuple[bytes, int, int]]
+) -> Iterator[bytes | memoryview]:
     """The pieces of the file."""
     yield SIGNATURE
     yield header(height, width)
+    yield texts
     yield from chunk(ZLIB_HEAD)
     adler = 1
     for strip, strip_adler, size in strips:

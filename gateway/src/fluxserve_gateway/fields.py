@@ -91,6 +91,7 @@ class Generation(BaseModel):
     seed: Annotated[int, Field(ge=-1, le=_INT64)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=_INT32)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=_FLOAT32, allow_inf_nan=False)] | None = None
+    embed_prompt: bool | None = None
     # of generations alone
     moderation: Literal["low", "auto"] | None = None
     style: Annotated[None, refuse("nothing: say it in the prompt")] = None
@@ -132,6 +133,7 @@ class Generation(BaseModel):
             "num_images": self.n,
             "output_format": self.output_format,
             "quality": quality,
+            "embed_prompt": self.embed_prompt,
         }
         return {name: value for name, value in arguments.items() if value is not None}
 
