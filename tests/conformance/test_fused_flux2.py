@@ -137,7 +137,7 @@ def test_the_same_bytes_run_to_run_and_in_a_batch(served: Pipeline, wide: Random
     for _ in range(3):
         one(served, other)
         assert np.array_equal(one(served, job), first)
-    beside = replace(job, noise_seeds=(9,))
+    beside = replace(job, seeds=(9,))
     together = [drawing.images for drawing in served.draw([beside, job]) if drawing is not None]
     assert np.array_equal(together[1], first)
 
