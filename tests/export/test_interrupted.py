@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fluxserve.folders import artifact as artifacts
-from tests.support.exports import QUICK, SHAPES, TINY
+from tests.support.exports import SHAPES, TINY
 
 pytestmark = pytest.mark.xdist_group("export-killed")
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(out: Path) -> list[str]:
-    given = [str(TINY), "--out", str(out), *SHAPES, *QUICK]
+    given = [str(TINY), "--out", str(out), *SHAPES, "--prompts", "2", "--steps", "2"]
     return [sys.executable, "-m", "fluxserve", "export", *given]
 
 
