@@ -32,17 +32,21 @@ class Echo:
     input_pixels: int
 
 
-def response(result: Result, echo: Echo) -> bytes:
-    """Write the body that answers a request without `stream`."""
-    answer = {
+def description(result: Result, echo: Echo) -> dict[str, Any]:
+    """Describe an answer without its pictures."""
+    return {
         "created": int(time.time()),
         "background": "opaque",
         "output_format": result.format,
         "size": _size(result),
         "safety_identifier": echo.safety_identifier,
         "usage": _usage(result, echo, len(result.images)),
-        "data": [{"b64_json": "", "seed": seed} for seed in result.seeds],
     }
+
+
+def response(result: Result, echo: Echo) -> bytes:
+    """Write the body that answers a request without `stream`."""
+    answer = {**description(result, echo), "data": [{"b64_json": "", "seed": seed} for seed in result.seeds]}
     return _with_pictures(answer, result.images)
 
 

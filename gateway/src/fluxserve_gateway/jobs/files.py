@@ -1,0 +1,103 @@
+"""Pictures of jobs, in a folder or an object store: what was sent, and what was drawn. Each job has a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import BaseError, NotFoundError
+from obstore.store import LocalStore, from_url
+
+from fluxserve_gateway.errors import Overloaded
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, ObjectStore
+
+log = logging.getLogger("fluxserve_gateway")
+
+_JOB = re.compile(r"job_[0-9a-f]{32}")
+_TIMEOUT: ClientConfig = {"timeout": "60s", "connect_timeout": "10s"}
+
+
+def new_id() -> str:
+    """A job's id, which nobody can guess."""
+    return f"job_{secrets.token_hex(16)}"
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    try:
+        yield
+    except (BaseError, OSError) as error:
+        log.warning("jobs: %s", str(error).splitlines()[0])
+        raise Overloaded("the pictures of jobs cannot be read or written now", code="jobs_unavailable") from error
+
+
+class Files:
+    """Files by name, below one place."""
+
+    def __init__(self, url: str) -> None:
+        """Open the place; a folder that is not there is made.
+
+        Raises:
+            ValueError: a URL of no known kind, or options that cannot be read.
+            OSError: a folder that cannot be made.
+        """
+        try:
+            if url.startswith("file://"):
+                path = Path(unquote(urlsplit(url).path))
+                path.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._store: ObjectStore = LocalStore(path, automatic_cleanup=True)
+            else:
+                self._store = from_url(url, client_options=_TIMEOUT)
+        except BaseError as error:
+            raise ValueError(f"job-files: got {url!r}: {str(error).splitlines()[0]}") from error
+
+    async def put(self, name: str, data: bytes) -> None:
+        """Write a file, whole or not at all. Raises `Overloaded` where it cannot be written now."""
+        with _unavailable():
+            await obstore.put_async(self._store, name, data, use_multipart=False)
+
+    async def get(self, name: str) -> bytes | None:
+        """Read a file; None if it is not there. Raises `Overloaded` where it cannot be read now."""
+        with _unavailable():
+            try:
+                found = await obstore.get_async(self._store, name)
+            except (NotFoundError, FileNotFoundError):
+                return None
+            return bytes(await found.bytes_async())
+
+    async def remove(self, job_id: str) -> None:
+        """Remove all files of a job."""
+        await self.delete([name for name, _ in await self._list(f"{job_id}/")])
+
+    async def abandoned(self, older_than_s: float) -> dict[str, list[str]]:
+        """The files that are older, by the id of the job that they belonged to."""
+        before = datetime.now(UTC) - timedelta(seconds=older_than_s)
+        found: dict[str, list[str]] = {}
+        for name, changed in await self._list(None):
+            job_id, slash, _ = name.partition("/")
+            if slash and changed < before and _JOB.fullmatch(job_id):  # what others keep there is theirs
+                found.setdefault(job_id, []).append(name)
+        return found
+
+    async def delete(self, names: Iterable[str]) -> None:
+        """Remove these files."""
+        await asyncio.gather(*map(self._delete, names))
+
+    async def _list(self, prefix: str | None) -> Sequence[tuple[str, datetime]]:
+        pages = obstore.list(self._store, prefix)
+        return [(entry["path"], entry["last_modified"]) async for page in pages for entry in page]
+
+    async def _delete(self, name: str) -> None:
+        with suppress(NotFoundError, FileNotFoundError):  # another gateway was quicker
+            await obstore.delete_async(self._store, name)
