@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,39 +45,36 @@ def test_from_a_request_to_its_pictures(gateway: Gateway, fake: FakeFlux, tmp_pa
     assert len(fake.requests) == 1
 
 
-@pytest.mark.parametrize("kind", ["form", "json"])
-def test_an_edit(gateway: Gateway, fake: FakeFlux, kind: str) -> None:
-    import base64
-
+def test_an_edit_as_a_form_and_as_json(gateway: Gateway, fake: FakeFlux) -> None:
+    """Written down either way it is the same request."""
+    header = {"idempotency-key": "k"}
     data = {"prompt": "a", "strength": 0.5}
-    if kind == "form":
-        answer = gateway.post("/v1/jobs", data=data, files=[("image[]", png()), ("image[]", png(8))])
-    else:
-        urls = [f"data:image/png;base64,{base64.b64encode(each).decode()}" for each in (png(), png(8))]
-        answer = gateway.post("/v1/jobs", json={**data, "images": [{"image_url": url} for url in urls]})
-    assert answer.status_code == 202, answer.text
-    job = ended(gateway, answer.json()["id"])
+    form = gateway.post("/v1/jobs", data=data, files=[("image[]", png()), ("image[]", png(8))], headers=header)
+    assert form.status_code == 202, form.text
+    urls = [f"data:image/png;base64,{base64.b64encode(each).decode()}" for each in (png(), png(8))]
+    images = [{"image_url": url} for url in urls]
+    json = gateway.post("/v1/jobs", json={**data, "images": images}, headers=header)
+    assert (json.status_code, json.json()["id"]) == (202, form.json()["id"]), json.text
+    job = ended(gateway, form.json()["id"])
     assert (job["status"], job["operation"]) == ("completed", "image_edit")
     (sent,) = [inputs for _, inputs in fake.requests]
     assert list(sent["image"]) == [png(), png(8)]
     assert job["result"]["usage"]["input_tokens_details"]["image_tokens"] == (16 * 16 + 8 * 8) // 256
 
 
-@pytest.mark.parametrize(
-    ("given", "param"),
-    [
-        ({"stream": True}, "stream"),
-        ({"webhook": "https://a.example/x"}, "webhook"),
-        ({"n": 11}, "n"),
-        ({"nonsense": 1}, "nonsense"),
-        ({"images": []}, "images"),
-        ({"model": "none"}, "model"),
-    ],
-)
-def test_what_is_refused_is_not_kept(gateway: Gateway, given: dict[str, Any], param: str) -> None:
-    answer = submit(gateway, **given)
-    assert answer.status_code in (400, 404)
-    assert answer.json()["error"]["param"] == param
+def test_what_is_refused_is_not_kept(gateway: Gateway) -> None:
+    refused: dict[str, Any] = {
+        "stream": True,
+        "webhook": "https://a.example/x",
+        "n": 11,
+        "nonsense": 1,
+        "images": [],
+        "model": "none",
+    }
+    for param, value in refused.items():
+        answer = submit(gateway, **{param: value})
+        assert answer.status_code in (400, 404)
+        assert answer.json()["error"]["param"] == param
     assert gateway.get("/v1/jobs").json()["data"] == []
 
 
@@ -277,7 +275,7 @@ def test_a_gateway_that_ends_gives_its_jobs_back(fake: FakeFlux, database: str, 
     with keeping(fake, jobs) as gateway:
         job_id = submitted(gateway)
         wait_for(lambda: fake.table)
-    assert [outcome for _, outcome in fake.ended] == ["cancelled"]
+    assert "cancel" in {action for _, action in fake.actions}
     fake.steps = 1
     with keeping(fake, jobs) as gateway:
         assert ended(gateway, job_id)["status"] == "completed"

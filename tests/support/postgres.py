@@ -8,7 +8,6 @@ import signal
 import subprocess
 import tempfile
 import time
-import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -78,11 +77,11 @@ class Postgres:
         return f"postgresql://{_USER}@/{name}?host={self._folder}"
 
     def database(self) -> str:
-        """The URL of a new, empty database."""
-        name = f"db_{uuid.uuid4().hex}"
+        """The URL of an empty database; there is one, which the test before has left."""
         with psycopg.connect(self._address("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}".encode())
-        return self._address(name)
+            connection.execute("DROP SCHEMA public CASCADE")
+            connection.execute("CREATE SCHEMA public")
+        return self._address("postgres")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

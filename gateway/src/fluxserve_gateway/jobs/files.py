@@ -20,12 +20,14 @@ from obstore.store import LocalStore, from_url
 from fluxserve_gateway.errors import Overloaded
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, ObjectStore
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 log = logging.getLogger("fluxserve_gateway")
 
 _JOB = re.compile(r"job_[0-9a-f]{32}")
-_TIMEOUT: ClientConfig = {"timeout": "60s", "connect_timeout": "10s"}
+# plain HTTP is what an endpoint of the operator's own may speak, if that is what its URL says
+_CLIENT: ClientConfig = {"timeout": "60s", "connect_timeout": "5s", "allow_http": True}
+_RETRY: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
 
 
 def new_id() -> str:
@@ -58,7 +60,7 @@ class Files:
                 path.mkdir(parents=True, exist_ok=True, mode=0o700)
                 self._store: ObjectStore = LocalStore(path, automatic_cleanup=True)
             else:
-                self._store = from_url(url, client_options=_TIMEOUT)
+                self._store = from_url(url, client_options=_CLIENT, retry_config=_RETRY)
         except BaseError as error:
             raise ValueError(f"job-files: got {url!r}: {str(error).splitlines()[0]}") from error
 
@@ -77,7 +79,7 @@ class Files:
             return bytes(await found.bytes_async())
 
     async def remove(self, job_id: str) -> None:
-        """Remove all files of a job."""
+        """Remove all files of a job. Raises `Overloaded` where they cannot be removed now."""
         await self.delete([name for name, _ in await self._list(f"{job_id}/")])
 
     async def abandoned(self, older_than_s: float) -> dict[str, list[str]]:
@@ -95,9 +97,10 @@ class Files:
         await asyncio.gather(*map(self._delete, names))
 
     async def _list(self, prefix: str | None) -> Sequence[tuple[str, datetime]]:
-        pages = obstore.list(self._store, prefix)
-        return [(entry["path"], entry["last_modified"]) async for page in pages for entry in page]
+        with _unavailable():
+            pages = obstore.list(self._store, prefix)
+            return [(entry["path"], entry["last_modified"]) async for page in pages for entry in page]
 
     async def _delete(self, name: str) -> None:
-        with suppress(NotFoundError, FileNotFoundError):  # another gateway was quicker
+        with _unavailable(), suppress(NotFoundError, FileNotFoundError):  # another gateway was quicker
             await obstore.delete_async(self._store, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -136,7 +137,8 @@ class Intake:
             raise Overloaded(message, retry_after=_RETRY_S, code="queue_full") from error
         finally:
             if pictures and not is_new:
-                await self._files.remove(new.id)
+                with suppress(Overloaded):  # upkeep removes them
+                    await self._files.remove(new.id)
         return job, is_new
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -97,6 +98,7 @@ class Worker:
         self._running: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
+        self._idle = asyncio.Event()  # set when this gateway ends, and draws nothing any more
         self._stopping = False
 
     def wake(self) -> None:
@@ -110,7 +112,12 @@ class Worker:
 
     async def run(self) -> None:
         """Claim, draw and beat until `stop`, and until nothing is drawn any more."""
-        await asyncio.gather(self._claim_always(), self._beat_always())
+        beating = asyncio.create_task(self._beat_always())
+        await self._claim_always()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
+        self._idle.set()
+        await beating
 
     def stop(self) -> None:
         """Claim nothing more, and give back what is drawn now; then `run` ends."""
@@ -128,10 +135,8 @@ class Worker:
                 await self._fill()
             except Exception as error:  # noqa: BLE001 (the next round must come)
                 log.warning("jobs: none can be claimed: %s", error)
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self._settings.poll)
-            except TimeoutError:
-                continue
 
     async def _fill(self) -> None:
         while len(self._running) < self._settings.at_a_time and not self._stopping:
@@ -152,7 +157,7 @@ class Worker:
         """Renew the leases. Where that fails for as long as a lease, the jobs are others' to draw: stop them."""
         loop = asyncio.get_running_loop()
         renewed = loop.time()
-        while not self._stopping or self._running:
+        while not self._idle.is_set():
             begun = loop.time()
             try:
                 await self._beat()
@@ -162,7 +167,8 @@ class Worker:
                 if loop.time() - renewed > self._settings.lease:
                     for running in self._running.values():
                         running.end("lost")
-            await asyncio.sleep(self._settings.beat)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), self._settings.beat)
 
     async def _beat(self) -> None:
         before = dict(self._running)
