@@ -14,6 +14,7 @@ from tests.support.fake_s3 import FakeS3
 
 
 def test_pictures_in_a_bucket(fake: FakeFlux, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxserve_gateway.jobs.files._RETRY", {"max_retries": 0})
     with FakeS3() as s3:
         for name, value in {
             "AWS_ENDPOINT_URL": s3.url,
