@@ -19,6 +19,12 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     add("--jobs", metavar="PLACE", help="keep jobs: in a folder, or in postgresql://…, which gateways may share")
     add("--job-files", metavar="PLACE", help="keep their pictures in a folder, or in s3://BUCKET/PREFIX")
     add("--job-hours", type=float, default=defaults.keep / _HOUR_S, help="how long results are kept (%(default)g)")
+    add(
+        "--job-lease",
+        type=float,
+        default=defaults.lease,
+        help="seconds until a dead gateway's are redrawn (%(default)g)",
+    )
     add("--jobs-at-a-time", type=int, default=defaults.at_a_time, help="by this gateway (default: %(default)s)")
     add("--max-jobs", type=int, default=defaults.max_queued, help="that wait (default: %(default)s)")
     add("--max-jobs-per-key", type=int, default=defaults.max_queued_per_key, help="that wait (default: %(default)s)")
@@ -38,7 +44,7 @@ def job_settings(given: argparse.Namespace) -> JobSettings | None:
         if given.job_files or given.webhook:
             raise ValueError("jobs: got nothing, expected a place beside job-files or webhook")
         return None
-    for name in ("job_hours", "jobs_at_a_time", "max_jobs", "max_jobs_per_key"):
+    for name in ("job_hours", "job_lease", "jobs_at_a_time", "max_jobs", "max_jobs_per_key"):
         if not 0 < getattr(given, name) < 2**31:
             raise ValueError(f"{name.replace('_', '-')}: got {getattr(given, name)}, expected more than 0")
     database, files = _places(given.jobs, given.job_files)
@@ -49,6 +55,7 @@ def job_settings(given: argparse.Namespace) -> JobSettings | None:
         max_queued=given.max_jobs,
         max_queued_per_key=given.max_jobs_per_key,
         keep=given.job_hours * _HOUR_S,
+        lease=given.job_lease,
         webhook_origins=tuple(given.webhook),
         webhook_private=given.webhook_private,
         webhook_secret=_secret(given.webhook_secret) if given.webhook else b"",

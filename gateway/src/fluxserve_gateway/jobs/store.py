@@ -191,11 +191,14 @@ class Store:
 
     # ---- for workers
 
-    def claim(self, worker: str, models: Collection[str]) -> Job | None:
-        """Take the first job that waits, or whose gateway is gone; None if there is none for these models."""
+    def claim(self, worker: str, models: Collection[str], held: Collection[str] = ()) -> Job | None:
+        """Take the first job that waits, or whose gateway is gone; None if there is none for these models.
+
+        `held`: jobs that this worker draws now; it may be late with their leases, and must not take them from itself.
+        """
         with self._database.writes() as (db, now):
             waits = and_(jobs.c.status == QUEUED, jobs.c.due <= now)
-            orphaned = and_(jobs.c.status == RUNNING, jobs.c.lease_until < now)
+            orphaned = and_(jobs.c.status == RUNNING, jobs.c.lease_until < now, jobs.c.id.not_in(held))
             query = select(jobs).where(jobs.c.model.in_(models), or_(waits, orphaned)).order_by(jobs.c.number).limit(1)
             job = _job(db.execute(query.with_for_update(skip_locked=True)).one_or_none())
             if job is None:

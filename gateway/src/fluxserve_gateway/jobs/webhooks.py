@@ -89,8 +89,9 @@ class Webhooks:
                     await asyncio.sleep(self._settings.poll)
 
     async def _deliver(self, session: aiohttp.ClientSession, job: Job) -> None:
-        outcome = await self._try(session, job)
         retries = self._settings.webhook_retries
+        # more tries than that were begun by gateways that were lost meanwhile
+        outcome = await self._try(session, job) if job.webhook_tries <= len(retries) else "given_up"
         retry_in = None
         if outcome == "failed":
             retry_in = retries[job.webhook_tries] if job.webhook_tries < len(retries) else None

@@ -141,7 +141,8 @@ class Worker:
     async def _fill(self) -> None:
         while len(self._running) < self._settings.at_a_time and not self._stopping:
             models = [name for name, servers in self._fleet.models.items() if any(each.ready for each in servers)]
-            job = await self._database.run(self._store.claim, self._name, models) if models else None
+            held = tuple(self._running)
+            job = await self._database.run(self._store.claim, self._name, models, held) if models else None
             if job is None:
                 return
             running = self._running[job.id] = _Running(job)
