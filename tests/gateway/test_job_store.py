@@ -88,6 +88,7 @@ def test_a_lost_claim_writes_nothing(database: str) -> None:
         assert opened.store.claim("other", [MODEL]) is None
         assert opened.store.beat("late", {late.id: (1, 2)}) == {late.id: (1, False)}
         time.sleep(0.3)
+        assert opened.store.claim("late", [MODEL], [late.id]) is None  # not from itself
         taken = opened.store.claim("other", [MODEL])
         assert taken is not None
         assert (taken.id, taken.claims, taken.losses) == (late.id, 2, 1)

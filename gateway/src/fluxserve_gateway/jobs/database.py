@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 log = logging.getLogger("fluxserve_gateway")
 
-_THREADS = 4
+_THREADS = 4  # for callers, and as many for this gateway: a crowd of callers must not keep it from its leases
 _PATIENCE_S = 10  # for a lock, or a statement
 _LOCK = 0x666C7578  # any number that no other program takes as an advisory lock
 _NOW = {
@@ -106,7 +106,8 @@ class Database:
         self._engine = _sqlite(url) if url.startswith("sqlite") else _postgresql(url)
         self._reads = self._engine.execution_options(reads=True)
         self._now = _NOW[self._engine.dialect.name]
-        self._threads = ThreadPoolExecutor(_THREADS, "jobs-database")
+        self._threads = ThreadPoolExecutor(_THREADS, "jobs-callers")
+        self._own_threads = ThreadPoolExecutor(_THREADS, "jobs-gateway")
         try:
             with self.writes() as (connection, _):
                 self.exclude_others(connection)
@@ -116,14 +117,21 @@ class Database:
             raise DatabaseError(f"jobs: {shown} cannot be used: {_reason(error)}") from error
 
     async def run(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Call a function that blocks on the database, on a thread.
+        """Call a function that blocks on the database for a caller, on a thread.
 
         Raises:
             Overloaded: the database cannot be used now.
         """
-        loop = asyncio.get_running_loop()
+        return await self._on(self._threads, call, *arguments, **named)
+
+    async def run_own(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Call a function that blocks on the database for the gateway itself; see `run`."""
+        return await self._on(self._own_threads, call, *arguments, **named)
+
+    @staticmethod
+    async def _on(threads: ThreadPoolExecutor, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
         try:
-            return await loop.run_in_executor(self._threads, lambda: call(*arguments, **named))
+            return await asyncio.get_running_loop().run_in_executor(threads, lambda: call(*arguments, **named))
         except (OperationalError, InterfaceError, PoolTimeout) as error:
             log.warning("jobs: %s", _reason(error))
             message = "the jobs cannot be read or written now; try again later"
@@ -149,6 +157,7 @@ class Database:
     def close(self) -> None:
         """Close the connections."""
         self._threads.shutdown()
+        self._own_threads.shutdown()
         self._engine.dispose()
 
     def _time(self, connection: Connection) -> float:

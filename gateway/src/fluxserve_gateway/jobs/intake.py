@@ -95,6 +95,7 @@ class Intake:
             webhook=body.webhook,
         )
         job, is_new = await self._keep(new, kept)
+        record.fields["job"] = job.id
         if is_new:
             charge.pixels = charge_if_kept
         return (job, True) if is_new else (_same(job, fingerprint), False)

@@ -198,8 +198,9 @@ class Store:
         """
         with self._database.writes() as (db, now):
             waits = and_(jobs.c.status == QUEUED, jobs.c.due <= now)
-            orphaned = and_(jobs.c.status == RUNNING, jobs.c.lease_until < now, jobs.c.id.not_in(held))
-            query = select(jobs).where(jobs.c.model.in_(models), or_(waits, orphaned)).order_by(jobs.c.number).limit(1)
+            orphaned = and_(jobs.c.status == RUNNING, jobs.c.lease_until < now)
+            free = and_(jobs.c.model.in_(models), jobs.c.id.not_in(held), or_(waits, orphaned))
+            query = select(jobs).where(free).order_by(jobs.c.number).limit(1)
             job = _job(db.execute(query.with_for_update(skip_locked=True)).one_or_none())
             if job is None:
                 return None

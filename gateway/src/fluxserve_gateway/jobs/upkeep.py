@@ -38,12 +38,12 @@ class Upkeep:
 
     async def sweep(self) -> None:
         """Remove jobs that have expired, their files first, so that no file outlives the knowledge of it."""
-        for model in await self._database.run(self._store.give_up, GIVEN_UP):
+        for model in await self._database.run_own(self._store.give_up, GIVEN_UP):
             self._metrics.ended(model, FAILED)
-        while expired := await self._database.run(self._store.expired, _BATCH):
+        while expired := await self._database.run_own(self._store.expired, _BATCH):
             for job_id in expired:
                 await self._files.remove(job_id)
-                await self._database.run(self._store.remove, job_id)
+                await self._database.run_own(self._store.remove, job_id)
 
     async def remove_abandoned(self, older_than_s: float = _ABANDONED_S) -> None:
         """Remove files that belong to no job."""
@@ -51,11 +51,11 @@ class Upkeep:
         ids = list(found)
         for start in range(0, len(ids), _BATCH):
             batch = ids[start : start + _BATCH]
-            for job_id in set(batch) - await self._database.run(self._store.among, batch):
+            for job_id in set(batch) - await self._database.run_own(self._store.among, batch):
                 await self._files.delete(found[job_id])
 
     async def _count(self) -> None:
-        self._metrics.counted(await self._database.run(self._store.counts))
+        self._metrics.counted(await self._database.run_own(self._store.counts))
 
 
 async def _repeat(name: str, every: float, do: Callable[[], Awaitable[None]]) -> None:

@@ -78,7 +78,7 @@ class Webhooks:
         ) as session:
             while True:
                 try:
-                    due = await self._database.run(
+                    due = await self._database.run_own(
                         self._store.claim_deliveries, _AT_A_TIME, 2 * self._settings.webhook_timeout
                     )
                     await asyncio.gather(*(self._deliver(session, job) for job in due))
@@ -97,7 +97,7 @@ class Webhooks:
             retry_in = retries[job.webhook_tries] if job.webhook_tries < len(retries) else None
             outcome = "given_up" if retry_in is None else outcome
         self._count(outcome)
-        await self._database.run(self._store.delivered, job, retry_in)
+        await self._database.run_own(self._store.delivered, job, retry_in)
 
     async def _try(self, session: aiohttp.ClientSession, job: Job) -> str:
         """Send one message. The allow-list may have changed since the job was taken in, so it is asked again."""

@@ -142,7 +142,7 @@ class Worker:
         while len(self._running) < self._settings.at_a_time and not self._stopping:
             models = [name for name, servers in self._fleet.models.items() if any(each.ready for each in servers)]
             held = tuple(self._running)
-            job = await self._database.run(self._store.claim, self._name, models, held) if models else None
+            job = await self._database.run_own(self._store.claim, self._name, models, held) if models else None
             if job is None:
                 return
             running = self._running[job.id] = _Running(job)
@@ -176,7 +176,7 @@ class Worker:
         if not before:
             return
         steps = {job_id: running.steps for job_id, running in before.items()}
-        held = await self._database.run(self._store.beat, self._name, steps)
+        held = await self._database.run_own(self._store.beat, self._name, steps)
         for job_id, running in before.items():
             claims, cancelling = held.get(job_id, (0, False))
             if claims != running.job.claims:
@@ -260,12 +260,12 @@ class Worker:
             await self._finish(job, status, error={"code": ours.code, "message": ours.message, "param": ours.param})
 
     async def _finish(self, job: Job, status: str, **outcome: Any) -> None:
-        if await self._database.run(self._store.finish, job, status, **outcome):
+        if await self._database.run_own(self._store.finish, job, status, **outcome):
             self._job_metrics.ended(job.model, status)
             log.info("job %s %s", job.id, status)
         else:
             log.warning("job %s: %s too late: it is another gateway's", job.id, status)
 
     async def _put_back(self, job: Job, delay: float, *, lost: bool) -> None:
-        await self._database.run(self._store.put_back, job, delay, lost=lost)
+        await self._database.run_own(self._store.put_back, job, delay, lost=lost)
         log.warning("job %s waits again%s", job.id, ": it was lost with its server" if lost else "")
