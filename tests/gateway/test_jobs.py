@@ -65,6 +65,7 @@ def test_an_edit_as_a_form_and_as_json(gateway: Gateway, fake: FakeFlux) -> None
 def test_what_is_refused_is_not_kept(gateway: Gateway) -> None:
     refused: dict[str, Any] = {
         "stream": True,
+        "response_format": "b64_json",
         "webhook": "https://a.example/x",
         "n": 11,
         "nonsense": 1,
@@ -289,3 +290,36 @@ def test_jobs_are_counted(gateway: Gateway, fake: FakeFlux) -> None:
     assert 'fluxserve_gateway_jobs_running{model="tiny"}' in text
     assert 'fluxserve_gateway_requests_total{model="tiny",operation="job",outcome="ok"} 1.0' in text
     assert 'fluxserve_gateway_pixels_total{model="tiny"} 512.0' in text
+
+
+def test_an_answer_with_urls(fake: FakeFlux, tmp_path: Path) -> None:
+    """As OpenAI's SDK has it. The URL needs no key, ends with the result, and cannot be guessed from the job."""
+    keys = Keys(tmp_path / "keys", create=True)
+    secret = keys.create("a", Limits())[1]
+    files = tmp_path / "files"
+    kept = settings(f"sqlite:///{tmp_path / 'jobs.sqlite'}", files, keep=1.5, sweep=0.1)
+    with keeping(fake, kept, Keys(tmp_path / "keys")) as gateway:
+        client = gateway.sdk(api_key=secret)
+        answer = client.images.generate(prompt="a", n=2, response_format="url", extra_body={"seed": 3})
+        urls = [image.url or "" for image in answer.data or []]
+        assert all(url.startswith(f"{gateway.url}/v1/files/") for url in urls)
+        assert all(image.b64_json is None for image in answer.data or [])
+        assert [httpx2.get(url).content for url in urls] == [fake.answer({})["images"][0]] * 2
+        assert httpx2.get(urls[0]).headers["content-type"] == "image/png"
+        (job,) = gateway.get("/v1/jobs", headers={"authorization": f"Bearer {secret}"}).json()["data"]
+        assert job["status"] == "completed"
+        token = urls[0].rsplit("/", 1)[1]
+        assert token not in str(job)
+        for wrong in ("x", f"A{token[1:]}" if token[0] != "A" else f"B{token[1:]}", "..%2F..%2Fjobs.sqlite", "1-0.png"):
+            assert gateway.get(f"/v1/files/{job['id']}/{wrong}").status_code == 404
+        path = f"/v1/jobs/{job['id']}/images/1"
+        assert gateway.get(path).status_code == 401
+        assert gateway.get(path, headers={"authorization": f"Bearer {secret}"}).status_code == 200
+        wait_for(lambda: httpx2.get(urls[0]).status_code == 404)
+        assert list(files.iterdir()) == []
+        answer = gateway.post(
+            json={"prompt": "a", "stream": True, "response_format": "url"},
+            headers={"authorization": f"Bearer {secret}"},
+        )
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
+    assert len(fake.requests) == 1

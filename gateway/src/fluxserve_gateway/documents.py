@@ -58,8 +58,8 @@ _ERROR = {
 
 _PICTURE = {
     "type": "object",
-    "properties": {"b64_json": {"type": "string"}, "seed": {"type": "integer"}},
-    "required": ["b64_json", "seed"],
+    "properties": {"b64_json": {"type": "string"}, "url": {"type": "string"}, "seed": {"type": "integer"}},
+    "required": ["seed"],
 }
 _ANSWER = {
     "type": "object",

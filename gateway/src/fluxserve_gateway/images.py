@@ -19,7 +19,7 @@ from fluxserve_gateway.access import Access
 from fluxserve_gateway.answers import Echo
 from fluxserve_gateway.border import Record, error_of, record_of
 from fluxserve_gateway.config import Config
-from fluxserve_gateway.errors import CallerGone, GatewayError, Overloaded, from_client
+from fluxserve_gateway.errors import CallerGone, GatewayError, InvalidField, Overloaded, from_client
 from fluxserve_gateway.fleet import Fleet
 from fluxserve_gateway.keys import Key
 from fluxserve_gateway.leaving import unless_gone
@@ -54,8 +54,17 @@ class Charge:
     pixels: int
 
 
+Keeper = Callable[[Key, Drawing, Result], Awaitable[list[str]]]
+"""Keeps the pictures of a result, and returns the paths to fetch them at."""
+
+
 class Images:
-    """Draws the pictures that callers request."""
+    """Draws the pictures that callers request.
+
+    Attributes:
+        bodies: what is held of requests.
+        keeper: keeps results for `response_format: url`; None where nothing is kept.
+    """
 
     def __init__(self, config: Config, fleet: Fleet, access: Access, metrics: Metrics) -> None:
         self._config = config
@@ -63,6 +72,7 @@ class Images:
         self._access = access
         self._metrics = metrics
         self.bodies = bodies.Bodies(config)
+        self.keeper: Keeper | None = None
         self._usage = Usage()
         self._running = 0
 
@@ -123,6 +133,7 @@ class Images:
 
     async def _answer(self, request: Request, key: Key, drawing: Drawing) -> Response:
         record = record_of(request)
+        keep = self._keeper(drawing.body)
         charge = self.admit(key, drawing, record)
 
         async def draw(progress: ProgressCallback | None = None) -> Result:
@@ -130,11 +141,24 @@ class Images:
 
         if not drawing.body.stream:
             result = await unless_gone(request.receive, draw())
-            return Response(answers.response(result, drawing.echo), media_type=_JSON)
+            if keep is None:
+                return Response(answers.response(result, drawing.echo), media_type=_JSON)
+            urls = [f"{request.base_url}{path}" for path in await keep(key, drawing, result)]
+            return Response(answers.linked(result, drawing.echo, urls), media_type=_JSON)
         events = _follow(draw)
         # an answer's status is its first line: it waits for a sign that the request was admitted, or for an error
         first = await unless_gone(request.receive, _first(events))
         return EventStream(first, events, drawing.echo, record)
+
+    def _keeper(self, body: fields.Generation) -> Keeper | None:
+        """What keeps the pictures of an answer with URLs; None where it has the pictures themselves."""
+        if body.response_format != "url":
+            return None
+        if self.keeper is None or body.stream:
+            why = "with stream" if body.stream else "of a gateway that keeps no jobs"
+            message = f"response_format: got 'url'; allowed {why}: b64_json"
+            raise InvalidField(message, param="response_format", code="unsupported_parameter")
+        return self.keeper
 
     def admit(self, key: Key, drawing: Drawing, record: Record) -> Charge:
         """Count the request against its key."""

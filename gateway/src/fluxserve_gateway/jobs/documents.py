@@ -82,6 +82,8 @@ LIST = {
 ONE = {"parameters": [_path("job_id")]}
 IMAGE = {"parameters": [_path("job_id"), _path("number")]}
 
+LINK = {"parameters": [_path("job_id"), _path("name")]}
+
 Answers = dict[int | str, dict[str, Any]]
 
 TAKEN: Answers = {
@@ -94,6 +96,7 @@ PICTURE: Answers = {
     200: {"description": "the picture", "content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}},
     **refusals(401, 403, 404, 503),
 }
+LINKED: Answers = {200: PICTURE[200], **refusals(404, 503)}
 SECRET: Answers = {
     200: _json("the secret", {"type": "object", "properties": {"secret": _TEXT}, "required": ["secret"]}),
     **refusals(401, 403),

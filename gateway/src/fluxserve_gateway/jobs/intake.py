@@ -7,7 +7,7 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
@@ -37,6 +37,13 @@ def _no_stream(value: bool | None) -> bool | None:
     return value
 
 
+def _no_pictures(value: str | None) -> str | None:
+    if value == "b64_json":
+        raise PydanticCustomError("refused", "'url': a job's result has the paths of its pictures")
+    return value
+
+
+Links = Annotated[Literal["b64_json", "url"] | None, AfterValidator(_no_pictures)]
 NoStream = Annotated[bool | None, AfterValidator(_no_stream)]
 
 
@@ -44,6 +51,7 @@ class JobGeneration(fields.Generation):
     """A generation that is kept as a job."""
 
     stream: NoStream = None
+    response_format: Links = None
     webhook: fields.Text | None = None
 
 
@@ -51,6 +59,7 @@ class JobEdit(fields.Edit):
     """An edit that is kept as a job."""
 
     stream: NoStream = None
+    response_format: Links = None
     webhook: fields.Text | None = None
 
 

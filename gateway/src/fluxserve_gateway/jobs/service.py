@@ -16,6 +16,7 @@ from fluxserve_gateway.images import Images
 from fluxserve_gateway.jobs.database import Database
 from fluxserve_gateway.jobs.files import Files
 from fluxserve_gateway.jobs.intake import Intake
+from fluxserve_gateway.jobs.links import Links, add_links
 from fluxserve_gateway.jobs.metrics import JobMetrics
 from fluxserve_gateway.jobs.routes import Reading, add_jobs, add_secret, add_submission
 from fluxserve_gateway.jobs.settings import JobSettings
@@ -44,6 +45,8 @@ class Service:
         self.store = Store(self.database, settings.keep, settings.lease)
         self.metrics = JobMetrics(metrics.registry, fleet.models)
         self.intake = Intake(settings, config, images, self.database, self.store, self.files)
+        self.links = Links(self.database, self.store, self.files)
+        images.keeper = self.links.keep
         self.worker = Worker(
             settings,
             self.database,
@@ -60,6 +63,7 @@ class Service:
         """Add the routes of jobs to the application."""
         add_submission(app, self.intake, self.worker)
         add_jobs(app, Reading(access, self.database, self.store, self.files), self.cancelled)
+        add_links(app, self.links)
         if self.settings.webhook_origins:
             add_secret(app, access, self.settings.webhook_secret)
 

@@ -139,11 +139,20 @@ class Store:
                 raise TooMany(own, of_key=True)
             if (every := db.execute(waiting).scalar_one()) >= max_queued:
                 raise TooMany(every, of_key=False)
-            counts = dict.fromkeys(("claims", "losses", "step", "steps", "webhook_tries"), 0)
-            row = {**vars(new), **counts, "status": QUEUED, "created": now, "due": now, "cancelling": False}
-            job = _job(db.execute(insert(jobs).values(row).returning(*jobs.c)).one())
+            job = _job(db.execute(insert(jobs).values(self._row(new, now)).returning(*jobs.c)).one())
             assert job is not None
             return job, True
+
+    def add_completed(self, new: NewJob, result: Mapping[str, Any]) -> None:
+        """Keep what was drawn without a queue."""
+        with self._database.writes() as (db, now):
+            row = {**self._row(new, now), **self._ended(now, COMPLETED), "started": now, "result": result}
+            db.execute(insert(jobs).values(row))
+
+    @staticmethod
+    def _row(new: NewJob, now: float) -> dict[str, Any]:
+        counts = dict.fromkeys(("claims", "losses", "step", "steps", "webhook_tries"), 0)
+        return {**vars(new), **counts, "status": QUEUED, "created": now, "due": now, "cancelling": False}
 
     @staticmethod
     def _known(db: Connection, owner: str, idempotency_key: str) -> Job | None:
