@@ -8,6 +8,7 @@ import stat
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,24 @@ def test_an_input_that_is_gone_is_no_picture(fake: FakeFlux, tmp_path: Path) -> 
         found = ended(gateway, job.id)
         assert (found["status"], found["error"]["code"]) == ("failed", "lost")
     assert fake.requests == []
+
+
+def test_a_delivery_has_one_gateway_at_a_time(opened: Opened) -> None:
+    for _ in range(9):
+        opened.store.submit(replace(new(), webhook="https://a.example"), 10, 10)
+        claim = opened.store.claim("w", [MODEL])
+        assert claim is not None
+        assert opened.store.finish(claim, COMPLETED)
+    opened.submit()
+    with ThreadPoolExecutor(4) as pool:
+        found = [job for batch in pool.map(lambda _: opened.store.claim_deliveries(4, 1.0), range(8)) for job in batch]
+    assert len({job.id for job in found}) == len(found) == 9
+    for job in found[:7]:
+        opened.store.delivered(job, None)
+    opened.store.delivered(found[7], 60.0)
+    time.sleep(1.1)  # the ninth was taken by a gateway that is gone
+    (again,) = opened.store.claim_deliveries(4, 1.0)
+    assert (again.id, again.webhook_tries) == (found[8].id, 1)
 
 
 def test_a_queue_has_an_order(opened: Opened) -> None:

@@ -296,6 +296,7 @@ def test_an_answer_with_urls(fake: FakeFlux, tmp_path: Path) -> None:
     """As OpenAI's SDK has it. The URL needs no key, ends with the result, and cannot be guessed from the job."""
     keys = Keys(tmp_path / "keys", create=True)
     secret = keys.create("a", Limits())[1]
+    header = {"authorization": f"Bearer {secret}"}
     files = tmp_path / "files"
     kept = settings(f"sqlite:///{tmp_path / 'jobs.sqlite'}", files, keep=1.5, sweep=0.1)
     with keeping(fake, kept, Keys(tmp_path / "keys")) as gateway:
@@ -306,7 +307,7 @@ def test_an_answer_with_urls(fake: FakeFlux, tmp_path: Path) -> None:
         assert all(image.b64_json is None for image in answer.data or [])
         assert [httpx2.get(url).content for url in urls] == [fake.answer({})["images"][0]] * 2
         assert httpx2.get(urls[0]).headers["content-type"] == "image/png"
-        (job,) = gateway.get("/v1/jobs", headers={"authorization": f"Bearer {secret}"}).json()["data"]
+        (job,) = gateway.get("/v1/jobs", headers=header).json()["data"]
         assert job["status"] == "completed"
         token = urls[0].rsplit("/", 1)[1]
         assert token not in str(job)
@@ -314,12 +315,10 @@ def test_an_answer_with_urls(fake: FakeFlux, tmp_path: Path) -> None:
             assert gateway.get(f"/v1/files/{job['id']}/{wrong}").status_code == 404
         path = f"/v1/jobs/{job['id']}/images/1"
         assert gateway.get(path).status_code == 401
-        assert gateway.get(path, headers={"authorization": f"Bearer {secret}"}).status_code == 200
+        assert gateway.get(path, headers=header).status_code == 200
         wait_for(lambda: httpx2.get(urls[0]).status_code == 404)
         assert list(files.iterdir()) == []
-        answer = gateway.post(
-            json={"prompt": "a", "stream": True, "response_format": "url"},
-            headers={"authorization": f"Bearer {secret}"},
-        )
+        body = {"prompt": "a", "stream": True, "response_format": "url"}
+        answer = gateway.post(json=body, headers=header)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
     assert len(fake.requests) == 1

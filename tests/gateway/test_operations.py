@@ -180,7 +180,7 @@ def test_so_do_jobs(fake: FakeFlux, tmp_path: Path, mode: schemathesis.Generatio
         f"sqlite:///{tmp_path / 'jobs.sqlite'}", tmp_path / "files", webhook_origins=("https://a.example",)
     )
     with keeping(fake, kept) as gateway:
-        tried = _judge_all(gateway, mode, "/v1/jobs", "/v1/webhook_secret")
+        tried = _judge_all(gateway, mode, "/v1/jobs", "/v1/files", "/v1/webhook_secret")
     assert {"POST /v1/jobs", "GET /v1/jobs", "DELETE /v1/jobs/{job_id}", "GET /v1/webhook_secret"} <= tried
 
 
