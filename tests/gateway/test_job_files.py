@@ -29,10 +29,11 @@ def test_pictures_in_a_bucket(fake: FakeFlux, tmp_path: Path, monkeypatch: pytes
             job = ended(gateway, answer.json()["id"])
             assert job["status"] == "completed"
             folder = f"bucket/some/prefix/{job['id']}"
-            assert set(s3.objects) == {f"{folder}/input-0", f"{folder}/1-0.png"}
+            owner = "bucket/some/prefix/fluxserve-jobs"
+            assert set(s3.objects) == {owner, f"{folder}/input-0", f"{folder}/1-0.png"}
             picture = gateway.get(f"/v1/jobs/{job['id']}/images/0")
             assert picture.content == s3.objects[f"{folder}/1-0.png"]
-            wait_for(lambda: not s3.objects)
+            wait_for(lambda: set(s3.objects) == {owner})
             assert gateway.get(f"/v1/jobs/{job['id']}").status_code in (200, 404)
             s3.broken = True
             assert gateway.post("/v1/jobs", data={"prompt": "a"}, files={"image": png()}).status_code == 503

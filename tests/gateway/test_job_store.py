@@ -150,6 +150,16 @@ def test_what_no_longer_answers_is_said_at_the_start(tmp_path: Path) -> None:
         Database("sqlite:////proc/none/jobs.sqlite")
 
 
+def test_a_place_for_files_has_one_database(fake: FakeFlux, tmp_path: Path) -> None:
+    """Gateways of two databases would remove one another's files as those of no job."""
+    one, other = (f"sqlite:///{tmp_path / name}" for name in ("one.sqlite", "other.sqlite"))
+    for _ in range(2):
+        with keeping(fake, settings(one, tmp_path / "files")) as gateway:
+            ended(gateway, submitted(gateway))
+    with pytest.raises(ValueError, match="another database"):
+        keeping(fake, settings(other, tmp_path / "files"))
+
+
 def test_prompts_are_their_owners(fake: FakeFlux, tmp_path: Path) -> None:
     folder = tmp_path / "new"
     url = f"sqlite:///{folder / 'jobs.sqlite'}"

@@ -98,9 +98,9 @@ def run(fleet: Fleet, config: Config, keys: Keys | None, listening: Listening, j
     if keys is None and not listening.is_loopback:
         raise ValueError(f"no-auth: got host {listening.host}, expected a loopback address, e.g. 127.0.0.1")
     config = replace(config, https=listening.certificate is not None)
+    app = create_app(fleet, config=config, keys=keys, jobs=jobs)
     lines = Lines(sys.stdout.fileno())
     logging.basicConfig(level=logging.INFO, handlers=[lines], force=True)
-    app = create_app(fleet, config=config, keys=keys, jobs=jobs)
     server = http_server(app, listening, config.send_timeout)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has drained
         signal.signal(number, lambda *_: None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    insert,
+    select,
     text,
 )
 from sqlalchemy.engine import make_url
@@ -90,12 +93,19 @@ jobs = Table(
 )
 
 
+_identity = Table("fluxserve_jobs_database", _metadata, Column("id", Text, primary_key=True))
+
+
 class DatabaseError(OSError):
     """A database that cannot be used."""
 
 
 class Database:
-    """One database, open until `close`."""
+    """One database, open until `close`.
+
+    Attributes:
+        id: the database's own, which its place for files has, too.
+    """
 
     def __init__(self, url: str) -> None:
         """Open it, and make the table where there is none.
@@ -112,9 +122,18 @@ class Database:
             with self.writes() as (connection, _):
                 self.exclude_others(connection)
                 _metadata.create_all(connection)
+                self.id = self._identify(connection)
         except SQLAlchemyError as error:
             shown = make_url(url).render_as_string()  # without its password
             raise DatabaseError(f"jobs: {shown} cannot be used: {_reason(error)}") from error
+
+    @staticmethod
+    def _identify(connection: Connection) -> str:
+        found = connection.execute(select(_identity.c.id)).scalar_one_or_none()
+        if found is None:
+            found = uuid.uuid4().hex
+            connection.execute(insert(_identity).values(id=found))
+        return str(found)
 
     async def run(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
         """Call a function that blocks on the database for a caller, on a thread.
@@ -139,18 +158,18 @@ class Database:
 
     @contextmanager
     def reads(self) -> Iterator[tuple[Connection, float]]:
-        """A transaction that writes nothing, and its time."""
+        """Begin a transaction that writes nothing; yield it and its time."""
         with self._reads.begin() as connection:
             yield connection, self._time(connection)
 
     @contextmanager
     def writes(self) -> Iterator[tuple[Connection, float]]:
-        """A transaction, and its time. On SQLite it is the only one that writes."""
+        """Begin a transaction; yield it and its time. On SQLite it is the only one that writes."""
         with self._engine.begin() as connection:
             yield connection, self._time(connection)
 
     def exclude_others(self, connection: Connection) -> None:
-        """Until this transaction's end, have other transactions wait that call this, too."""
+        """Hold a lock until this transaction's end; other transactions that call this wait."""
         if self._engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
 
@@ -178,7 +197,7 @@ def _postgresql(url: str) -> Engine:
 
 
 def _sqlite(url: str) -> Engine:
-    """SQLite, durable at every commit, in a file that only its owner reads: it holds prompts."""
+    """Open SQLite, durable at every commit, in a file that only its owner reads: it holds prompts."""
     path = Path(str(make_url(url).database))
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

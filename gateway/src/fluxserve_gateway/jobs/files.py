@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fluxserve_gateway")
 
+_OWNER = "fluxserve-jobs"  # a file with the id of the database
 _JOB = re.compile(r"job_[0-9a-f]{32}")
 # plain HTTP is what an endpoint of the operator's own may speak, if that is what its URL says
 _CLIENT: ClientConfig = {"timeout": "60s", "connect_timeout": "5s", "allow_http": True}
@@ -31,7 +32,7 @@ _RETRY: RetryConfig = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
 
 
 def new_id() -> str:
-    """A job's id, which nobody can guess."""
+    """Make a job's id, which nobody can guess."""
     return f"job_{secrets.token_hex(16)}"
 
 
@@ -54,6 +55,7 @@ class Files:
             ValueError: a URL of no known kind, or options that cannot be read.
             OSError: a folder that cannot be made.
         """
+        self._url = url
         try:
             if url.startswith("file://"):
                 path = Path(unquote(urlsplit(url).path))
@@ -63,6 +65,25 @@ class Files:
                 self._store = from_url(url, client_options=_CLIENT, retry_config=_RETRY)
         except BaseError as error:
             raise ValueError(f"job-files: got {url!r}: {str(error).splitlines()[0]}") from error
+
+    def belong_to(self, database_id: str) -> None:
+        """Have the place belong to one database: gateways of two would remove one another's files as abandoned.
+
+        Raises:
+            ValueError: it is another database's.
+            OSError: it cannot be read or written.
+        """
+        try:
+            try:
+                owner = bytes(obstore.get(self._store, _OWNER).bytes()).decode(errors="replace")
+            except (NotFoundError, FileNotFoundError):
+                owner = database_id
+                obstore.put(self._store, _OWNER, owner.encode(), use_multipart=False)
+        except BaseError as error:
+            raise OSError(f"job-files: {self._url} cannot be used: {str(error).splitlines()[0]}") from error
+        if owner != database_id:
+            message = f"job-files: {self._url} belongs to the jobs of another database; expected a place of its own"
+            raise ValueError(f"{message}, or one without the file {_OWNER}")
 
     async def put(self, name: str, data: bytes) -> None:
         """Write a file, whole or not at all. Raises `Overloaded` where it cannot be written now."""
@@ -83,7 +104,7 @@ class Files:
         await self.delete([name for name, _ in await self._list(f"{job_id}/")])
 
     async def abandoned(self, older_than_s: float) -> dict[str, list[str]]:
-        """The files that are older, by the id of the job that they belonged to."""
+        """List the files that are older, by the id of the job that they belonged to."""
         before = datetime.now(UTC) - timedelta(seconds=older_than_s)
         found: dict[str, list[str]] = {}
         for name, changed in await self._list(None):

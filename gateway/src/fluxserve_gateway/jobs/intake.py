@@ -120,7 +120,7 @@ class Intake:
         return body, self._images.drawing(record, body, "image_edit", pictures)
 
     async def _body(self, request: Request, record: Record) -> tuple[JobGeneration | JobEdit, list[bytes], str]:
-        """A form, and JSON with `images`, is an edit; other JSON is a generation."""
+        """Read the body: a form, and JSON with `images`, is an edit; other JSON is a generation."""
         if bodies.media_type(request, _JSON, _FORM) == _FORM:
             given, files = await self._images.bodies.form(request, record.at_end, self._config.max_images)
             return fields.parse(JobEdit, given, text=True), inputs.uploaded(files), "image"
@@ -161,7 +161,7 @@ def _idempotency_key(request: Request) -> str | None:
 
 
 def _fingerprint(body: JobGeneration | JobEdit, drawing: Drawing) -> str:
-    """What a request asks for, whichever way it was written down."""
+    """Hash what a request asks for, as a form or as JSON."""
     given: dict[str, Any] = body.model_dump(exclude_none=True)
     digests = [hashlib.sha256(picture).hexdigest() for picture in drawing.arguments.get("image", [])]
     text = json.dumps([drawing.echo.operation, given, digests], sort_keys=True)

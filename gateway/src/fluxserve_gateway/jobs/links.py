@@ -47,7 +47,7 @@ class Links:
         return [f"v1/files/{name}" for name in names]
 
     async def find(self, name: str) -> Response:
-        """The file of a path. Raises `JobNotFound` if there is none, or no longer."""
+        """Answer with the file of a path. Raises `JobNotFound` if there is none, or no longer."""
         known = _NAME.fullmatch(name)
         data = await self._files.get(name) if known else None
         if known is None or data is None:

@@ -13,7 +13,7 @@ _MIN_SECRET = 32  # bytes
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
-    """Add them to the parser."""
+    """Add the options to a parser."""
     defaults = JobSettings("", "")
     add = parser.add_argument_group("jobs").add_argument
     add("--jobs", metavar="PLACE", help="keep jobs: in a folder, or in postgresql://…, which gateways may share")
@@ -34,7 +34,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
 
 
 def job_settings(given: argparse.Namespace) -> JobSettings | None:
-    """The settings; None without `--jobs`.
+    """Read the settings; None without `--jobs`.
 
     Raises:
         ValueError: options that contradict each other, or are out of bounds.
@@ -63,7 +63,7 @@ def job_settings(given: argparse.Namespace) -> JobSettings | None:
 
 
 def _places(jobs: str, files: str | None) -> tuple[str, str]:
-    """URLs of the database and of the files; a folder has room for both."""
+    """Return the URLs of the database and of the files; a folder has room for both."""
     if jobs.startswith(("postgresql://", "postgres://")):
         if files is None:
             raise ValueError("job-files: got nothing, expected a place beside a PostgreSQL database")

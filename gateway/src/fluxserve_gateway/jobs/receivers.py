@@ -21,7 +21,7 @@ class Receivers:
     """The origins that may receive webhooks."""
 
     def __init__(self, origins: Iterable[str], *, private: bool) -> None:
-        """`private`: whether addresses may be private.
+        """Read the origins; `private` tells whether their addresses may be private.
 
         Raises:
             ValueError: what is no origin, or a private address where none may be.
@@ -40,18 +40,18 @@ class Receivers:
         return origin
 
     def allow(self, url: str) -> bool:
-        """Whether a webhook may be sent to this URL."""
+        """Tell whether a webhook may be sent to this URL."""
         parts = _split(url)
         return parts is not None and _origin(parts) in self._origins
 
     @property
     def allowed(self) -> str:
-        """The origins, for an error message."""
+        """Name the origins for an error message."""
         return f"a URL that begins with {self._shown}" if self._shown else "nothing: this gateway sends no webhooks"
 
 
 def _split(url: str) -> SplitResult | None:
-    """The parts of a URL that is plain ASCII without spaces, user or fragment; None if it is not."""
+    """Split a URL that is plain ASCII without spaces, user or fragment; None if it is not."""
     if len(url) > _MAX_URL or not url.isascii() or not url.isprintable() or any(mark in url for mark in " \\#@"):
         return None
     try:
@@ -79,7 +79,7 @@ def _is_literal(host: str) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet's, by itself and by the IPv4 address within it."""
+    """Tell whether an IP address is public, and so is the IPv4 address within it."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
@@ -106,5 +106,5 @@ class PublicResolver(AbstractResolver):
         return public
 
     async def close(self) -> None:
-        """Close what is underneath."""
+        """Close the resolver underneath."""
         await self._resolver.close()

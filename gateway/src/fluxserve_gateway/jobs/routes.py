@@ -33,7 +33,7 @@ class Reading:
     files: Files
 
     async def job(self, request: Request) -> tuple[Job, int]:
-        """The job in the path, and how many are before it; one of another key is not found."""
+        """Find the job in the path, and how many are before it; one of another key is not found."""
         key = self.access.key_of(request)
         job_id = request.path_params["job_id"]
         found = await self.database.run(self.store.find, key.id, job_id)

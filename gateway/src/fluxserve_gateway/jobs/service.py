@@ -42,6 +42,11 @@ class Service:
         self.settings = settings
         self.files = Files(settings.files)
         self.database = Database(settings.database)
+        try:
+            self.files.belong_to(self.database.id)
+        except (ValueError, OSError):
+            self.database.close()
+            raise
         self.store = Store(self.database, settings.keep, settings.lease)
         self.metrics = JobMetrics(metrics.registry, fleet.models)
         self.intake = Intake(settings, config, images, self.database, self.store, self.files)

@@ -1,4 +1,4 @@
-"""What an operator decides about jobs, in one frozen place. `options` fills it."""
+"""Hold an operator's decisions about jobs; `options` fills them in."""
 
 from __future__ import annotations
 

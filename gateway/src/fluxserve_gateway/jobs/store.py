@@ -109,14 +109,14 @@ class Store:
     """The jobs in one database. All methods block; `Database.run` calls them."""
 
     def __init__(self, database: Database, keep: float, lease: float) -> None:
-        """`keep`, `lease`: seconds, as in `JobSettings`."""
+        """Open the jobs of a database; `keep` and `lease` are those of `JobSettings`."""
         self._database = database
         self._keep, self._lease = keep, lease
 
     # ---- for callers
 
     def known(self, owner: str, idempotency_key: str) -> Job | None:
-        """The job that this key submitted under this idempotency key."""
+        """Find the job that this key submitted under this idempotency key."""
         with self._database.reads() as (db, _):
             return self._known(db, owner, idempotency_key)
 
@@ -160,7 +160,7 @@ class Store:
         return _job(db.execute(query).one_or_none())
 
     def find(self, owner: str, job_id: str) -> tuple[Job, int] | None:
-        """A job of this owner, and how many jobs of its model are before it in the queue."""
+        """Find a job of this owner, and how many jobs of its model are before it in the queue."""
         with self._database.reads() as (db, _):
             job = _job(db.execute(select(jobs).where(jobs.c.id == job_id, jobs.c.owner == owner)).one_or_none())
             if job is None or job.status != QUEUED:
@@ -170,7 +170,7 @@ class Store:
             return job, db.execute(ahead).scalar_one()
 
     def page(self, owner: str, *, limit: int, after: str | None, newest_first: bool) -> list[Job] | None:
-        """At most `limit` jobs of this owner, beginning behind the job `after`; None if there is no such job."""
+        """List at most `limit` jobs of this owner, beginning behind the job `after`; None if there is no such job."""
         with self._database.reads() as (db, _):
             query = select(jobs).where(jobs.c.owner == owner)
             if after is not None:
@@ -277,7 +277,7 @@ class Store:
     # ---- for webhooks
 
     def claim_deliveries(self, limit: int, within: float) -> list[Job]:
-        """Take jobs whose receivers are to be told now; another gateway may take them after `within` seconds."""
+        """Take jobs whose webhooks are due; another gateway may take them after `within` seconds."""
         with self._database.writes() as (db, now):
             due = and_(jobs.c.status.in_(ENDED), jobs.c.webhook.is_not(None), jobs.c.webhook_due <= now)
             query = select(jobs).where(due).order_by(jobs.c.webhook_due).limit(limit)
@@ -295,7 +295,7 @@ class Store:
     # ---- for upkeep
 
     def expired(self, limit: int) -> list[str]:
-        """The ids of jobs that were kept long enough."""
+        """List the ids of jobs that were kept long enough."""
         with self._database.reads() as (db, now):
             return list(db.scalars(select(jobs.c.id).where(jobs.c.expires < now).limit(limit)))
 
@@ -315,12 +315,12 @@ class Store:
             return list(db.scalars(change))
 
     def among(self, job_ids: Collection[str]) -> set[str]:
-        """Those of these ids that are jobs."""
+        """Return those of these ids that are jobs."""
         with self._database.reads() as (db, _):
             return set(db.scalars(select(jobs.c.id).where(jobs.c.id.in_(job_ids))))
 
     def counts(self) -> dict[tuple[str, str], int]:
-        """How many jobs wait and are drawn, by model and status."""
+        """Count the jobs that wait and are drawn, by model and status."""
         with self._database.reads() as (db, _):
             query = select(jobs.c.model, jobs.c.status, func.count()).where(jobs.c.status.in_((QUEUED, RUNNING)))
             return {(row[0], row[1]): row[2] for row in db.execute(query.group_by(jobs.c.model, jobs.c.status))}

@@ -24,7 +24,7 @@ class Upkeep:
     """Every gateway's share of the housekeeping; each part may run twice at the same time."""
 
     def __init__(self, database: Database, store: Store, files: Files, metrics: JobMetrics, every: float) -> None:
-        """`every`: seconds between two sweeps."""
+        """Make it; `every` is the seconds between two sweeps."""
         self._database, self._store, self._files, self._metrics = database, store, files, metrics
         self._every = every
 

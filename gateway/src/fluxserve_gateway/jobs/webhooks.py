@@ -31,13 +31,13 @@ _GONE = 410  # the receiver wants no more
 
 
 def secret_of(master: bytes, owner: str) -> str:
-    """The secret of one key, as receivers want it: a receiver cannot sign for another key's."""
+    """Derive the secret of one key: its receiver cannot sign for another key."""
     derived = hmac.new(master, b"fluxserve webhook " + owner.encode(), hashlib.sha256).digest()
     return f"whsec_{base64.b64encode(derived).decode()}"
 
 
 def signature(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
-    """The header `webhook-signature` of a message."""
+    """Sign a message: the header `webhook-signature`."""
     key = base64.b64decode(secret.removeprefix("whsec_"))
     signed = b"%s.%d.%s" % (message_id.encode(), timestamp, body)
     return f"v1,{base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()}"

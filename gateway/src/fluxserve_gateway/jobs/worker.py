@@ -46,7 +46,7 @@ _LOST = {
 
 
 def input_name(job_id: str, number: int) -> str:
-    """The file of an input image."""
+    """Name the file of an input image."""
     return f"{job_id}/input-{number}"
 
 
@@ -90,7 +90,7 @@ class Worker:
         metrics: tuple[Metrics, JobMetrics],
         timeout: float,
     ) -> None:
-        """`timeout`: seconds for one drawing."""
+        """Make a worker; `timeout` is the seconds for one drawing."""
         self._settings, self._database, self._store, self._files = settings, database, store, files
         self._fleet, self._timeout = fleet, timeout
         self._metrics, self._job_metrics = metrics
