@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import stat
 import time
 from collections.abc import Iterator
@@ -135,6 +136,20 @@ def test_a_gateway_without_its_database_stops_drawing(fake: FakeFlux, postgres: 
             wait_for(lambda: [outcome for _, outcome in fake.ended] == ["cancelled"])
         finally:
             postgres.start()
+        fake.steps = 1
+        assert ended(gateway, job_id)["status"] == "completed"
+
+
+def test_a_database_that_says_nothing_is_none(fake: FakeFlux, postgres: Postgres, tmp_path: Path) -> None:
+    fake.steps, fake.step_s = 1000, 0.02
+    with keeping(fake, settings(postgres.database(), tmp_path / "files", lease=1.0)) as gateway:
+        job_id = submitted(gateway)
+        wait_for(lambda: fake.table)
+        postgres.pause(signal.SIGSTOP)
+        try:
+            wait_for(lambda: [outcome for _, outcome in fake.ended] == ["cancelled"])
+        finally:
+            postgres.pause(signal.SIGCONT)
         fake.steps = 1
         assert ended(gateway, job_id)["status"] == "completed"
 

@@ -73,6 +73,14 @@ class Postgres:
             self._process.send_signal(signal.SIGQUIT)
             self._process.wait(20)
 
+    def pause(self, signal_number: signal.Signals) -> None:
+        """Send SIGSTOP, or SIGCONT, to all of the server's processes."""
+        assert self._process is not None
+        pid = self._process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for each in (pid, *map(int, children)):
+            os.kill(each, signal_number)
+
     def _address(self, name: str) -> str:
         return f"postgresql://{_USER}@/{name}?host={self._folder}"
 

@@ -189,7 +189,13 @@ def _reason(error: SQLAlchemyError) -> str:
 
 def _postgresql(url: str) -> Engine:
     limits = f"-c statement_timeout={_PATIENCE_S * 1000} -c idle_in_transaction_session_timeout={_PATIENCE_S * 1000}"
-    connect = {"connect_timeout": _PATIENCE_S, "options": limits, "application_name": "fluxserve-gateway"}
+    connect = {
+        "connect_timeout": _PATIENCE_S,
+        "options": limits,
+        "application_name": "fluxserve-gateway",
+        "tcp_user_timeout": _PATIENCE_S * 1000,  # for a network that swallows packets
+        "keepalives_idle": _PATIENCE_S,
+    }
     try:
         return create_engine(url, pool_pre_ping=True, connect_args=connect)
     except ImportError as error:

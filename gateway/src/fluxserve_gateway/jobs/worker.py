@@ -161,11 +161,12 @@ class Worker:
         while not self._idle.is_set():
             begun = loop.time()
             try:
-                await self._beat()
+                async with asyncio.timeout(self._settings.lease):  # a database may say nothing at all
+                    await self._beat()
                 renewed = begun
             except Exception as error:  # noqa: BLE001 (the next beat must come)
-                log.warning("jobs: leases cannot be renewed: %s", error)
-                if loop.time() - renewed > self._settings.lease:
+                log.warning("jobs: leases cannot be renewed: %s", str(error) or "no answer in time")
+                if loop.time() - renewed >= self._settings.lease:
                     for running in self._running.values():
                         running.end("lost")
             with suppress(TimeoutError):
