@@ -139,7 +139,7 @@ def test_cancel_what_waits_and_what_is_drawn(fake: FakeFlux, database: str, tmp_
         assert ended(gateway, second)["status"] == "cancelled"
         assert gateway.delete(f"/v1/jobs/{first}").json()["status"] == "cancelled"
         assert gateway.delete("/v1/jobs/job_none").status_code == 404
-        assert [outcome for _, outcome in fake.ended] == ["cancelled"] * 2
+        wait_for(lambda: [outcome for _, outcome in fake.ended] == ["cancelled"] * 2)  # the server is told first
         assert 'jobs_ended_total{model="tiny",status="cancelled"} 3.0' in gateway.get("/metrics").text
 
 
