@@ -66,7 +66,7 @@ $(VENV)/.demo: $(INPUTS) | $(VENV)/bin/python
 
 $(VENV)/.test: $(VENV)/.demo
 	@scripts/system-packages.sh $(PYTHON) test
-	@$(PIP) --editable '.[server,onnxruntime,export,provenance,tensorrt-rtx,test]' --editable ./client --editable ./gateway
+	@$(PIP) --editable '.[server,onnxruntime,export,provenance,tensorrt-rtx,test]' --editable ./client --editable "./gateway[jobs,postgresql]"
 	@touch $@
 
 clean:

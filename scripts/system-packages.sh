@@ -29,6 +29,9 @@ PATH=$PATH:/usr/sbin
 for program in $programs; do
     command -v "$program" >/dev/null || missing="$missing $program"
 done
+if [ "${2:-}" = test ] && ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then
+    missing="$missing postgresql"  # its programs are on no path
+fi
 [ -z "$missing" ] && exit 0
 
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then

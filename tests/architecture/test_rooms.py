@@ -70,6 +70,8 @@ IMPORTS = {
     "pydantic": ("gateway/",),
     "prometheus_client": ("gateway/",),
     "sqlite3": ("gateway/",),
+    "sqlalchemy": ("gateway/src/fluxserve_gateway/jobs/",),
+    "obstore": ("gateway/src/fluxserve_gateway/jobs/",),
     "fluxserve_gateway": ("gateway/",),
     "pickle": (),
 }

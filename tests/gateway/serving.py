@@ -14,6 +14,7 @@ import httpx2
 import openai
 from fluxserve_client import AsyncClient, MockTransport
 from fluxserve_gateway import Config, Fleet, Server, create_app
+from fluxserve_gateway.jobs.settings import JobSettings
 from fluxserve_gateway.keys import Keys
 from fluxserve_gateway.serve import Listening, http_server
 from PIL import Image
@@ -49,10 +50,16 @@ def server_of(fake: Any, url: str = "grpc://fake", ready: bool = True) -> Server
 class Gateway:
     """The application under uvicorn, inside the `with` block."""
 
-    def __init__(self, fleet: Fleet, config: Config | None = None, keys: Keys | None = None) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        config: Config | None = None,
+        keys: Keys | None = None,
+        jobs: JobSettings | None = None,
+    ) -> None:
         self.fleet = fleet
         config = config or Config()
-        app = create_app(fleet, config=config, keys=keys)
+        app = create_app(fleet, config=config, keys=keys, jobs=jobs)
         self._server = http_server(app, Listening(port=0), config.send_timeout, drain_s=5)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -90,6 +97,9 @@ class Gateway:
 
     def post(self, path: str = "/v1/images/generations", **options: Any) -> httpx2.Response:
         return httpx2.post(self.url + path, timeout=20, verify=False, **options)  # no certificates to read
+
+    def delete(self, path: str, **options: Any) -> httpx2.Response:
+        return httpx2.delete(self.url + path, timeout=20, verify=False, **options)
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
         return httpx2.get(self.url + path, timeout=20, verify=False, **options)

@@ -72,7 +72,7 @@ def serving(*arguments: object, scheme: str = "http", log: int = subprocess.PIPE
     with subprocess.Popen(words, stdout=log, text=True) as process:
         found = Process(process, port, scheme)
         try:
-            wait_for(lambda: process.poll() is not None or _open(port), 20)
+            wait_for(lambda: process.poll() is not None or _open(port), 60)
             yield found
         finally:
             process.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -18,6 +19,8 @@ from hypothesis.strategies import SearchStrategy
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests.client.fakes import FakeFlux
+from tests.gateway.jobs import keeping
+from tests.gateway.jobs import settings as job_settings
 from tests.gateway.serving import Gateway, in_front_of, png, server_of, wait_for
 
 
@@ -167,13 +170,30 @@ def test_paths_and_methods_that_are_not_there(gateway: Gateway) -> None:
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
 def test_the_api_keeps_its_document(gateway: Gateway, mode: schemathesis.GenerationMode) -> None:
     """schemathesis sends what the OpenAPI document allows, or forbids, and judges the answers by it."""
+    tried = _judge_all(gateway, mode)
+    assert {"POST /v1/images/generations", "POST /v1/images/edits", "GET /v1/models"} <= tried
+
+
+@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
+def test_so_do_jobs(fake: FakeFlux, tmp_path: Path, mode: schemathesis.GenerationMode) -> None:
+    kept = job_settings(
+        f"sqlite:///{tmp_path / 'jobs.sqlite'}", tmp_path / "files", webhook_origins=("https://a.example",)
+    )
+    with keeping(fake, kept) as gateway:
+        tried = _judge_all(gateway, mode, "/v1/jobs", "/v1/files", "/v1/webhook_secret")
+    assert {"POST /v1/jobs", "GET /v1/jobs", "DELETE /v1/jobs/{job_id}", "GET /v1/webhook_secret"} <= tried
+
+
+def _judge_all(gateway: Gateway, mode: schemathesis.GenerationMode, *paths: str) -> set[str]:
     tried: set[str] = set()
     for found in schemathesis.openapi.from_url(f"{gateway.url}/openapi.json").get_all_operations():
+        if not found.ok().path.startswith(paths or "/"):
+            continue
         operation = found.ok()
         tried.add(operation.label)
         if operation.body or mode is schemathesis.GenerationMode.POSITIVE:
             _judge(operation.as_strategy(mode))
-    assert {"POST /v1/images/generations", "POST /v1/images/edits", "GET /v1/models"} <= tried
+    return tried
 
 
 def _judge(cases: SearchStrategy[schemathesis.Case]) -> None:

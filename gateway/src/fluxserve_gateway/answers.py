@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,17 +32,27 @@ class Echo:
     input_pixels: int
 
 
-def response(result: Result, echo: Echo) -> bytes:
-    """Write the body that answers a request without `stream`."""
-    answer = {
+def description(result: Result, echo: Echo) -> dict[str, Any]:
+    """Describe an answer without its pictures."""
+    return {
         "created": int(time.time()),
         "background": "opaque",
         "output_format": result.format,
         "size": _size(result),
         "safety_identifier": echo.safety_identifier,
         "usage": _usage(result, echo, len(result.images)),
-        "data": [{"b64_json": "", "seed": seed} for seed in result.seeds],
     }
+
+
+def linked(result: Result, echo: Echo, urls: Sequence[str]) -> bytes:
+    """Write the body that answers a request without `stream`, with the URLs of its pictures."""
+    data = [{"url": url, "seed": seed} for url, seed in zip(urls, result.seeds, strict=True)]
+    return json.dumps({**description(result, echo), "data": data}).encode()
+
+
+def response(result: Result, echo: Echo) -> bytes:
+    """Write the body that answers a request without `stream`, with its pictures."""
+    answer = {**description(result, echo), "data": [{"b64_json": "", "seed": seed} for seed in result.seeds]}
     return _with_pictures(answer, result.images)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import asynccontextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -19,30 +19,43 @@ from fluxserve_gateway.documents import EDIT, GENERATION, MODEL, PICTURES, refus
 from fluxserve_gateway.errors import ModelNotFound, NoSuchRoute
 from fluxserve_gateway.fleet import Fleet
 from fluxserve_gateway.images import Images
+from fluxserve_gateway.jobs.settings import JobSettings
 from fluxserve_gateway.keys import Keys
 from fluxserve_gateway.metrics import Metrics
 from fluxserve_gateway.version import __version__
 
+if TYPE_CHECKING:
+    from fluxserve_gateway.jobs.service import Service
 
-def create_app(fleet: Fleet, *, config: Config | None = None, keys: Keys | None = None) -> FastAPI:
+
+def create_app(
+    fleet: Fleet, *, config: Config | None = None, keys: Keys | None = None, jobs: JobSettings | None = None
+) -> FastAPI:
     """Make the gateway.
 
     Args:
         fleet: the servers behind it, closed when the application ends.
         config: its bounds.
         keys: who may call; None lets this machine's own programs, by a loopback name, and no web pages.
+        jobs: where jobs are kept; None takes none.
+
+    Raises:
+        ValueError, OSError, DatabaseError: the place for jobs cannot be used.
     """
     config = config or Config()
     metrics = Metrics(fleet)
     access = Access(keys, config)
     images = Images(config, fleet, access, metrics)
 
+    service = _service(jobs, config, fleet, images, metrics) if jobs else None
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await fleet.probe()
         watching = asyncio.create_task(fleet.watch(config.probe_interval))
         try:
-            yield
+            async with service.running() if service else nullcontext():
+                yield
         finally:
             watching.cancel()
             await asyncio.wait({watching})
@@ -59,8 +72,8 @@ def create_app(fleet: Fleet, *, config: Config | None = None, keys: Keys | None 
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
+            allow_methods=["GET", "POST", "DELETE"] if jobs else ["GET", "POST"],
+            allow_headers=["authorization", "content-type", *(["idempotency-key"] if jobs else [])],
             expose_headers=["x-request-id", "retry-after"],
         )
 
@@ -72,8 +85,18 @@ def create_app(fleet: Fleet, *, config: Config | None = None, keys: Keys | None 
     app.add_exception_handler(HTTPException, _no_such_route)
     _add_routes(app, images)
     _add_models(app, fleet, access)
+    if service:
+        service.add_routes(app, access)
     _add_operations(app, fleet, metrics, access)
     return app
+
+
+def _service(jobs: JobSettings, config: Config, fleet: Fleet, images: Images, metrics: Metrics) -> Service:
+    try:
+        from fluxserve_gateway.jobs.service import Service  # what it imports is an extra of the distribution
+    except ImportError as error:
+        raise ValueError(f"jobs: {error}; install it with: pip install 'fluxserve-gateway[jobs]'") from error
+    return Service(jobs, config, fleet, images, metrics)
 
 
 def _add_routes(app: FastAPI, images: Images) -> None:

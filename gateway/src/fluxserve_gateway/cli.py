@@ -13,6 +13,7 @@ from pathlib import Path
 from fluxserve_client import console
 
 from fluxserve_gateway.config import MIB, Config
+from fluxserve_gateway.jobs.options import add_job_options, job_settings
 from fluxserve_gateway.keys import Keys, KeysError, Limits
 from fluxserve_gateway.serve import Listening, fleet_of, run
 
@@ -71,6 +72,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add(
         "--timeout", type=_count, default=int(defaults.request_timeout), help="seconds a request (default: %(default)s)"
     )
+    add_job_options(parser)
     parser.set_defaults(do=_serve)
 
 
@@ -107,7 +109,7 @@ def _serve(given: argparse.Namespace) -> None:
     )
     listening = Listening(given.host, given.port, given.tls_cert, given.tls_key, tuple(given.proxy))
     fleet = fleet_of(given.server, given.server_ca)
-    run(fleet, config, None if given.no_auth else Keys(given.keys.expanduser()), listening)
+    run(fleet, config, None if given.no_auth else Keys(given.keys.expanduser()), listening, job_settings(given))
 
 
 def _create(given: argparse.Namespace) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from fluxserve_gateway.fields import Edit, Generation
 
-_FILE = {"type": "string", "format": "binary"}
-_REFERENCE = {
+FILE = {"type": "string", "format": "binary"}
+REFERENCE = {
     "type": "object",
     "properties": {"image_url": {"type": "string", "description": "a data URL of PNG, JPEG or WebP in base64"}},
     "required": ["image_url"],
@@ -15,7 +15,7 @@ _REFERENCE = {
 }
 
 
-def _with(schema: dict[str, Any], name: str, value: dict[str, Any]) -> dict[str, Any]:
+def with_field(schema: dict[str, Any], name: str, value: dict[str, Any]) -> dict[str, Any]:
     return {
         **schema,
         "properties": {**schema["properties"], name: value},
@@ -23,19 +23,19 @@ def _with(schema: dict[str, Any], name: str, value: dict[str, Any]) -> dict[str,
     }
 
 
-def _body(content: dict[str, Any]) -> dict[str, Any]:
+def body(content: dict[str, Any]) -> dict[str, Any]:
     kinds = {kind: {"schema": schema} for kind, schema in content.items()}
     return {"requestBody": {"required": True, "content": kinds}}
 
 
 _EDIT = Edit.model_json_schema()
 
-GENERATION = _body({"application/json": Generation.model_json_schema()})
+GENERATION = body({"application/json": Generation.model_json_schema()})
 
-EDIT = _body(
+EDIT = body(
     {
-        "multipart/form-data": _with(_EDIT, "image", {"type": "array", "items": _FILE, "minItems": 1}),
-        "application/json": _with(_EDIT, "images", {"type": "array", "items": _REFERENCE, "minItems": 1}),
+        "multipart/form-data": with_field(_EDIT, "image", {"type": "array", "items": FILE, "minItems": 1}),
+        "application/json": with_field(_EDIT, "images", {"type": "array", "items": REFERENCE, "minItems": 1}),
     }
 )
 
@@ -58,8 +58,8 @@ _ERROR = {
 
 _PICTURE = {
     "type": "object",
-    "properties": {"b64_json": {"type": "string"}, "seed": {"type": "integer"}},
-    "required": ["b64_json", "seed"],
+    "properties": {"b64_json": {"type": "string"}, "url": {"type": "string"}, "seed": {"type": "integer"}},
+    "required": ["seed"],
 }
 _ANSWER = {
     "type": "object",
@@ -79,9 +79,9 @@ _WORDS = {
     400: "a field is refused; `param` names it",
     401: "no key, or an unknown one",
     403: "a web page's request to a gateway without keys",
-    404: "no such model",
+    404: "no such model, or job",
     408: "the body did not arrive in time",
-    409: "the request was cancelled on the server",
+    409: "the request was cancelled on the server, or its idempotency key came with another before",
     413: "the body is too large",
     415: "another media type",
     429: "a limit of the key",

@@ -5,8 +5,10 @@
     ├── Unauthorised        401   no key, or one that is not known
     ├── Forbidden           403   a request of another web page, to a gateway without keys
     ├── ModelNotFound       404   no server of this model was named on the command line
+    ├── JobNotFound         404   no job with this id belongs to the caller
     ├── NoSuchRoute         404, 405   a path, or a method, that is not the API's
     ├── TooSlow             408   the body did not arrive in time
+    ├── Conflict            409   an idempotency key came with another request before
     ├── TooLarge            413   a body beyond its bound
     ├── WrongMediaType      415   a body of another kind
     ├── RateLimited         429   a limit of the caller's key
@@ -106,6 +108,10 @@ class ModelNotFound(GatewayError):
     status, kind, code = 404, _INVALID, "model_not_found"
 
 
+class JobNotFound(GatewayError):
+    status, kind, code = 404, _INVALID, "job_not_found"
+
+
 class NoSuchRoute(GatewayError):
     """A path, or a method, that is not the API's; `allow` lists the methods of the path."""
 
@@ -121,6 +127,10 @@ class NoSuchRoute(GatewayError):
 
 class TooSlow(GatewayError):
     status, kind, code, should_retry = 408, _INVALID, "body_timeout", False
+
+
+class Conflict(GatewayError):
+    status, kind, code, should_retry = 409, _INVALID, "conflict", False
 
 
 class TooLarge(GatewayError):

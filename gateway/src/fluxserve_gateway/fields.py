@@ -75,13 +75,13 @@ class Generation(BaseModel):
     output_format: Literal["png", "jpeg", "webp"] | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     stream: bool | None = None
+    response_format: Literal["b64_json", "url"] | None = None
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
     safety_identifier: Text | None = None
     user: Text | None = None
     # accepted: the one value, or those, that say what happens anyway
     background: Literal["opaque", "auto"] | None = None
     quality: Literal["auto", "standard"] | None = None
-    response_format: Literal["b64_json"] | None = None
     # refused
     complexity: Annotated[None, refuse("nothing: no model here plans a picture")] = None
     frame_count: Annotated[None, refuse("nothing: no model here draws animations")] = None

@@ -19,7 +19,7 @@ from fluxserve_gateway.access import Access
 from fluxserve_gateway.answers import Echo
 from fluxserve_gateway.border import Record, error_of, record_of
 from fluxserve_gateway.config import Config
-from fluxserve_gateway.errors import CallerGone, GatewayError, Overloaded, from_client
+from fluxserve_gateway.errors import CallerGone, GatewayError, InvalidField, Overloaded, from_client
 from fluxserve_gateway.fleet import Fleet
 from fluxserve_gateway.keys import Key
 from fluxserve_gateway.leaving import unless_gone
@@ -54,45 +54,55 @@ class Charge:
     pixels: int
 
 
+Keeper = Callable[[Key, Drawing, Result], Awaitable[list[str]]]
+"""Keeps the pictures of a result, and returns the paths to fetch them at."""
+
+
 class Images:
-    """Draws the pictures that callers request."""
+    """Draws the pictures that callers request.
+
+    Attributes:
+        bodies: what is held of requests.
+        keeper: keeps results for `response_format: url`; None where nothing is kept.
+    """
 
     def __init__(self, config: Config, fleet: Fleet, access: Access, metrics: Metrics) -> None:
         self._config = config
         self._fleet = fleet
         self._access = access
         self._metrics = metrics
-        self._bodies = bodies.Bodies(config)
+        self.bodies = bodies.Bodies(config)
+        self.keeper: Keeper | None = None
         self._usage = Usage()
         self._running = 0
 
     async def generations(self, request: Request) -> Response:
         """Answer `POST /v1/images/generations`."""
-        record, key = self._begin(request, "image_generation")
+        record, key = self.begin(request, "image_generation")
         bodies.media_type(request, _JSON)
-        content = bodies.json_object(await self._bodies.read(request, record.at_end, bodies.MAX_JSON))
+        content = bodies.json_object(await self.bodies.read(request, record.at_end, bodies.MAX_JSON))
         body = fields.parse(fields.Generation, content, text=False)
-        return await self._answer(request, key, self._drawing(record, body, ()))
+        return await self._answer(request, key, self.drawing(record, body, record.operation, ()))
 
     async def edits(self, request: Request) -> Response:
         """Answer `POST /v1/images/edits`."""
-        record, key = self._begin(request, "image_edit")
+        record, key = self.begin(request, "image_edit")
         kind = bodies.media_type(request, _JSON, _FORM)
         body, files, param = await (self._edit_of_json if kind == _JSON else self._edit_of_form)(request, record)
         pictures = inputs.pictures(files, param, self._config)
-        return await self._answer(request, key, self._drawing(record, body, pictures))
+        return await self._answer(request, key, self.drawing(record, body, record.operation, pictures))
 
     async def _edit_of_json(self, request: Request, record: Record) -> tuple[fields.Edit, list[bytes], str]:
-        content = await self._bodies.read(request, record.at_end, self._config.max_body)
+        content = await self.bodies.read(request, record.at_end, self._config.max_body)
         given, files = await asyncio.to_thread(inputs.edit_of_json, content, self._config.max_images)
         return fields.parse(fields.Edit, given, text=False), files, "images"
 
     async def _edit_of_form(self, request: Request, record: Record) -> tuple[fields.Edit, list[bytes], str]:
-        given, files = await self._bodies.form(request, record.at_end, self._config.max_images)
+        given, files = await self.bodies.form(request, record.at_end, self._config.max_images)
         return fields.parse(fields.Edit, given, text=True), inputs.uploaded(files), "image"
 
-    def _begin(self, request: Request, operation: str) -> tuple[Record, Key]:
-        """Let a request in, before a byte of its body is read."""
+    def begin(self, request: Request, operation: str) -> tuple[Record, Key]:
+        """Let a request in, before a byte of its body is read. `operation` is for the metrics."""
         record = record_of(request)
         record.operation = operation
         key = self._access.key_of(request)
@@ -106,7 +116,10 @@ class Images:
     def _end(self) -> None:
         self._running -= 1
 
-    def _drawing(self, record: Record, body: fields.Generation, pictures: tuple[inputs.Picture, ...]) -> Drawing:
+    def drawing(
+        self, record: Record, body: fields.Generation, operation: str, pictures: tuple[inputs.Picture, ...]
+    ) -> Drawing:
+        """Choose the model, and put together what its server is to be sent."""
         model = record.model = self._fleet.named(body.model)
         record.fields |= {"n": body.count, "size": body.size or "auto", "stream": bool(body.stream)}
         if self._config.log_prompts:
@@ -115,25 +128,39 @@ class Images:
         if pictures:
             arguments["image"] = [picture.data for picture in pictures]
         echoed = body.safety_identifier or body.user
-        echo = Echo(record.operation, echoed or None, sum(picture.pixels for picture in pictures))
+        echo = Echo(operation, echoed or None, sum(picture.pixels for picture in pictures))
         return Drawing(body, arguments, model, echo)
 
     async def _answer(self, request: Request, key: Key, drawing: Drawing) -> Response:
         record = record_of(request)
-        charge = self._admit(key, drawing, record)
+        keep = self._keeper(drawing.body)
+        charge = self.admit(key, drawing, record)
 
         async def draw(progress: ProgressCallback | None = None) -> Result:
             return await self._draw(drawing, record, charge, progress)
 
         if not drawing.body.stream:
             result = await unless_gone(request.receive, draw())
-            return Response(answers.response(result, drawing.echo), media_type=_JSON)
+            if keep is None:
+                return Response(answers.response(result, drawing.echo), media_type=_JSON)
+            urls = [f"{request.base_url}{path}" for path in await keep(key, drawing, result)]
+            return Response(answers.linked(result, drawing.echo, urls), media_type=_JSON)
         events = _follow(draw)
         # an answer's status is its first line: it waits for a sign that the request was admitted, or for an error
         first = await unless_gone(request.receive, _first(events))
         return EventStream(first, events, drawing.echo, record)
 
-    def _admit(self, key: Key, drawing: Drawing, record: Record) -> Charge:
+    def _keeper(self, body: fields.Generation) -> Keeper | None:
+        """What keeps the pictures of an answer with URLs; None where it has the pictures themselves."""
+        if body.response_format != "url":
+            return None
+        if self.keeper is None or body.stream:
+            why = "with stream" if body.stream else "of a gateway that keeps no jobs"
+            message = f"response_format: got 'url'; allowed {why}: b64_json"
+            raise InvalidField(message, param="response_format", code="unsupported_parameter")
+        return self.keeper
+
+    def admit(self, key: Key, drawing: Drawing, record: Record) -> Charge:
         """Count the request against its key."""
         size = drawing.body.height_width
         charge = Charge(drawing.body.count * (size[0] * size[1] if size else _GUESSED_PIXELS))

@@ -42,7 +42,15 @@ def uploaded(files: Sequence[tuple[str, bytes]]) -> list[bytes]:
 
 
 def edit_of_json(body: bytearray, most: int) -> tuple[dict[str, Any], list[bytes]]:
-    """Read the fields and the files of a JSON edit.
+    """Read the fields and the files of a JSON edit; see `of_json`."""
+    fields, files = of_json(body, most)
+    if files is None:
+        raise InvalidField("images: got nothing; it is required", param="images", code="missing_required_parameter")
+    return fields, files
+
+
+def of_json(body: bytearray, most: int) -> tuple[dict[str, Any], list[bytes] | None]:
+    """Read the fields of a JSON body, and the files in its `images`; None if it has no such field.
 
     The base64 is taken out of the body first: what the parser sees is as small as a body without images, and the
     images are decoded piece by piece, so that other threads have their turn.
@@ -53,9 +61,7 @@ def edit_of_json(body: bytearray, most: int) -> tuple[dict[str, Any], list[bytes
     """
     skeleton, files = _without_data_urls(body, most)
     fields = json_object(skeleton)
-    if "images" not in fields:
-        raise InvalidField("images: got nothing; it is required", param="images", code="missing_required_parameter")
-    return fields, _referenced(fields.pop("images"), files)
+    return fields, _referenced(fields.pop("images"), files) if "images" in fields else None
 
 
 def _without_data_urls(body: bytearray, most: int) -> tuple[bytes, dict[str, bytes]]:

@@ -18,6 +18,7 @@ from fluxserve_client import AsyncClient, Tls
 from fluxserve_gateway.app import create_app
 from fluxserve_gateway.config import Config
 from fluxserve_gateway.fleet import Fleet, Server
+from fluxserve_gateway.jobs.settings import JobSettings
 from fluxserve_gateway.keys import Keys
 from fluxserve_gateway.log import Lines
 
@@ -87,7 +88,7 @@ def fleet_of(named: Sequence[str], ca: Path | None = None) -> Fleet:
     return Fleet(models)
 
 
-def run(fleet: Fleet, config: Config, keys: Keys | None, listening: Listening) -> None:
+def run(fleet: Fleet, config: Config, keys: Keys | None, listening: Listening, jobs: JobSettings | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; what runs then is finished, within two minutes.
 
     Raises:
@@ -97,9 +98,10 @@ def run(fleet: Fleet, config: Config, keys: Keys | None, listening: Listening) -
     if keys is None and not listening.is_loopback:
         raise ValueError(f"no-auth: got host {listening.host}, expected a loopback address, e.g. 127.0.0.1")
     config = replace(config, https=listening.certificate is not None)
+    app = create_app(fleet, config=config, keys=keys, jobs=jobs)
     lines = Lines(sys.stdout.fileno())
     logging.basicConfig(level=logging.INFO, handlers=[lines], force=True)
-    server = http_server(create_app(fleet, config=config, keys=keys), listening, config.send_timeout)
+    server = http_server(app, listening, config.send_timeout)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has drained
         signal.signal(number, lambda *_: None)
     try:
