@@ -212,8 +212,8 @@ def test_no_field_is_ignored(gateway: Gateway, fake: FakeFlux) -> None:
     }
     assert {*Generation.model_fields, *Edit.model_fields, "image"} == told
     with pytest.raises(openai.BadRequestError) as caught:
-        gateway.sdk().images.generate(prompt="a", extra_body={"negative_prompt": "b"})
-    assert (caught.value.param, caught.value.code) == ("negative_prompt", "unknown_parameter")
+        gateway.sdk().images.generate(prompt="a", extra_body={"scheduler": "b"})
+    assert (caught.value.param, caught.value.code) == ("scheduler", "unknown_parameter")
     assert fake.requests == []
 
 
