@@ -102,7 +102,8 @@ def parameters(job: Job, spec: FluxSpec) -> dict[str, str]:
     """Return what files say about a job; see families.base. Guidance is as it was typed: a float32 has seven digits."""
     task = "image-to-image" if job.get(IMAGE) is not None else "text-to-image"
     task = "references" if job.numbered(REFERENCES) else task
-    return {"task": task, **({"guidance": f"{job[GUIDANCE][0]:.7g}"} if spec.takes_guidance else {})}
+    names = (GUIDANCE,) if spec.takes_guidance and not spec.classifier_free else ()
+    return {"task": task, **{name: f"{job[name][0]:.7g}" for name in (*names, CFG_SCALE) if name in job.arrays}}
 
 
 def check(job: Job, spec: FluxSpec) -> None:
