@@ -32,14 +32,23 @@ _TERA = 1e12
 
 
 def counted(spec: FluxSpec, size: tuple[int, int], references: int) -> dict[str, float]:
-    """TFLOP of every component, the transformer's for one step; `references` are as large as the picture."""
+    """Return TFLOP of every component, the transformer's for one step with all of its passes.
+
+    Args:
+        references: images that are as large as the picture.
+    """
     text = {e.name: e.tokens for e in spec.text.encoders}
     latent_height, latent_width = spec.latent_size(*size)
     image = spec.image_tokens(*size) * (1 + references)
     lengths = {"image_tokens": image, "text_tokens": spec.text.sequence.tokens}
-    lengths |= {"rows": 1, "latent_height": latent_height, "latent_width": latent_width}
+    lengths |= {"latent_height": latent_height, "latent_width": latent_width}
+    passes = 2 if spec.classifier_free else 1
+    rows = {"vae_encoder": 1, "vae_decoder": 1}
     return {
-        name: _operations(spec, name, architecture, {**lengths, "tokens": text.get(name, 1)}) / _TERA
+        name: _operations(
+            spec, name, architecture, {**lengths, "rows": rows.get(name, passes), "tokens": text.get(name, 1)}
+        )
+        / _TERA
         for name, architecture in registry.architectures(spec).items()
     }
 

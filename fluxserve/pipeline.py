@@ -144,8 +144,9 @@ class Pipeline:
         height, width = jobs[0].height, jobs[0].width
         canvas = torch.empty(len(batch.rows), height, width, 3, dtype=torch.uint8, device=self.device)
         finite = torch.ones(len(batch.rows), dtype=torch.bool, device=self.device)
-        for first in range(0, len(batch.rows), self._max_rows):
-            rows = batch.rows[first : first + self._max_rows]
+        together = self._pictures_together(batch.passes)
+        for first in range(0, len(batch.rows), together):
+            rows = batch.rows[first : first + together]
             latents = self._denoise_watched(batch, rows, clock)
             if latents is not None:
                 with clock.stage("decode"):
@@ -159,6 +160,10 @@ class Pipeline:
             Drawing(pixels, timings, bool(good.all())) if pixels is not None and good is not None else None
             for pixels, good in shares
         ]
+
+    def _pictures_together(self, passes: int) -> int:
+        """Return how many pictures go through the network together, each of which takes a row for each pass."""
+        return max(1, min(self._max_rows, self._engines.network.signature.most("rows") // passes))
 
     def _denoise_watched(self, batch: "_Batch", rows: Sequence["_Row"], clock: DeviceClock) -> Tensor | None:
         """Run the loop for some rows, telling the watch after each step; None once nobody wants any of them."""
@@ -225,7 +230,7 @@ class Pipeline:
             for (own, _, encoded), draw in zip(rows, draws, strict=True)
         ]
         latents = torch.cat(starts)
-        guidance = recipe.guidance(job)
+        guidance = recipe.guidance([own for own, _, _ in rows], self._send)
         bound = self._bind_network(latents, self._inputs(rows, guidance.passes))
         yield latents
         own = latents.shape[1]
@@ -315,6 +320,11 @@ class _Batch:
         self.jobs, self.encoded, self._watch = jobs, encoded, watch
         self.rows = [_Row(index, seed) for index, job in enumerate(jobs) for seed in job.seeds]
         self._wanted = [True] * len(jobs)
+
+    @property
+    def passes(self) -> int:
+        """Passes of the network in each step, of which jobs of one likeness have equally many."""
+        return len(self.encoded[0].states)
 
     def tell(self, members: Sequence[int]) -> None:
         """One more step for each row; who was called off is not asked again."""

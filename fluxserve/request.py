@@ -113,9 +113,9 @@ def shown(value: object) -> str:
     return f"{len(value)} images" if isinstance(value, list | tuple) else str(value)
 
 
-def text(raw: bytes | None, field: str, most: int) -> str:
-    """Return a text that was given. Raises InvalidRequest."""
-    allowed = f"1 to {most} bytes of UTF-8 text"
+def text(raw: bytes | None, field: str, most: int, empty: bool = False) -> str:
+    """Return a text that was given; `empty`: which may have no words. Raises InvalidRequest."""
+    allowed = f"{0 if empty else 1} to {most} bytes of UTF-8 text"
     if raw is None:
         raise InvalidRequest(field, "nothing", allowed)
     if len(raw) > most:
@@ -124,7 +124,7 @@ def text(raw: bytes | None, field: str, most: int) -> str:
         words = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(field, f"bytes that are not UTF-8 (at byte {error.start})", allowed) from error
-    if not words.strip():
+    if not empty and not words.strip():
         raise InvalidRequest(field, "no text" if words else "0 bytes", allowed)
     if "\x00" in words:
         raise InvalidRequest(field, "a NUL character", allowed)

@@ -73,6 +73,7 @@ class Limits:
     """What a request may ask for. Sides and areas are in pixels.
 
     References are images that a picture is drawn after. A larger one than `max_reference_pixels` is scaled down.
+    `max_passes` bounds the passes of the network in a step: each takes one of the rows that an engine was built for.
     """
 
     min_side: int
@@ -81,6 +82,7 @@ class Limits:
     max_inference_steps: int = 100
     max_images: int = 8
     max_guidance_scale: float = 100.0
+    max_passes: int = 2
     max_prompt_bytes: int = 4096
     max_image_bytes: int = 32 * 2**20
     max_image_pixels: int = 64 * 10**6

@@ -11,13 +11,20 @@ import torch
 from diffusers import ConfigMixin
 from transformers import CLIPTextConfig, Mistral3Config, MistralConfig, PretrainedConfig, Qwen3Config, T5Config
 
-from fluxserve.families.flux.models import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV, FLUX2_DEV_TURBO, MEMBERS, TINY
+from fluxserve.families.flux.models import MEMBERS, TINY
 from fluxserve.families.flux.parts import FluxSpec, TransformerSpec
 from fluxserve.families.registry import architectures
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 MODELS = {spec.name: spec for spec in MEMBERS if spec is not TINY}
 _CONFIGS = {"clip": CLIPTextConfig, "t5": T5Config, "qwen3": Qwen3Config}
+_SHARED = {
+    "flux.1-schnell": "flux.1-dev",
+    "flux.2-klein-base-4b": "flux.2-klein-4b",
+    "flux.2-klein-base-9b": "flux.2-klein-9b",
+    "flux.2-dev-turbo": "flux.2-dev",
+}
+"""Model → the one whose text encoders it has."""
 _CHANNELS = (128, 256, 512, 512)
 """Of each level of every VAE."""
 
@@ -55,10 +62,15 @@ def vae(spec: FluxSpec, narrow: int = 1) -> dict[str, Any]:
     }
 
 
+def encoder(spec: FluxSpec, name: str) -> dict[str, Any]:
+    """What published.json says of a text encoder, which several models may share."""
+    known: dict[str, Any] = PUBLISHED["text_encoders"][_SHARED.get(spec.name, spec.name)][name]
+    return known
+
+
 def text_config(spec: FluxSpec, name: str, **changed: Any) -> PretrainedConfig:
     """Of a text encoder; `changed` are entries of its own."""
-    of = {FLUX1_SCHNELL.name: FLUX1_DEV.name, FLUX2_DEV_TURBO.name: FLUX2_DEV.name}.get(spec.name, spec.name)
-    known = {**PUBLISHED["text_encoders"][of][name], **changed}
+    known = {**encoder(spec, name), **changed}
     if name == "mistral3":
         return Mistral3Config(text_config=MistralConfig(**known).to_dict())
     config: PretrainedConfig = _CONFIGS[name](**known)

@@ -129,7 +129,7 @@ def _flux1(folder: Path, spec: FluxSpec, text_layers: int | None, narrow: int) -
 def _klein(folder: Path, spec: FluxSpec, text_layers: int | None, narrow: int) -> Modules:
     """As _flux1."""
     encoder = spec.text.sequence
-    known = published.PUBLISHED["text_encoders"][spec.name][encoder.name]
+    known = published.encoder(spec, encoder.name)
     narrowed = {
         name: max(1, known[name] // narrow)
         for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -146,7 +146,7 @@ def _klein(folder: Path, spec: FluxSpec, text_layers: int | None, narrow: int) -
         vae = AutoencoderKLFlux2(**published.vae(spec, narrow))
         text = Qwen3ForCausalLM(published.text_config(spec, encoder.name, **narrowed))
     scheduler = FlowMatchEulerDiscreteScheduler(**schedule)
-    pipe = Flux2KleinPipeline(scheduler, vae, text, tokenizer, transformer, is_distilled=True)
+    pipe = Flux2KleinPipeline(scheduler, vae, text, tokenizer, transformer, is_distilled=not spec.classifier_free)
     pipe.save_config(folder)
     scheduler.save_pretrained(folder / "scheduler")
     tokenizer.save_pretrained(folder / "tokenizer")

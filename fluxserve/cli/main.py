@@ -101,8 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "-o", "--output", type=_picture, default=Path("image.png"), help=".png, .jpg or .webp; default: %(default)s"
     )
-    for name, kind in (("height", int), ("width", int), ("num-inference-steps", int), ("guidance-scale", float)):
+    numbers = (("height", int), ("width", int), ("num-inference-steps", int))
+    for name, kind in (*numbers, ("guidance-scale", float), ("true-cfg-scale", float)):
         generate.add_argument(f"--{name}", type=kind, help="default: the model's own")
+    generate.add_argument("--negative-prompt", type=os.fsencode, metavar="TEXT", help="what not to draw")
     generate.add_argument("--seed", type=int, default=-1, help="default: -1, draw one")
     _model_options(generate)
     generate.set_defaults(command=_generate)
@@ -298,7 +300,7 @@ def _generate(options: argparse.Namespace) -> int:
     from fluxserve.serving.files import Files, open_signer
 
     config = settings.load({name: {"string_value": value} for name, value in _chosen(options).items()})
-    names = ("height", "width", "num_inference_steps", "guidance_scale", "seed")
+    names = ("height", "width", "num_inference_steps", "guidance_scale", "negative_prompt", "true_cfg_scale", "seed")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given["output_format"] = _FORMATS[options.output.suffix.lower()]
     found = source.find(config)

@@ -149,8 +149,12 @@ class Recipe(Protocol[SpecOf]):
             draw: noise of the latents' shape, for all rows.
         """
 
-    def guidance(self, job: Job) -> "Guidance":
-        """Return how the passes of a step are joined."""
+    def guidance(self, jobs: Sequence[Job], send: Send) -> "Guidance":
+        """Return how the passes of a step are joined.
+
+        Args:
+            jobs: of one likeness, one for each row of latents.
+        """
 
     def decoded(self, latents: "Tensor", job: Job, spec: SpecOf) -> "Tensor":
         """Return what the VAE decodes, [rows, C, h, w], of the loop's latents."""

@@ -14,6 +14,7 @@ when an engine asks for them by `file`, so that a tampered or truncated one is n
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -195,11 +196,19 @@ class Artifact:
             min_side=max(base.limits.min_side, least),
             max_side=min(base.limits.max_side, most),
             max_pixels=min(base.limits.max_pixels, shapes["max_size"][0] * shapes["max_size"][1]),
+            max_passes=min(base.limits.max_passes, self._rows),
         )
         side = min(max(base.defaults.side, limits.min_side), limits.max_side)
         if side * side > limits.max_pixels:
             side = min(shapes["opt_size"])
         return replace(base, limits=limits, defaults=replace(base.defaults, side=side))
+
+    @property
+    def _rows(self) -> int:
+        """Rows of the network that its engines take; unbounded where they read the checkpoint's weights."""
+        network = self.component(self.checkpoint.spec.network)
+        of_weights = all(file.startswith(f"{CHECKPOINT}/") for file in network.engines.values())
+        return sys.maxsize if of_weights else network.shapes["rows"][-1]
 
 
 def sha256(file: Path) -> str:

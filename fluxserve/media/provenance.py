@@ -95,6 +95,7 @@ class Provenance:
         """Return the text that Stable Diffusion's programs read: the prompt's lines, if any, then the settings."""
         settings = {
             "Steps": str(self.steps),
+            "CFG scale": self.own.get("cfg_scale", ""),
             "Distilled CFG Scale": self.own.get("guidance", ""),
             "Seed": str(self.seed),
             "Size": f"{self.width}x{self.height}",

@@ -38,11 +38,14 @@ class ClassifierFree:
     """Classifier-free guidance (arXiv 2207.12598): rows of the prompts first, then rows of the negative prompts.
 
     The joined prediction is negative + scale · (prompt − negative), in float32. A scale of 1 is the prompt alone.
+
+    Args:
+        scale: float32 [B], on the device: one for each row of latents.
     """
 
     passes = 2
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: Tensor) -> None:
         self._scale = scale
         self._joined: Tensor | None = None
 
@@ -53,4 +56,5 @@ class ClassifierFree:
         prompt, negative = prediction.chunk(self.passes)
         if self._joined is None:
             self._joined = torch.empty_like(prompt, dtype=torch.float32, memory_format=torch.contiguous_format)
-        return self._joined.copy_(negative).mul_(1 - self._scale).add_(prompt, alpha=self._scale)
+        scale = self._scale.view(-1, *(1,) * (prompt.ndim - 1))
+        return self._joined.copy_(prompt).sub_(negative).mul_(scale).add_(negative)

@@ -62,6 +62,7 @@ def test_every_option(fake: FakeFlux, run: Run) -> None:
     fake.pictures = (picture((1, 2, 3), "webp"),)
     Path("in.png").write_bytes(b"\x89PNGin")
     options = "--height 64 --width 96 --steps 9 --guidance 3.5 --seed -1 --image in.png --strength 0.5 --embed-prompt"
+    options += " --negative-prompt cat --true-cfg-scale 4.5"
     assert run("generate", "a fox", "-o", "fox.webp", *options.split(), "--quality", "80", "--request-id", "me") == 0
     assert fake.requests[0][0] == "me"
     assert inputs(fake) == {
@@ -73,6 +74,8 @@ def test_every_option(fake: FakeFlux, run: Run) -> None:
         "seed": -1,
         "image": b"\x89PNGin",
         "strength": 0.5,
+        "negative_prompt": b"cat",
+        "true_cfg_scale": 4.5,
         "output_format": b"webp",
         "quality": 80,
         "embed_prompt": True,

@@ -22,6 +22,8 @@ def test_the_inputs_of_flux() -> None:
         width=1,
         num_inference_steps=1,
         guidance_scale=1,
+        negative_prompt="",
+        true_cfg_scale=1,
         seed=1,
         num_images=1,
         image=b"",

@@ -50,6 +50,8 @@ async def test_every_option_becomes_its_tensor(fake: FakeFlux, connect: Connect)
             num_images=2,
             image=b"\x89PNG\x00\x00",
             strength=0.5,
+            negative_prompt="",
+            true_cfg_scale=4.5,
             output_format="webp",
             quality=80,
             request_id="a.B-9 é",
@@ -66,6 +68,8 @@ async def test_every_option_becomes_its_tensor(fake: FakeFlux, connect: Connect)
         "num_images": (np.int32, 2),
         "image": (np.object_, b"\x89PNG\x00\x00"),
         "strength": (np.float32, 0.5),
+        "negative_prompt": (np.object_, b""),
+        "true_cfg_scale": (np.float32, 4.5),
         "output_format": (np.object_, b"webp"),
         "quality": (np.int32, 80),
     }

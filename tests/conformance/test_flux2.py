@@ -1,6 +1,6 @@
 """FLUX.2 from a folder and a prompt, judged by diffusers as FLUX.1 is: latents after every step, and images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -81,9 +81,16 @@ def their_run(
     images: Sequence[np.ndarray] = (),
     size: tuple[int, int] | None = (64, 64),
     sigmas: Sequence[float] = (),
+    negative: str = "",
 ) -> tuple[list[torch.Tensor], np.ndarray]:
     """diffusers' pipeline from the prompt: latents after every step, images [n, h, w, 3]."""
     seen: list[torch.Tensor] = []
+    given = {"sigmas": list(sigmas)} if sigmas else {}
+    if negative:
+        embedded, _ = flux.pipe.encode_prompt(
+            negative, num_images_per_prompt=len(job.seeds), max_sequence_length=tokens
+        )
+        given["negative_prompt_embeds"] = embedded
     drawn = flux.pipe(
         prompt=prompt,
         image=[Image.fromarray(image) for image in images] or None,
@@ -96,7 +103,7 @@ def their_run(
         max_sequence_length=tokens,
         callback_on_step_end=parity.noting(seen),
         output_type="np",
-        **({"sigmas": list(sigmas)} if sigmas else {}),
+        **given,
     ).images
     return seen, drawn
 
@@ -138,6 +145,41 @@ def test_rows_together() -> None:
     klein = random_flux2.klein()
     job = job_of(klein, seeds=[4, 5, 6])
     parity.agree(opened(klein, max_rows=3), job, *their_run(klein, job, 4))
+
+
+BASE = [
+    ((64, 64), 1, 4.0, [0], "", []),
+    ((64, 96), 4, None, [7, 8], "", []),
+    ((96, 80), 9, 2.5, [3], "blurred, a cat", []),
+    ((64, 64), 3, 6.0, [1, 2], "", [(64, 80), (80, 64)]),
+    ((64, 80), 3, 1.0, [4], "", []),
+]
+
+
+@pytest.mark.parametrize(("size", "steps", "guidance", "seeds", "negative", "sizes"), BASE)
+def test_base(
+    size: tuple[int, int],
+    steps: int,
+    guidance: float | None,
+    seeds: list[int],
+    negative: str,
+    sizes: list[tuple[int, int]],
+) -> None:
+    """FLUX.2-klein Base: classifier-free guidance, references in both passes; a guidance of 1 is one pass."""
+    base, images = random_flux2.klein(distilled=False), random_flux2.pictures(*sizes)
+    more = ({"guidance_scale": guidance} if guidance else {}) | (
+        {"negative_prompt": negative.encode()} if negative else {}
+    )
+    job = job_of(base, size, steps, seeds, images=images, **more)
+    assert guidance_of(job) == (guidance or 4.0)
+    assert ("cfg_scale" in job.arrays) == (guidance != 1.0)
+    parity.agree(opened(base, max_rows=2), job, *their_run(base, job, steps, images=images, negative=negative))
+
+
+def test_base_takes_fifty_steps_of_its_own() -> None:
+    base = random_flux2.klein(distilled=False)
+    assert job_of(base, steps=None).steps == 50
+    opened(base).warm_up()
 
 
 @pytest.mark.parametrize(
@@ -253,6 +295,27 @@ def test_the_judge_sees_a_wrong_time(monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, _ = their_run(klein, job, 4, images=images)
     monkeypatch.setattr(tokens, "_REFERENCE_TIME", 11)
     assert relative(parity.our_steps(opened(klein), job)[-1], theirs[-1]) > RELATIVE
+
+
+def other_scale(job: Job) -> Job:
+    return changed(job, {"cfg_scale": job["cfg_scale"] * np.float32(1.01)})
+
+
+def other_order(job: Job) -> Job:
+    pairs = [(name, f"negative.{name}") for name in job.arrays if name.startswith(("ids.", "mask."))]
+    return changed(job, {a: job[b] for pair in pairs for a, b in (pair, pair[::-1])})
+
+
+def one_pass(job: Job) -> Job:
+    return changed(job, {name: None for name in job.arrays if name.startswith("negative.") or name == "cfg_scale"})
+
+
+@pytest.mark.parametrize("spoil", [other_scale, other_order, one_pass])
+def test_the_judge_sees_wrong_guidance(spoil: Callable[[Job], Job]) -> None:
+    base = random_flux2.klein(distilled=False)
+    job = job_of(base)
+    theirs, _ = their_run(base, job, 4)
+    assert relative(parity.our_steps(opened(base), spoil(job))[-1], theirs[-1]) > RELATIVE
 
 
 @pytest.mark.parametrize("spoil", [wrong_schedule, unmasked, other_padding])

@@ -19,7 +19,7 @@ from fluxserve.folders.artifact import Ranges
 from fluxserve.job import Job
 from fluxserve.kernels.operations import PLAIN
 from fluxserve.pipeline import Pipeline
-from tests.conformance.test_flux2 import PROMPT, job_of, their_run
+from tests.conformance.test_flux2 import BASE, PROMPT, job_of, their_run
 from tests.conformance.test_gpu import psnr
 from tests.support import parity, random_flux2
 from tests.support.fused import KERNELS
@@ -54,6 +54,24 @@ def test_sizes_and_steps(size: tuple[int, int], steps: int, seeds: Sequence[int]
     klein = random_flux2.klein()
     job = job_of(klein, size, steps, seeds)
     parity.agree(opened(klein, max_rows=2), job, *their_run(klein, job, steps))
+
+
+@pytest.mark.parametrize(("size", "steps", "guidance", "seeds", "negative", "sizes"), BASE)
+def test_base(
+    size: tuple[int, int],
+    steps: int,
+    guidance: float | None,
+    seeds: list[int],
+    negative: str,
+    sizes: list[tuple[int, int]],
+) -> None:
+    """FLUX.2-klein Base, whose two passes are rows that take turns."""
+    base, images = random_flux2.klein(distilled=False), random_flux2.pictures(*sizes)
+    more = ({"guidance_scale": guidance} if guidance else {}) | (
+        {"negative_prompt": negative.encode()} if negative else {}
+    )
+    job = job_of(base, size, steps, seeds, images=images, **more)
+    parity.agree(opened(base), job, *their_run(base, job, steps, images=images, negative=negative))
 
 
 def test_at_its_full_length_of_text() -> None:

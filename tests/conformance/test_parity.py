@@ -9,13 +9,14 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 
-from fluxserve.engine import Components
+from fluxserve.engine import Bound, Components, Engine, Shapes
 from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.job import Array, Job
 from fluxserve.pipeline import Pipeline
 from fluxserve.sampling import schedule
 from tests.support import exports, parity, random_flux
 from tests.support.fused import FusedOf
+from tests.support.jobs import changed
 from tests.support.parity import RELATIVE, our_steps, relative
 from tests.support.random_flux import RandomFlux
 
@@ -31,19 +32,30 @@ def job_of(
     image: np.ndarray | None = None,
     strength: float = 1.0,
     prompt_seed: int = 5,
+    cfg_scale: float = 1.0,
 ) -> Job:
-    """A job with random tokens: the parity of tokenisers is another test's business."""
-    rng = np.random.default_rng(prompt_seed)
-    clip_ids = rng.integers(0, random_flux.VOCABULARY - 2, spec.text.named("clip").tokens)
-    clip_ids[20:] = random_flux.VOCABULARY - 1
+    """A job with random tokens: the parity of tokenisers is another test's business.
+
+    Args:
+        cfg_scale: above 1 with a negative prompt, of random tokens too.
+    """
     sigmas = schedule.sigmas(steps, spec.image_tokens(*size), spec.schedule)
     arrays: dict[str, Array] = {}
     if image is not None:
         arrays["image"] = image
         sigmas = sigmas[schedule.image_to_image_start(steps, strength) :]
-    t5_ids = rng.integers(0, random_flux.VOCABULARY, spec.text.sequence.tokens)
-    arrays |= {"ids.clip": clip_ids, "ids.t5": t5_ids, "guidance": np.array([guidance], np.float32)}
+    arrays |= {"guidance": np.array([guidance], np.float32), **random_tokens(spec, prompt_seed)}
+    if cfg_scale > 1:
+        negative = {f"negative.{name}": ids for name, ids in random_tokens(spec, prompt_seed + 1).items()}
+        arrays |= {"cfg_scale": np.array([cfg_scale], np.float32), **negative}
     return Job(*size, tuple(seeds), sigmas, arrays)
+
+
+def random_tokens(spec: FluxSpec, seed: int) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    clip_ids = rng.integers(0, random_flux.VOCABULARY - 2, spec.text.named("clip").tokens)
+    clip_ids[20:] = random_flux.VOCABULARY - 1
+    return {"ids.clip": clip_ids, "ids.t5": rng.integers(0, random_flux.VOCABULARY, spec.text.sequence.tokens)}
 
 
 def their_run(
@@ -58,9 +70,15 @@ def their_run(
 
     # One image a row: given a single one, diffusers draws the posterior's sample from the first generator alone.
     task = {} if image is None else {"image": [Image.fromarray(image)] * rows, "strength": strength}
+    guided = {}
+    if "cfg_scale" in job.arrays:
+        sequence, pooled = their_states(flux, job, "negative.")
+        guided = {"negative_prompt_embeds": sequence, "negative_pooled_prompt_embeds": pooled}
+        guided |= {"true_cfg_scale": float(job["cfg_scale"][0])}
+    sequence, pooled = their_states(flux, job)
     images = pipe(
-        prompt_embeds=flux.t5(torch.from_numpy(job["ids.t5"])[None]).last_hidden_state.expand(rows, -1, -1),
-        pooled_prompt_embeds=flux.clip(torch.from_numpy(job["ids.clip"])[None]).pooler_output.expand(rows, -1),
+        prompt_embeds=sequence,
+        pooled_prompt_embeds=pooled,
         height=job.height,
         width=job.width,
         num_inference_steps=steps,
@@ -69,8 +87,15 @@ def their_run(
         callback_on_step_end=parity.noting(seen),
         output_type="np",
         **task,
+        **guided,
     ).images
     return seen, images
+
+
+def their_states(flux: RandomFlux, job: Job, which: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """T5's states and CLIP's pooled one of a job's prompt, a row for each of its pictures."""
+    rows, (t5, clip) = len(job.seeds), (torch.from_numpy(job[f"{which}ids.{name}"])[None] for name in ("t5", "clip"))
+    return flux.t5(t5).last_hidden_state.expand(rows, -1, -1), flux.clip(clip).pooler_output.expand(rows, -1)
 
 
 Open = Callable[[RandomFlux], Components]
@@ -122,6 +147,100 @@ def test_image_to_image(opened: Open, size: tuple[int, int], steps: int, strengt
     flux = random_flux.make()
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     check(opened, flux, job_of(flux.spec, size, steps, 3.5, seeds, image, strength), steps, image, strength)
+
+
+@pytest.mark.parametrize(
+    ("size", "steps", "scale", "seeds", "strength"),
+    [
+        ((64, 64), 1, 4.0, [0], None),
+        ((64, 96), 4, 1.5, [7], None),
+        ((128, 64), 5, 6.0, [1, 2], None),
+        ((64, 80), 5, 3.0, [4, 5], 0.6),
+    ],
+)
+def test_a_negative_prompt(
+    opened: Open, size: tuple[int, int], steps: int, scale: float, seeds: list[int], strength: float | None
+) -> None:
+    """Classifier-free guidance beside the distilled one; also of an image that is redrawn."""
+    flux = random_flux.make()
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8) if strength else None
+    job = job_of(flux.spec, size, steps, 3.5, seeds, image, strength or 1.0, cfg_scale=scale)
+    check(opened, flux, job, steps, image, strength or 1.0)
+
+
+def test_a_negative_prompt_for_schnell(opened: Open) -> None:
+    flux = random_flux.make(guidance_embeds=False, dynamic=False)
+    check(opened, flux, job_of(flux.spec, (64, 96), 3, 0.0, [5, 6], cfg_scale=2.5), 3)
+
+
+def test_two_scales_in_one_pass() -> None:
+    """Requests of one likeness go through the loop together, each with the scale and negative prompt of its own."""
+    flux = random_flux.make()
+    pipeline = Pipeline(flux.spec, flux.components(), max_rows=2)
+    jobs = [job_of(flux.spec, (64, 64), 3, 3.5, [k], prompt_seed=10 * k, cfg_scale=1.5 + 2 * k) for k in (1, 2)]
+    assert len({job.likeness for job in jobs}) == 1
+    with torch.inference_mode():
+        _, *ours = [x.clone() for x in pipeline.denoise([(job, job.seeds[0], pipeline.encode(job)) for job in jobs])]
+    for row, job in enumerate(jobs):
+        theirs, images = their_run(flux, job, 3)
+        assert all(relative(a[row], b[0]) < RELATIVE for a, b in zip(ours, theirs, strict=True))
+        drawing = pipeline.draw(jobs)[row]
+        assert drawing and np.abs(drawing.images / 255.0 - images).max() <= 0.5 / 255 + RELATIVE
+
+
+def other_scale(job: Job) -> Job:
+    return changed(job, {"cfg_scale": job["cfg_scale"] * np.float32(1.01)})
+
+
+def other_order(job: Job) -> Job:
+    """The prompt in the place of the negative prompt."""
+    names = ("ids.clip", "ids.t5")
+    negative = {name: job[f"negative.{name}"] for name in names}
+    return changed(job, {**negative, **{f"negative.{name}": job[name] for name in names}})
+
+
+def one_pass(job: Job) -> Job:
+    return changed(job, {name: None for name in job.arrays if name.startswith("negative.") or name == "cfg_scale"})
+
+
+@pytest.mark.parametrize("spoil", [other_scale, other_order, one_pass])
+def test_the_judge_sees_wrong_guidance(spoil: Callable[[Job], Job]) -> None:
+    flux = random_flux.make()
+    job = job_of(flux.spec, (64, 64), 4, 3.5, [0], cfg_scale=4.0)
+    theirs, _ = their_run(flux, job, 4)
+    pipeline = Pipeline(flux.spec, flux.components())
+    assert relative(our_steps(pipeline, job)[-1], theirs[-1]) < RELATIVE
+    assert relative(our_steps(pipeline, spoil(job))[-1], theirs[-1]) > RELATIVE
+
+
+class Watched:
+    """An engine that notes how many rows it is bound for."""
+
+    def __init__(self, engine: Engine, rows: tuple[int, int]) -> None:
+        self._engine, self.signature, self.bound = engine, engine.signature.narrowed({"rows": rows}), list[int]()
+
+    def bind(self, shapes: Shapes) -> Bound:
+        self.signature.resolve(shapes)
+        self.bound.append(shapes["hidden_states"][0])
+        return self._engine.bind(shapes)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+@pytest.mark.parametrize(("scale", "seeds", "rows"), [(1.0, [1, 2, 3], [3]), (4.0, [1, 2, 3], [2]), (4.0, [1], [2])])
+def test_rows_of_a_network(scale: float, seeds: list[int], rows: list[int]) -> None:
+    """A prompt alone takes one row a picture; with a negative prompt two, and as many pictures as the engine has room
+    for go together, whatever max_rows allows."""
+    flux = random_flux.make()
+    components = flux.components()
+    network = Watched(components.network, (1, 3))
+    watched = components.replacing(transformer=network)
+    (drawing,) = Pipeline(flux.spec, watched, max_rows=3).draw(
+        [job_of(flux.spec, (64, 64), 2, 3.5, seeds, cfg_scale=scale)]
+    )
+    assert drawing is not None and len(drawing.images) == len(seeds)
+    assert network.bound == rows
 
 
 def test_the_judge_sees_a_wrong_schedule() -> None:

@@ -17,6 +17,7 @@ from openai.types import image_edit_params, image_generate_params
 from tests.client.fakes import FakeFlux
 from tests.gateway.serving import Gateway, png
 
+NEGATIVE = {"negative_prompt": "a cat", "true_cfg_scale": 4.5}
 README = Path(__file__).parents[2] / "gateway" / "README.md"
 
 
@@ -43,7 +44,7 @@ def test_a_picture(gateway: Gateway, fake: FakeFlux) -> None:
         moderation="low",
         quality="auto",
         response_format="b64_json",
-        extra_body={"seed": 7, "num_inference_steps": 3, "guidance_scale": 2, "embed_prompt": True},
+        extra_body={"seed": 7, "num_inference_steps": 3, "guidance_scale": 2, "embed_prompt": True, **NEGATIVE},
     )
     assert sent(fake) == {
         "prompt": "a red fox 🦊",
@@ -56,6 +57,7 @@ def test_a_picture(gateway: Gateway, fake: FakeFlux) -> None:
         "num_inference_steps": 3,
         "guidance_scale": 2.0,
         "embed_prompt": True,
+        **NEGATIVE,
     }
     assert answer.data is not None
     pictures = [base64.b64decode(image.b64_json or "") for image in answer.data]
@@ -210,8 +212,8 @@ def test_no_field_is_ignored(gateway: Gateway, fake: FakeFlux) -> None:
     }
     assert {*Generation.model_fields, *Edit.model_fields, "image"} == told
     with pytest.raises(openai.BadRequestError) as caught:
-        gateway.sdk().images.generate(prompt="a", extra_body={"negative_prompt": "b"})
-    assert (caught.value.param, caught.value.code) == ("negative_prompt", "unknown_parameter")
+        gateway.sdk().images.generate(prompt="a", extra_body={"scheduler": "b"})
+    assert (caught.value.param, caught.value.code) == ("scheduler", "unknown_parameter")
     assert fake.requests == []
 
 
@@ -246,6 +248,9 @@ def test_no_field_is_ignored(gateway: Gateway, fake: FakeFlux) -> None:
         ("stream", "yes"),
         ("mask", "x"),
         ("strength", 0.5),
+        ("true_cfg_scale", 0.5),
+        ("negative_prompt", 3),
+        ("negative_prompt", "a" * 32_001),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(gateway: Gateway, fake: FakeFlux, param: str, given: Any) -> None:

@@ -76,7 +76,7 @@ class OnnxOf:
         from fluxserve.folders.checkpoint import Checkpoint
 
         flux.save(folder)
-        sizes = options.Sizes((64, 64), (128, 128), (256, 256), 3)
+        sizes = options.Sizes((64, 64), (128, 128), (256, 256), 4)
         engines: dict[str, Engine] = {}
         for name in flux.spec.components:
             ranges = options.ranges(name, flux.spec, sizes)

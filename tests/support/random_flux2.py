@@ -71,14 +71,18 @@ class RandomFlux2:
 
 
 @cache
-def klein(tied: bool = True, seed: int = 0, head_dim: int = 32) -> RandomFlux2:
+def klein(tied: bool = True, seed: int = 0, head_dim: int = 32, distilled: bool = True) -> RandomFlux2:
     """The same weights for the same arguments; `tied` embeddings as in klein-4B, or not, as in klein-9B.
+
+    One that is not distilled is a klein Base.
 
     A head's size is the published ones' only if it is 128, and then large enough for the fused engine's kernels.
     """
     torch.manual_seed(seed)
     text, transformer, vae = _scaled(_qwen3(tied), _transformer(guidance_embeds=False, head_dim=head_dim), _vae())
-    return RandomFlux2(Flux2KleinPipeline(_scheduler(), vae, text, qwen_tokenizer(), transformer, is_distilled=True))
+    return RandomFlux2(
+        Flux2KleinPipeline(_scheduler(), vae, text, qwen_tokenizer(), transformer, is_distilled=distilled)
+    )
 
 
 @cache

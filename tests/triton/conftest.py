@@ -184,11 +184,11 @@ def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
-def drawn_by(given: dict[str, str], fields: dict[str, object]) -> np.ndarray:
+def drawn_by(chosen: dict[str, str], fields: dict[str, object]) -> np.ndarray:
     """The picture that the pipeline draws in this process."""
-    found = source.find(settings.load({name: {"string_value": value} for name, value in given.items()}))
+    found = source.find(settings.load({name: {"string_value": value} for name, value in chosen.items()}))
     pipeline = Pipeline(found.spec, found.open_components("cpu", "float32"))
-    given = {**fields, "prompt": str(fields["prompt"]).encode()}
+    given = {name: value.encode() if isinstance(value, str) else value for name, value in fields.items()}
     (drawing,) = pipeline.draw([registry.plan(given, found.spec, Tokenizers(found.checkpoint))])
     assert drawing is not None
     return drawing.images[0]

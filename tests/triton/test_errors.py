@@ -60,6 +60,8 @@ BAD = {
     "strength 0": ({"image": png(), "strength": 0.0}, "strength", "got 0.0", "0 < strength <= 1"),
     "strength NaN": ({"image": png(), "strength": float("nan")}, "strength", "nan", "0 < strength <= 1"),
     "strength alone": ({"strength": 0.5}, "strength", "got 0.5", "only beside an image"),
+    "scale alone": ({"true_cfg_scale": 4.0}, "true_cfg_scale", "got 4.0", "beside a negative_prompt"),
+    "no scale": ({"negative_prompt": "cat"}, "negative_prompt", "got 3 bytes", "only beside a true_cfg_scale"),
     "unknown format": ({"output_format": "bmp"}, "output_format", "'bmp'", "png, jpeg, webp, raw"),
     "quality 0": ({"quality": 0}, "quality", "got 0", "1 to 100"),
     "no image": ({"image": b"what is this"}, "image", "12 bytes of no known image format", "PNG, JPEG, WEBP"),

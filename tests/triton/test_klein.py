@@ -47,6 +47,7 @@ def test_a_prompt_becomes_a_picture(client: PlainClient, folder: Path) -> None:
         ("guidance_scale", 3.5, "1, or nothing: custom is distilled to be drawn without"),
         ("num_inference_steps", 50, "1 to 8"),
         ("strength", 0.5, "nothing: custom draws after its images and redraws none of them"),
+        ("true_cfg_scale", 2.0, "nothing: custom does not take it, it is drawn in one pass a step"),
     ],
 )
 def test_what_makes_no_sense_for_the_model(client: PlainClient, field: str, value: float, allowed: str) -> None:

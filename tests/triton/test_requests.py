@@ -18,7 +18,7 @@ from fluxserve.media import images as imaging
 from fluxserve.pipeline import Pipeline
 from fluxserve.supervisor import TritonServer
 from fluxserve.text import Tokenizers
-from tests.triton.conftest import PATIENCE, PlainClient, counters, plain, running, wait_for
+from tests.triton.conftest import PATIENCE, PlainClient, counters, drawn_by, plain, running, wait_for
 
 pytestmark = pytest.mark.xdist_group("triton")
 
@@ -87,6 +87,18 @@ def test_through_triton_as_in_process(server: TritonServer) -> None:
     assert drawing is not None
     theirs = pixels(plain(server, "grpc").draw(seed=5)["images"][0])
     assert np.abs(theirs.astype(int) - drawing.images[0]).max() <= 1
+
+
+def test_a_negative_prompt(client: PlainClient) -> None:
+    """As in this process; and not as without, with another scale, or with other words, of which there may be none."""
+    fields = {"prompt": "a fox on a blue background", "seed": 7, "height": 64, "width": 96, "num_inference_steps": 3}
+    guided = {"negative_prompt": "a cat", "true_cfg_scale": 4.5}
+    (drawn,) = client.draw(**fields, **guided)["images"]
+    assert np.abs(pixels(drawn).astype(int) - drawn_by({}, {**fields, **guided})).max() <= 1
+    others = [{}, {**guided, "true_cfg_scale": 2.0}, {**guided, "negative_prompt": ""}]
+    plainly, *differ = [client.draw(**fields, **other)["images"][0] for other in others]
+    assert drawn not in (plainly, *differ)
+    assert client.draw(**fields, **{**guided, "true_cfg_scale": 1.0})["images"][0] == plainly
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from fluxserve.errors import ArtifactError, ShapeError
+from fluxserve.errors import ArtifactError, InvalidRequest, ShapeError
 from fluxserve.families.flux.models import TINY
 from fluxserve.folders import artifact as artifacts
 from fluxserve.folders import checkpoint as checkpoints
 from fluxserve.folders.artifact import MANIFEST, Ranges
 from fluxserve.settings import default_checkpoint
 from tests.support import artifacts as made
+from tests.support.jobs import parse
 
 ENGINE = "transformer/any/model.onnx"
 CONFIG = "checkpoint/vae/config.json"
@@ -296,3 +297,23 @@ def test_the_spec_is_narrowed(
     assert read.spec.defaults.num_inference_steps == TINY.defaults.num_inference_steps
     assert (read.spec.name, read.spec.vae) == ("tiny", read.checkpoint.spec.vae)
     assert read.checkpoint.spec.limits == TINY.limits, "the checkpoint's own stay"
+
+
+@pytest.mark.parametrize(("rows", "passes"), [(1, 1), (2, 2), (8, 2)])
+def test_a_network_of_one_row_takes_one_pass_a_step(folder: Path, rows: int, passes: int) -> None:
+    made.put(folder, ["components", "transformer", "shapes", "rows"], [1, 1, rows])
+    spec = artifacts.read(folder).spec
+    assert spec.limits.max_passes == passes
+    fields = {"prompt": b"a fox", "negative_prompt": b"", "true_cfg_scale": 4.0}
+    if passes == 2:
+        parse(fields, spec)
+        return
+    with pytest.raises(InvalidRequest, match=r"^true_cfg_scale: got 4; allowed: at most 1: .* one row.*--max-batch 2"):
+        parse(fields, spec)
+
+
+def test_a_network_that_reads_weights_takes_two(folder: Path) -> None:
+    """The fused engine is not built for a number of rows, whatever pictures its artifact was verified with."""
+    made.put(folder, ["components", "transformer", "shapes", "rows"], [1, 1, 1])
+    made.put(folder, ["components", "transformer", "engines"], {"any": "checkpoint/transformer/config.json"})
+    assert artifacts.read(folder).spec.limits.max_passes == 2

@@ -16,7 +16,17 @@ from safetensors.torch import load_file, save_file
 from fluxserve.engines.open import open_components
 from fluxserve.engines.torch_eager import load_module
 from fluxserve.errors import CheckpointError, EngineError, UnsupportedArchitecture
-from fluxserve.families.flux.models import FLUX2_DEV, FLUX2_DEV_TURBO, FLUX2_KLEIN_4B
+from fluxserve.families.flux import folder as folders
+from fluxserve.families.flux.configs import as_base
+from fluxserve.families.flux.models import (
+    FLUX2_DEV,
+    FLUX2_DEV_TURBO,
+    FLUX2_KLEIN_4B,
+    FLUX2_KLEIN_9B,
+    FLUX2_KLEIN_BASE_4B,
+    FLUX2_KLEIN_BASE_9B,
+)
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.families.flux.tensors import tensors
 from fluxserve.folders import checkpoint
 from fluxserve.kernels.operations import PLAIN
@@ -101,14 +111,38 @@ def test_a_model_that_the_folder_is_not(published_dev: Path, folder: Path, klein
     ):
         with pytest.raises(UnsupportedArchitecture) as caught:
             checkpoint.read(path, model=model)
-        assert str(caught.value) == f"{path}: model: got {model!r}; expected {expected}, by its transformer's shape"
+        assert (
+            str(caught.value)
+            == f"{path}: model: got {model!r}; expected {expected}, by its transformer and whether it is distilled"
+        )
 
 
-@pytest.mark.parametrize("is_distilled", [False, None, "remove", 1])
+@pytest.mark.parametrize("is_distilled", [False, "remove"])
 def test_a_klein_that_is_not_distilled(klein: Path, is_distilled: object) -> None:
-    """It is drawn in two passes per step; in one, it would draw something else without a word."""
+    """A Base model is drawn in two passes per step, and an entry that is missing says so, as in diffusers."""
+    distilled = checkpoint.read(klein).spec
+    change(klein / "model_index.json", is_distilled=is_distilled)
+    base = checkpoint.read(klein).spec
+    assert isinstance(base, FluxSpec) and base.classifier_free
+    assert (base.defaults, base.limits) == (FLUX2_KLEIN_BASE_4B.defaults, FLUX2_KLEIN_BASE_4B.limits)
+    assert (base.name, base.text) == (distilled.name, distilled.text), "what the folder says stays"
+
+
+@pytest.mark.parametrize("is_distilled", [None, 1, "false"])
+def test_a_klein_that_does_not_say_whether_it_is_distilled(klein: Path, is_distilled: object) -> None:
     change(klein / "model_index.json", is_distilled=is_distilled)
     assert "is_distilled" in refusal(klein, UnsupportedArchitecture)
+
+
+@pytest.mark.parametrize("member", [FLUX2_KLEIN_BASE_4B, FLUX2_KLEIN_BASE_9B], ids=lambda m: m.name)
+def test_a_base_of_a_published_shape(member: FluxSpec) -> None:
+    """Its configurations are its klein's: model_index.json alone tells them apart, and a name may not contradict it."""
+    (klein,) = (m for m in (FLUX2_KLEIN_4B, FLUX2_KLEIN_9B) if m.transformer == member.transformer)
+    assert as_base(klein) == member
+    for spec, other in ((klein, member), (member, klein)):
+        assert folders.named(spec, spec.name) == spec
+        with pytest.raises(ValueError, match=f"{spec.name}, by its"):
+            folders.named(spec, other.name)
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,11 @@ def test_whatever_a_request_may_ask_for_is_built(sizes: Sizes) -> None:
     """The other way round: what the narrowed model accepts fits the engines, and its default is among it."""
     sizes.check(TINY)
     shapes = {name: list(getattr(sizes, name)) for name in ("min_size", "opt_size", "max_size")}
-    spec = Artifact(Path(), {"shapes": shapes}, Checkpoint(Path(), TINY)).spec
+    network = {"precision": "fp32", "compute_dtype": "float32", "engines": {"any": "transformer/any/model.onnx"}}
+    network["shapes"] = ranges("transformer", TINY, sizes)
+    manifest = {"shapes": shapes, "components": {"transformer": network}}
+    spec = Artifact(Path(), manifest, Checkpoint(Path(), TINY)).spec
+    assert spec.limits.max_passes <= sizes.max_batch
     tokens = ranges("transformer", TINY, sizes)["image_tokens"]
     latents = ranges("vae_decoder", TINY, sizes)
     accepted = []

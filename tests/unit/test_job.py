@@ -178,6 +178,35 @@ def test_arrays_that_prepare_would_not_send(arrays: dict[str, Array | None], mes
         check(changed(a_job(), arrays), FLUX().spec)
 
 
+SCALE = np.array([4.0], np.float32)
+NEGATIVE = {"negative.ids.clip": np.zeros(77, np.int64), "negative.ids.t5": np.zeros(24, np.int64)}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"cfg_scale": SCALE}, r"job: got no negative\.ids\.clip, negative\.ids\.t5"),
+        ({**NEGATIVE}, "job: got an array 'negative.ids.clip'"),
+        ({**NEGATIVE, "cfg_scale": SCALE, "negative.ids.t5": np.full(512, -1)}, r"negative\.ids\.t5: got 512 ids"),
+        ({**NEGATIVE, "cfg_scale": SCALE * 0}, "cfg_scale: got 0.0"),
+        ({**NEGATIVE, "cfg_scale": SCALE * np.nan}, "cfg_scale: got nan"),
+        ({**NEGATIVE, "cfg_scale": SCALE.repeat(2)}, "cfg_scale: got 4.0, 4.0; allowed: one number"),
+        ({**NEGATIVE, "cfg_scale": SCALE.astype(np.float64)}, "cfg_scale: got float64"),
+        ({"guidance": SCALE.repeat(2)}, "guidance: got 4.0, 4.0; allowed: one number"),
+    ],
+)
+def test_guidance_that_prepare_would_not_send(arrays: dict[str, Array | None], message: str) -> None:
+    check(changed(a_job(), {**NEGATIVE, "cfg_scale": SCALE}), FLUX().spec)
+    with pytest.raises(InvalidRequest, match=message):
+        check(changed(a_job(), arrays), FLUX().spec)
+
+
+def test_a_klein_takes_one_pass() -> None:
+    spec, job = klein_job({"cfg_scale": SCALE})
+    with pytest.raises(InvalidRequest, match="cfg_scale: got an array; allowed: nothing"):
+        check(job, spec)
+
+
 @pytest.mark.parametrize("sizes", [[], [(64, 80)], [(64, 64), (80, 96), (64, 64)]], ids=str)
 def test_a_job_crosses_as_it_is(sizes: list[tuple[int, int]]) -> None:
     job = klein_job(numbered(sizes))[1]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fluxserve import __version__
 from fluxserve.families import registry
+from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.media.images import read_image, write_image
 from fluxserve.media.png import strips
 from fluxserve.media.provenance import MAX_PROMPT_BYTES, Provenance, System
@@ -119,8 +120,12 @@ def test_every_model_says_how_a_picture_was_drawn(spec: ModelSpec) -> None:
     alone, with_image = (family.parameters(family.nothing(spec, 64, image), spec) for image in (False, True))
     assert alone["task"] == "text-to-image"
     assert with_image["task"] == ("references" if spec.takes_references else "image-to-image")
-    guidance = {"guidance": f"{spec.defaults.guidance_scale:g}"} if spec.takes_guidance else {}
-    assert alone == {"task": "text-to-image", **guidance}
+    scale = f"{spec.defaults.guidance_scale:g}"
+    if isinstance(spec, FluxSpec) and spec.classifier_free:
+        assert alone == {"task": "text-to-image", "cfg_scale": scale}
+        assert f", CFG scale: {scale}, Seed" in replace(MADE, own=alone).parameters()
+    else:
+        assert alone == {"task": "text-to-image", **({"guidance": scale} if spec.takes_guidance else {})}
     assert properties(replace(MADE, own=alone).xmp())[f"{OURS}task"] == "text-to-image"
 
 

@@ -17,19 +17,24 @@ from fluxserve.families.flux.models import (
     FLUX2_DEV_TURBO,
     FLUX2_KLEIN_4B,
     FLUX2_KLEIN_9B,
+    FLUX2_KLEIN_BASE_4B,
+    FLUX2_KLEIN_BASE_9B,
     MEMBERS,
     TINY,
 )
 from fluxserve.families.flux.parts import FluxSpec
+from fluxserve.families.flux.request import FluxRequest
 from fluxserve.media.images import decode, write_image
-from fluxserve.request import DRAWN_SEEDS, MAX_SEED, Request, fit
+from fluxserve.request import DRAWN_SEEDS, MAX_SEED, fit
 from tests.support.jobs import parse
 
 PNG = write_image(np.zeros((96, 160, 3), np.uint8), "png", 90)
 
 
-def ask(spec: FluxSpec = TINY, **fields: Any) -> Request:
-    return parse({"prompt": b"a fox", **fields}, spec)
+def ask(spec: FluxSpec = TINY, **fields: Any) -> FluxRequest:
+    request = parse({"prompt": b"a fox", **fields}, spec)
+    assert isinstance(request, FluxRequest)
+    return request
 
 
 def refusal(spec: FluxSpec = TINY, **fields: Any) -> InvalidRequest:
@@ -77,6 +82,45 @@ def test_what_makes_no_sense_for_a_klein(spec: FluxSpec) -> None:
     for fields in ({}, {"image": [PNG]}):
         allowed = f"nothing: {spec.name} draws after its images and redraws none of them"
         assert str(refusal(spec, strength=0.5, **fields)) == f"strength: got 0.5; allowed: {allowed}"
+
+
+def test_a_negative_prompt_is_for_a_second_pass() -> None:
+    """With the scale that diffusers calls true_cfg_scale; of 1, it is off."""
+    for spec in (FLUX1_DEV, FLUX1_SCHNELL, TINY):
+        assert (ask(spec).negative_prompt, ask(spec, true_cfg_scale=1.0).negative_prompt) == (None, None)
+        for words in (b"", b" ", "übermäßig".encode()):
+            r = ask(spec, negative_prompt=words, true_cfg_scale=4.5)
+            assert (r.negative_prompt, r.cfg_scale) == (words.decode(), 4.5)
+        assert ask(spec, negative_prompt=b"x", true_cfg_scale=1.0).negative_prompt is None
+        got = "true_cfg_scale: got 4.5; allowed: 1, or more beside a negative_prompt, which may be empty"
+        assert str(refusal(spec, true_cfg_scale=4.5)) == got
+        got = "negative_prompt: got 3 bytes; allowed: only beside a true_cfg_scale, above 1"
+        assert str(refusal(spec, negative_prompt=b"cat")) == got
+        for scale in (0.0, 0.99, -1.0, 100.1, math.nan, math.inf):
+            error = refusal(spec, negative_prompt=b"cat", true_cfg_scale=scale)
+            assert str(error) == f"true_cfg_scale: got {scale}; allowed: a finite number from 1 to 100"
+        for words, why in ((b"a\xff", "not UTF-8"), (b"a\x00", "NUL"), (b"x" * 4097, "4097 bytes")):
+            error = refusal(spec, negative_prompt=words, true_cfg_scale=2.0)
+            assert error.field == "negative_prompt" and why in error.got
+
+
+@pytest.mark.parametrize("spec", [FLUX2_KLEIN_4B, FLUX2_DEV, FLUX2_DEV_TURBO], ids=lambda m: m.name)
+def test_models_of_one_pass(spec: FluxSpec) -> None:
+    allowed = f"nothing: {spec.name} does not take it, it is drawn in one pass a step"
+    assert str(refusal(spec, negative_prompt=b"cat")) == f"negative_prompt: got 3 bytes; allowed: {allowed}"
+    assert str(refusal(spec, true_cfg_scale=2.0)) == f"true_cfg_scale: got 2.0; allowed: {allowed}"
+
+
+@pytest.mark.parametrize("spec", [FLUX2_KLEIN_BASE_4B, FLUX2_KLEIN_BASE_9B], ids=lambda m: m.name)
+def test_a_base_is_guided_by_a_second_pass(spec: FluxSpec) -> None:
+    """Against no words unless others are given; with a guidance of 1 in one pass."""
+    r = ask(spec)
+    assert (r.num_inference_steps, r.guidance_scale, r.negative_prompt, r.cfg_scale) == (50, 4.0, "", 4.0)
+    r = ask(spec, guidance_scale=2.5, negative_prompt=b"cat")
+    assert (r.negative_prompt, r.cfg_scale) == ("cat", 2.5)
+    assert ask(spec, guidance_scale=1.0).negative_prompt is None
+    allowed = f"nothing: {spec.name} does not take it, its guidance_scale is that scale"
+    assert str(refusal(spec, true_cfg_scale=2.0)) == f"true_cfg_scale: got 2.0; allowed: {allowed}"
 
 
 def test_turbo_is_drawn_in_its_own_steps() -> None:

@@ -110,7 +110,7 @@ def test_the_state_is_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.5])
 def test_classifier_free_guidance(scale: float, dtype: torch.dtype) -> None:
-    guidance, x = ClassifierFree(scale), latents()
+    guidance, x = ClassifierFree(torch.full(SHAPE[:1], scale)), latents()
     window = torch.empty(2 * SHAPE[0], *SHAPE[1:], dtype=dtype)
     guidance.write(window, x)
     assert torch.equal(window, torch.cat([x, x]).to(dtype))

@@ -124,8 +124,8 @@ def test_the_family() -> None:
     assert FLUX1_SCHNELL.defaults == Defaults(1024, 4, 0.0)
     assert FLUX2_KLEIN_4B.defaults == FLUX2_KLEIN_9B.defaults == Defaults(1024, 4, 1.0)
     assert FLUX2_DEV_TURBO.defaults == Defaults(1024, 8, 2.5)
-    assert len({m.name for m in models.MEMBERS}) == len(models.MEMBERS) == 7
-    assert len({m.transformer for m in models.MEMBERS}) == 6, "dev's Turbo has dev's"
+    assert len({m.name for m in models.MEMBERS}) == len(models.MEMBERS) == 9
+    assert len({m.transformer for m in models.MEMBERS}) == 6, "dev's Turbo has dev's, a Base its klein's"
 
 
 def test_turbo_is_dev_drawn_in_eight_steps() -> None:

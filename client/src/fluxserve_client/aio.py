@@ -145,6 +145,8 @@ class AsyncClient:
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        true_cfg_scale: float | None = None,
         seed: int | None = None,
         num_images: int | None = None,
         image: ImageInput | Sequence[ImageInput] | None = None,
@@ -163,6 +165,9 @@ class AsyncClient:
             height, width: pixels, multiples of 16 within the model's limits.
             num_inference_steps: denoising steps, 1 to the model's limit.
             guidance_scale: how closely to follow the prompt.
+            negative_prompt: what not to draw, at most 4,096 bytes of UTF-8. It takes a second pass in every step, and
+                so twice the time. With FLUX.1 give a `true_cfg_scale` beside it; else FLUX.2-klein Base alone takes it.
+            true_cfg_scale: with FLUX.1, how far to keep from `negative_prompt`: above 1; 1 switches it off.
             seed: -1 draws one; the ones used are in the result. Image k of several has seed + k.
             num_images: 1 to 8.
             image: a picture to start from: the bytes of a PNG, JPEG or WebP file, its path, a Pillow image, or a data
@@ -199,6 +204,8 @@ class AsyncClient:
             width=width,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            true_cfg_scale=true_cfg_scale,
             seed=seed,
             num_images=num_images,
             image=image,

@@ -205,6 +205,9 @@ def _generate_options(command: argparse.ArgumentParser) -> None:
     picture.add_argument("--width", type=int, metavar="PIXELS", help="a multiple of 16")
     picture.add_argument("--steps", type=int, help="denoising steps: more is finer and slower")
     picture.add_argument("--guidance", type=float, help="how closely to follow the prompt")
+    negative = "what not to draw: a second pass in every step, twice the time; FLUX.1 wants --true-cfg-scale beside it"
+    picture.add_argument("--negative-prompt", metavar="TEXT", help=negative)
+    picture.add_argument("--true-cfg-scale", type=float, help="FLUX.1: how far to keep from that, above 1")
     picture.add_argument("--seed", type=int, help="the same seed draws the same picture; -1 draws one")
     of_image = "start from this PNG, JPEG or WebP picture; FLUX.2: draw after it, may be repeated"
     picture.add_argument("--image", type=Path, action="append", metavar="FILE", help=of_image)
@@ -246,6 +249,8 @@ def _generate(client: Client, arguments: argparse.Namespace) -> int:
             width=arguments.width,
             num_inference_steps=arguments.steps,
             guidance_scale=arguments.guidance,
+            negative_prompt=arguments.negative_prompt,
+            true_cfg_scale=arguments.true_cfg_scale,
             seed=arguments.seed,
             num_images=arguments.num_images,
             image=arguments.image,

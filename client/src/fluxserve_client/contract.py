@@ -39,6 +39,8 @@ class Request:
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    true_cfg_scale: float | None = None
     seed: int | None = None
     num_images: int | None = None
     image: ImageInput | Sequence[ImageInput] | None = None
@@ -148,6 +150,8 @@ _INPUTS: dict[str, Callable[[str, object], Tensor]] = {
     "width": _integer(np.int32),
     "num_inference_steps": _integer(np.int32),
     "guidance_scale": _float,
+    "negative_prompt": _text,
+    "true_cfg_scale": _float,
     "seed": _integer(np.int64),
     "num_images": _integer(np.int32),
     "image": _pictures,

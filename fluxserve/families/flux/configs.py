@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any
 
-from fluxserve.families.flux.models import FLUX1_DEV, FLUX1_SCHNELL, FLUX2_DEV, FLUX2_KLEIN_4B, MEMBERS
+from fluxserve.families.flux.models import (
+    FLUX1_DEV,
+    FLUX1_SCHNELL,
+    FLUX2_DEV,
+    FLUX2_KLEIN_4B,
+    FLUX2_KLEIN_BASE_4B,
+    MEMBERS,
+)
 from fluxserve.families.flux.parts import FluxSpec, TransformerSpec, VaeSpec
 from fluxserve.sampling.schedule import ScheduleSpec
 
@@ -66,7 +73,21 @@ def as_member(found: FluxSpec, member: FluxSpec) -> FluxSpec:
     """
     assert found.transformer == member.transformer, "another shape is another model"
     schedule = replace(found.schedule, base_sigmas=member.schedule.base_sigmas)
-    return replace(found, name=member.name, schedule=schedule, defaults=member.defaults, limits=member.limits)
+    return replace(
+        found,
+        name=member.name,
+        schedule=schedule,
+        defaults=member.defaults,
+        limits=member.limits,
+        classifier_free=member.classifier_free,
+    )
+
+
+def as_base(found: FluxSpec) -> FluxSpec:
+    """Return a klein's spec as that of the base model of its shape, which is not distilled."""
+    alike = (member for member in MEMBERS if member.classifier_free and member.transformer == found.transformer)
+    custom = replace(FLUX2_KLEIN_BASE_4B, name=found.name, transformer=found.transformer)
+    return as_member(found, next(alike, custom))
 
 
 def _transformer(config: Mapping[str, Any]) -> TransformerSpec:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxserve.errors import CheckpointError, UnsupportedArchitecture
-from fluxserve.families.flux.configs import as_member, from_configs
+from fluxserve.families.flux.configs import as_base, as_member, from_configs
 from fluxserve.families.flux.models import MEMBERS
 from fluxserve.families.flux.parts import FluxSpec, TransformerSpec
 from fluxserve.folders.files import MODEL_INDEX, check_config, read_json
@@ -38,19 +38,26 @@ _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 def read(path: Path, index: Mapping[str, Any]) -> FluxSpec:
     """Read a folder's configurations; see families.base."""
     components = PIPELINES[index["_class_name"]]
-    if components is _KLEIN and index.get("is_distilled") is not True:
-        allowed = "true: a base model takes a second pass per step for its guidance, which the loop lacks"
-        raise UnsupportedArchitecture(f"{path / MODEL_INDEX}: is_distilled", index.get("is_distilled"), allowed)
+    distilled = index.get("is_distilled", False)  # diffusers' default
+    if components is _KLEIN and not isinstance(distilled, bool):
+        raise UnsupportedArchitecture(
+            f"{path / MODEL_INDEX}: is_distilled", distilled, "true, or false of a base model"
+        )
     for name, architecture in components.items():
         check_config(path / name, architecture)
-    return _spec(path)
+    spec = _spec(path)
+    return as_base(spec) if components is _KLEIN and not distilled else spec
 
 
 def named(spec: FluxSpec, name: str) -> FluxSpec:
     """Take a folder for a member of its shape. Raises ValueError, which says what it may be."""
-    alike = {member.name: member for member in MEMBERS if member.transformer == spec.transformer}
+    alike = {
+        member.name: member
+        for member in MEMBERS
+        if member.transformer == spec.transformer and member.classifier_free == spec.classifier_free
+    }
     if name not in alike:
-        raise ValueError(f"{' or '.join(alike) or 'no name'}, by its transformer's shape")
+        raise ValueError(f"{' or '.join(alike) or 'no name'}, by its transformer and whether it is distilled")
     return as_member(spec, alike[name])
 
 

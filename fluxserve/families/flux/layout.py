@@ -3,6 +3,8 @@
 ids.ENCODER     int64 [tokens]          tokens of each text encoder
 mask.ENCODER    int64 [tokens]          0 at padding, of an encoder that is told
 guidance        float32 [1]             distilled guidance
+negative.ids.ENCODER, negative.mask.ENCODER     those of the negative prompt, for a second pass of each step
+cfg_scale       float32 [1]             how the two passes are joined; there is one without
 image           uint8 [height, width, 3]    what is redrawn
 references.N    uint8 [h, w, 3]         what the picture is drawn after, FLUX.2
 """
@@ -20,18 +22,25 @@ from fluxserve.request import Decode, Tokenize, Tokens, numbered
 from fluxserve.sampling import schedule
 from fluxserve.spec import EncoderSpec
 
-IMAGE, REFERENCES, GUIDANCE = "image", "references", "guidance"
+IMAGE, REFERENCES, GUIDANCE, CFG_SCALE = "image", "references", "guidance", "cfg_scale"
+PROMPT, NEGATIVE = "", "negative."
+"""What the names of a pass's tokens begin with."""
 _RGB = 3
 
 
-def ids(encoder: EncoderSpec) -> str:
-    """Return the name of the array of an encoder's tokens."""
-    return f"ids.{encoder.name}"
+def ids(encoder: EncoderSpec, which: str = PROMPT) -> str:
+    """Return the name of the array of an encoder's tokens in a pass."""
+    return f"{which}ids.{encoder.name}"
 
 
-def mask(encoder: EncoderSpec) -> str:
-    """Return the name of the array that says which of an encoder's tokens are no padding."""
-    return f"mask.{encoder.name}"
+def mask(encoder: EncoderSpec, which: str = PROMPT) -> str:
+    """Return the name of the array that says which of an encoder's tokens in a pass are no padding."""
+    return f"{which}mask.{encoder.name}"
+
+
+def passes(job: Job) -> tuple[str, ...]:
+    """Return the passes of each step, the prompt's first."""
+    return (PROMPT, NEGATIVE) if CFG_SCALE in job.arrays else (PROMPT,)
 
 
 def lay_out(request: FluxRequest, spec: FluxSpec, tokenize: Tokenize, decode: Decode) -> Job:
@@ -40,6 +49,9 @@ def lay_out(request: FluxRequest, spec: FluxSpec, tokenize: Tokenize, decode: De
         request.num_inference_steps, spec.image_tokens(request.height, request.width), spec.schedule
     )
     arrays = {**_tokens(tokenize(request.prompt), spec), GUIDANCE: np.array([request.guidance_scale], np.float32)}
+    if request.negative_prompt is not None:
+        arrays |= _tokens(tokenize(request.negative_prompt), spec, NEGATIVE)
+        arrays[CFG_SCALE] = np.array([request.cfg_scale], np.float32)
     images = _decoded(request, spec, decode)
     if request.strength is not None:
         (arrays[IMAGE],) = images
@@ -50,12 +62,12 @@ def lay_out(request: FluxRequest, spec: FluxSpec, tokenize: Tokenize, decode: De
     return Job(request.height, request.width, request.seeds, sigmas, arrays)
 
 
-def _tokens(words: Mapping[str, Tokens], spec: FluxSpec) -> dict[str, Array]:
+def _tokens(words: Mapping[str, Tokens], spec: FluxSpec, which: str = PROMPT) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     for encoder in spec.text.encoders:
-        arrays[ids(encoder)] = words[encoder.name].ids
+        arrays[ids(encoder, which)] = words[encoder.name].ids
         if encoder.layers:
-            arrays[mask(encoder)] = words[encoder.name].mask
+            arrays[mask(encoder, which)] = words[encoder.name].mask
     return arrays
 
 
@@ -75,11 +87,11 @@ def _decoded(request: FluxRequest, spec: FluxSpec, decode: Decode) -> tuple[Pixe
 
 def nothing(spec: FluxSpec, side: int, image: bool) -> Job:
     """Return a square job of no words and one step; see families.base."""
-    arrays: dict[str, Array] = {GUIDANCE: np.array([spec.defaults.guidance_scale], np.float32)}
-    for encoder in spec.text.encoders:
-        arrays[ids(encoder)] = np.zeros(encoder.tokens, dtype=np.int64)
-        if encoder.layers:
-            arrays[mask(encoder)] = np.ones(encoder.tokens, dtype=np.int64)
+    scale = np.array([spec.defaults.guidance_scale], np.float32)
+    words = {e.name: Tokens(np.zeros(e.tokens, np.int64), np.ones(e.tokens, np.int64)) for e in spec.text.encoders}
+    arrays: dict[str, Array] = {GUIDANCE: scale, **_tokens(words, spec)}
+    if spec.classifier_free:
+        arrays |= {CFG_SCALE: scale, **_tokens(words, spec, NEGATIVE)}
     if image:
         name, size = (f"{REFERENCES}.0", spec.limits.min_reference_side) if spec.takes_references else (IMAGE, side)
         arrays[name] = np.zeros((size, size, _RGB), dtype=np.uint8)
@@ -90,7 +102,8 @@ def parameters(job: Job, spec: FluxSpec) -> dict[str, str]:
     """Return what files say about a job; see families.base. Guidance is as it was typed: a float32 has seven digits."""
     task = "image-to-image" if job.get(IMAGE) is not None else "text-to-image"
     task = "references" if job.numbered(REFERENCES) else task
-    return {"task": task, **({"guidance": f"{job[GUIDANCE][0]:.7g}"} if spec.takes_guidance else {})}
+    names = (GUIDANCE,) if spec.takes_guidance and not spec.classifier_free else ()
+    return {"task": task, **{name: f"{job[name][0]:.7g}" for name in (*names, CFG_SCALE) if name in job.arrays}}
 
 
 def check(job: Job, spec: FluxSpec) -> None:
@@ -101,12 +114,14 @@ def check(job: Job, spec: FluxSpec) -> None:
     """
     _check_picture(job, spec)
     _check_arrays(job, spec)
-    for encoder in spec.text.encoders:
-        _check_tokens(job, encoder)
+    for which in passes(job):
+        for encoder in spec.text.encoders:
+            _check_tokens(job, encoder, which)
     _check_images(job, spec)
-    guidance = float(job[GUIDANCE][0])
-    if not 0 <= guidance <= spec.limits.max_guidance_scale:
-        raise InvalidRequest(GUIDANCE, str(guidance), f"0 to {spec.limits.max_guidance_scale:g}")
+    for name, least in ((GUIDANCE, 0), (CFG_SCALE, 1)):
+        array, most = job.get(name), spec.limits.max_guidance_scale
+        if array is not None and not (len(array) == 1 and least <= array[0] <= most):
+            raise InvalidRequest(name, ", ".join(map(str, array[:4])), f"one number from {least} to {most:g}")
 
 
 def _check_picture(job: Job, spec: FluxSpec) -> None:
@@ -126,11 +141,15 @@ def _check_picture(job: Job, spec: FluxSpec) -> None:
 
 def _check_arrays(job: Job, spec: FluxSpec) -> None:
     """All that are needed are there, nothing else is, and each has its dtype and rank."""
+    if CFG_SCALE in job.arrays and not (spec.limits.max_passes > 1 and (spec.takes_true_cfg or spec.classifier_free)):
+        raise InvalidRequest(CFG_SCALE, "an array", f"nothing: {spec.name} is drawn in one pass a step here")
     kinds: dict[str, tuple[type, int]] = {GUIDANCE: (np.float32, 1)}
-    for encoder in spec.text.encoders:
-        kinds[ids(encoder)] = (np.int64, 1)
-        if encoder.layers:
-            kinds[mask(encoder)] = (np.int64, 1)
+    kinds |= {CFG_SCALE: (np.float32, 1)} if CFG_SCALE in job.arrays else {}
+    for which in passes(job):
+        for encoder in spec.text.encoders:
+            kinds[ids(encoder, which)] = (np.int64, 1)
+            if encoder.layers:
+                kinds[mask(encoder, which)] = (np.int64, 1)
     if absent := sorted(set(kinds) - set(job.arrays)):
         raise InvalidRequest("job", f"no {', '.join(absent)}", f"{', '.join(sorted(kinds))} for {spec.name}")
     kinds |= {IMAGE: (np.uint8, 3)} if not spec.takes_references else {}
@@ -144,17 +163,17 @@ def _check_arrays(job: Job, spec: FluxSpec) -> None:
             raise InvalidRequest(name, got, f"{np.dtype(dtype)} of {rank} dimensions, not empty")
 
 
-def _check_tokens(job: Job, encoder: EncoderSpec) -> None:
-    known, tokens = encoder.vocabulary, job[ids(encoder)]
+def _check_tokens(job: Job, encoder: EncoderSpec, which: str) -> None:
+    known, tokens, name = encoder.vocabulary, job[ids(encoder, which)], mask(encoder, which)
     if len(tokens) > encoder.tokens or tokens.min() < 0 or tokens.max() >= known:
         allowed = f"1 to {encoder.tokens} ids from 0 to {known - 1}"
-        raise InvalidRequest(ids(encoder), f"{len(tokens)} ids", allowed)
+        raise InvalidRequest(ids(encoder, which), f"{len(tokens)} ids", allowed)
     if not encoder.layers:
         return
-    told = job[mask(encoder)]
+    told = job[name]
     if len(told) != len(tokens) or not told.any() or not np.isin(told, (0, 1)).all():
         allowed = f"{len(tokens)} numbers, 0 or 1, not all of them 0"
-        raise InvalidRequest(mask(encoder), f"{len(told)} numbers", allowed)
+        raise InvalidRequest(name, f"{len(told)} numbers", allowed)
 
 
 def _check_images(job: Job, spec: FluxSpec) -> None:

@@ -81,6 +81,15 @@ FLUX2_KLEIN_9B = replace(
         _KLEIN_4B, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288
     ),
 )
+# A base model is what a klein was distilled from, of the same shape: its folder differs in model_index.json alone.
+FLUX2_KLEIN_BASE_4B = replace(
+    FLUX2_KLEIN_4B,
+    name="flux.2-klein-base-4b",
+    classifier_free=True,
+    defaults=Defaults(side=1024, num_inference_steps=50, guidance_scale=4.0),
+    limits=replace(_FLUX1_LIMITS, max_references=4),
+)
+FLUX2_KLEIN_BASE_9B = replace(FLUX2_KLEIN_BASE_4B, name="flux.2-klein-base-9b", transformer=FLUX2_KLEIN_9B.transformer)
 # The words that the model was trained behind (diffusers' flux2/system_messages.py); the line break is one of them.
 _MISTRAL3 = EncoderSpec(
     name="mistral3",
@@ -140,6 +149,8 @@ MEMBERS: tuple[FluxSpec, ...] = (
     FLUX1_SCHNELL,
     FLUX2_KLEIN_4B,
     FLUX2_KLEIN_9B,
+    FLUX2_KLEIN_BASE_4B,
+    FLUX2_KLEIN_BASE_9B,
     FLUX2_DEV,
     FLUX2_DEV_TURBO,
     TINY,

@@ -66,7 +66,12 @@ class VaeSpec(Numbers):
 
 @dataclass(frozen=True, kw_only=True)
 class FluxSpec(ModelSpec):
-    """One member of the family, whole."""
+    """One member of the family, whole.
+
+    Attributes:
+        classifier_free: whether `guidance_scale` is the scale of classifier-free guidance, for which a step takes two
+            passes: of a model that is not distilled.
+    """
 
     family: ClassVar[str] = "flux"
 
@@ -80,6 +85,7 @@ class FluxSpec(ModelSpec):
     transformer: TransformerSpec
     vae: VaeSpec
     schedule: ScheduleSpec
+    classifier_free: bool = False
 
     def __post_init__(self) -> None:
         packed = self.vae.latent_channels * PATCH * PATCH
@@ -99,7 +105,12 @@ class FluxSpec(ModelSpec):
     @property
     def takes_guidance(self) -> bool:
         """FLUX.1-schnell takes any, and ignores it, as its pipeline does."""
-        return self.transformer.generation == 1 or self.transformer.guidance_embeds
+        return self.takes_true_cfg or self.transformer.guidance_embeds or self.classifier_free
+
+    @property
+    def takes_true_cfg(self) -> bool:
+        """Whether classifier-free guidance may be added to what is distilled, as FluxPipeline does."""
+        return self.transformer.generation == 1
 
     @property
     def size_multiple(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from fluxserve.families.base import Draw, Inputs, Recipe, Send
 from fluxserve.families.flux import layout, tokens
 from fluxserve.families.flux.parts import PATCH, FluxSpec
 from fluxserve.job import Array, Arrays, Job
-from fluxserve.sampling.guidance import Guidance, OnePass
+from fluxserve.sampling.guidance import ClassifierFree, Guidance, OnePass
 from fluxserve.sampling.solvers import Euler, Solver
 
 
@@ -20,13 +21,7 @@ class FluxRecipe:
     prediction = "velocity"
 
     def prompts(self, job: Job, spec: FluxSpec) -> Sequence[Mapping[str, Arrays]]:
-        read: dict[str, Arrays] = {}
-        for encoder in spec.text.encoders:
-            given = {"input_ids": job[layout.ids(encoder)]}
-            if encoder.layers:
-                given["attention_mask"] = job[layout.mask(encoder)]
-            read[encoder.name] = given
-        return [read]
+        return [_read(job, spec, which) for which in layout.passes(job)]
 
     def images(self, job: Job) -> Sequence[Array]:
         image = job.get(layout.IMAGE)
@@ -76,12 +71,25 @@ class FluxRecipe:
         levels = send(job.sigmas)
         return Euler(levels, tokens.timesteps(levels[:-1], spec.schedule, dtype))
 
-    def guidance(self, job: Job) -> Guidance:  # noqa: ARG002 (it is one of the network's inputs)
-        return OnePass()
+    def guidance(self, jobs: Sequence[Job], send: Send) -> Guidance:
+        """Return how passes are joined; distilled guidance is one of the network's inputs."""
+        if len(layout.passes(jobs[0])) == 1:
+            return OnePass()
+        return ClassifierFree(send(np.concatenate([job[layout.CFG_SCALE] for job in jobs])))
 
     def decoded(self, latents: Tensor, job: Job, spec: FluxSpec) -> Tensor:
         z = tokens.unpack(latents, *spec.latent_size(job.height, job.width))
         return z / spec.vae.scaling_factor + spec.vae.shift_factor
+
+
+def _read(job: Job, spec: FluxSpec, which: str) -> Mapping[str, Arrays]:
+    """Return what the text encoders read for one pass."""
+    read: dict[str, Arrays] = {}
+    for encoder in spec.text.encoders:
+        read[encoder.name] = {"input_ids": job[layout.ids(encoder, which)]}
+        if encoder.layers:
+            read[encoder.name] = {**read[encoder.name], "attention_mask": job[layout.mask(encoder, which)]}
+    return read
 
 
 def _scaled(latents: Tensor, spec: FluxSpec) -> Tensor:

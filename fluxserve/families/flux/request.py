@@ -13,13 +13,21 @@ from fluxserve.request import Draft, Request
 from fluxserve.spec import Limits
 
 _NO_GUIDANCE = (0.0, 1.0)  # callers and model cards write either
+_SINGLE = "it is drawn in one pass a step"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FluxRequest(Request):
-    """A request of FLUX: with a `strength` the one image is redrawn; without, images are references."""
+    """A request of FLUX: with a `strength` the one image is redrawn; without, images are references.
+
+    Attributes:
+        negative_prompt: what the second pass of each step reads; None: there is one pass.
+        cfg_scale: of classifier-free guidance, above 1; of no meaning with one pass.
+    """
 
     strength: float | None
+    negative_prompt: str | None = None
+    cfg_scale: float = 1.0
 
 
 def draft(fields: Mapping[str, Any], spec: FluxSpec) -> Draft:
@@ -30,6 +38,7 @@ def draft(fields: Mapping[str, Any], spec: FluxSpec) -> Draft:
         "guidance_scale": _guidance(fields, spec),
         "strength": _strength(fields, spec),
     }
+    plain |= _passes(fields, spec, plain["guidance_scale"])
     if "image" not in fields:
         request.size(fields, spec, None, _natural((), spec))
     return Draft(lambda: _complete(plain, fields, spec))
@@ -69,6 +78,42 @@ def _guidance(fields: Mapping[str, Any], spec: FluxSpec) -> float:
     if not (math.isfinite(value) and 0.0 <= value <= most):
         raise InvalidRequest("guidance_scale", str(value), f"a finite number from 0 to {most:g}")
     return value
+
+
+def _passes(fields: Mapping[str, Any], spec: FluxSpec, guidance: float) -> dict[str, Any]:
+    """Return what a second pass of each step is given, or nothing: there is none with a scale of 1, as in diffusers."""
+    scale, field = _true_cfg_scale(fields, spec), "true_cfg_scale"
+    if spec.classifier_free:
+        scale, field = guidance, "guidance_scale"
+    negative = fields.get("negative_prompt")
+    if negative is not None:
+        _check_negative(negative, field in fields or spec.classifier_free, spec)
+        negative = request.text(negative, "negative_prompt", spec.limits.max_prompt_bytes, empty=True)
+    if scale <= 1.0:
+        return {}
+    if spec.limits.max_passes < 2:
+        allowed = "at most 1: its engine was built for one row, and this takes two; `fluxserve export --max-batch 2`"
+        raise InvalidRequest(field, f"{scale:g}", allowed)
+    if negative is None and not spec.classifier_free:
+        raise InvalidRequest(field, str(scale), "1, or more beside a negative_prompt, which may be empty")
+    return {"negative_prompt": negative or "", "cfg_scale": scale}
+
+
+def _true_cfg_scale(fields: Mapping[str, Any], spec: FluxSpec) -> float:
+    name = "true_cfg_scale"
+    if name in fields and not spec.takes_true_cfg:
+        why = "its guidance_scale is that scale" if spec.classifier_free else _SINGLE
+        raise InvalidRequest(name, str(fields[name]), f"nothing: {spec.name} does not take it, {why}")
+    return request.number(fields, name, 1.0, 1.0, spec.limits.max_guidance_scale)
+
+
+def _check_negative(negative: bytes, scaled: bool, spec: FluxSpec) -> None:
+    """A negative prompt is for a second pass: a model that has none, or a request without a scale, refuses it."""
+    if not (spec.takes_true_cfg or spec.classifier_free):
+        allowed = f"nothing: {spec.name} does not take it, {_SINGLE}"
+        raise InvalidRequest("negative_prompt", request.shown(negative), allowed)
+    if not scaled:
+        raise InvalidRequest("negative_prompt", request.shown(negative), "only beside a true_cfg_scale, above 1")
 
 
 def _strength(fields: Mapping[str, Any], spec: FluxSpec) -> float | None:

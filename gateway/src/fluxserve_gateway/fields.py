@@ -59,6 +59,7 @@ def refuse(reason: str) -> BeforeValidator:
 
 Text = Annotated[str, AfterValidator(_encodable)]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=_MAX_PROMPT), AfterValidator(_encodable)]
+Negative = Annotated[str, StringConstraints(max_length=_MAX_PROMPT), AfterValidator(_encodable)]
 Size = Annotated[str, AfterValidator(_size), Field(json_schema_extra={"pattern": f"^(auto|{_SIZE.pattern})$"})]
 
 
@@ -91,6 +92,8 @@ class Generation(BaseModel):
     seed: Annotated[int, Field(ge=-1, le=_INT64)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=_INT32)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=_FLOAT32, allow_inf_nan=False)] | None = None
+    negative_prompt: Negative | None = None
+    true_cfg_scale: Annotated[float, Field(ge=1, le=_FLOAT32, allow_inf_nan=False)] | None = None
     embed_prompt: bool | None = None
     # of generations alone
     moderation: Literal["low", "auto"] | None = None
@@ -129,6 +132,8 @@ class Generation(BaseModel):
             "width": width,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.negative_prompt,
+            "true_cfg_scale": self.true_cfg_scale,
             "seed": self.seed,
             "num_images": self.n,
             "output_format": self.output_format,
