@@ -71,6 +71,7 @@ IMPORTS = {
     "prometheus_client": ("gateway/",),
     "sqlite3": ("gateway/",),
     "fluxserve_gateway": ("gateway/",),
+    "gradio": ("gateway/src/fluxserve_gateway/page/",),
     "pickle": (),
 }
 CLIENT_CLI = ("client/src/fluxserve_client/cli.py", "client/src/fluxserve_client/show.py")
@@ -79,7 +80,12 @@ CALLS = {
     "print": ("fluxserve/cli/main.py", *CLIENT_CLI, GATEWAY_CLI, "benchmarks/", "training/", "testing/", "export/"),
 }
 ATTRIBUTES = {
-    "environ": ("fluxserve/settings.py", "benchmarks/", "client/src/fluxserve_client/cli.py"),
+    "environ": (
+        "fluxserve/settings.py",
+        "benchmarks/",
+        "client/src/fluxserve_client/cli.py",
+        "gateway/src/fluxserve_gateway/page/__init__.py",
+    ),
     "getenv": ("fluxserve/settings.py",),
     "CUDAGraph": ("fluxserve/engines/", "benchmarks/"),
 }

@@ -49,10 +49,12 @@ def server_of(fake: Any, url: str = "grpc://fake", ready: bool = True) -> Server
 class Gateway:
     """The application under uvicorn, inside the `with` block."""
 
-    def __init__(self, fleet: Fleet, config: Config | None = None, keys: Keys | None = None) -> None:
+    def __init__(
+        self, fleet: Fleet, config: Config | None = None, keys: Keys | None = None, page: bool = False
+    ) -> None:
         self.fleet = fleet
         config = config or Config()
-        app = create_app(fleet, config=config, keys=keys)
+        app = create_app(fleet, config=config, keys=keys, page=page)
         self._server = http_server(app, Listening(port=0), config.send_timeout, drain_s=5)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)

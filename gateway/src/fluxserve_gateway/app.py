@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,13 +24,17 @@ from fluxserve_gateway.metrics import Metrics
 from fluxserve_gateway.version import __version__
 
 
-def create_app(fleet: Fleet, *, config: Config | None = None, keys: Keys | None = None) -> FastAPI:
+def create_app(fleet: Fleet, *, config: Config | None = None, keys: Keys | None = None, page: bool = False) -> FastAPI:
     """Make the gateway.
 
     Args:
         fleet: the servers behind it, closed when the application ends.
         config: its bounds.
         keys: who may call; None lets this machine's own programs, by a loopback name, and no web pages.
+        page: whether there is a web page at `/`.
+
+    Raises:
+        ValueError: a page without Gradio.
     """
     config = config or Config()
     metrics = Metrics(fleet)
@@ -42,7 +46,8 @@ def create_app(fleet: Fleet, *, config: Config | None = None, keys: Keys | None 
         await fleet.probe()
         watching = asyncio.create_task(fleet.watch(config.probe_interval))
         try:
-            yield
+            async with open_page():
+                yield
         finally:
             watching.cancel()
             await asyncio.wait({watching})
@@ -73,6 +78,13 @@ def create_app(fleet: Fleet, *, config: Config | None = None, keys: Keys | None 
     _add_routes(app, images)
     _add_models(app, fleet, access)
     _add_operations(app, fleet, metrics, access)
+    open_page: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+    if page:
+        from fluxserve_gateway.page import add_page
+
+        open_page = add_page(
+            app, fleet=fleet, config=config, access=access, images=images, ended=ended, keyed=keys is not None
+        )
     return app
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +62,7 @@ class Images:
         self._fleet = fleet
         self._access = access
         self._metrics = metrics
-        self._bodies = bodies.Bodies(config)
+        self.bodies = bodies.Bodies(config)
         self._usage = Usage()
         self._running = 0
 
@@ -70,7 +70,7 @@ class Images:
         """Answer `POST /v1/images/generations`."""
         record, key = self._begin(request, "image_generation")
         bodies.media_type(request, _JSON)
-        content = bodies.json_object(await self._bodies.read(request, record.at_end, bodies.MAX_JSON))
+        content = bodies.json_object(await self.bodies.read(request, record.at_end, bodies.MAX_JSON))
         body = fields.parse(fields.Generation, content, text=False)
         return await self._answer(request, key, self._drawing(record, body, ()))
 
@@ -83,25 +83,53 @@ class Images:
         return await self._answer(request, key, self._drawing(record, body, pictures))
 
     async def _edit_of_json(self, request: Request, record: Record) -> tuple[fields.Edit, list[bytes], str]:
-        content = await self._bodies.read(request, record.at_end, self._config.max_body)
+        content = await self.bodies.read(request, record.at_end, self._config.max_body)
         given, files = await asyncio.to_thread(inputs.edit_of_json, content, self._config.max_images)
         return fields.parse(fields.Edit, given, text=False), files, "images"
 
     async def _edit_of_form(self, request: Request, record: Record) -> tuple[fields.Edit, list[bytes], str]:
-        given, files = await self._bodies.form(request, record.at_end, self._config.max_images)
+        given, files = await self.bodies.form(request, record.at_end, self._config.max_images)
         return fields.parse(fields.Edit, given, text=True), inputs.uploaded(files), "image"
+
+    async def follow(
+        self, record: Record, key: Key, body: fields.Generation, files: Sequence[bytes]
+    ) -> AsyncGenerator[Event, None]:
+        """Draw for a caller within this process, the page: yield its progress, and its result last.
+
+        Closing the generator stops the request on the server.
+
+        Args:
+            record: what is known of the request; the caller closes it.
+            key: whose request it is.
+            body: an `Edit` if there are files.
+            files: input images.
+
+        Raises:
+            GatewayError: as the routes answer.
+        """
+        record.operation = "image_edit" if files else "image_generation"
+        self._enter(record, key)
+        pictures = inputs.pictures(files, "image", self._config) if files else ()
+        drawing = self._drawing(record, body, pictures)
+        charge = self._admit(key, drawing, record)
+        async with aclosing(_follow(lambda progress: self._draw(drawing, record, charge, progress))) as events:
+            async for event in events:
+                yield event
 
     def _begin(self, request: Request, operation: str) -> tuple[Record, Key]:
         """Let a request in, before a byte of its body is read."""
         record = record_of(request)
         record.operation = operation
         key = self._access.key_of(request)
+        self._enter(record, key)
+        return record, key
+
+    def _enter(self, record: Record, key: Key) -> None:
         if self._running >= self._config.max_requests:
             raise Overloaded(f"the gateway has {self._running} requests, as many as it may; try again later")
         record.at_end(self._usage.enter(key))
         self._running += 1
         record.at_end(self._end)
-        return record, key
 
     def _end(self) -> None:
         self._running -= 1
