@@ -3,6 +3,8 @@
 #   make demo                                          the tiny model through the faster engine for a CPU
 #   make demo ENGINE=onnxruntime PRECISION=fp8         with FP8, simulated
 #   make demo ENGINE=torch_eager                       the checkpoint as it is
+#   make serve                                         Triton, the gateway, and its web page
+#   make serve PAGE=                                   Triton alone
 
 # The first that runs: a name on the path may be a shim of a version that is not there.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c pass 2>/dev/null && command -v $$p && break; done)
@@ -25,14 +27,18 @@ else
 MODEL := --engine "$(ENGINE)"
 endif
 
+# The gateway stands in front of a server that is started here.
+PAGE ?= yes
+FRONT := $(if $(findstring ://,$(SERVER)),,$(if $(PAGE),--page))
+
 .PHONY: demo serve export test check format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(NEEDED)
 	@$(BIN)/fluxserve demo "$(PROMPT)" $(MODEL) $(if $(SERVER),--server "$(SERVER)")
 
-serve: $(VENV)/.demo $(NEEDED)
-	@$(BIN)/fluxserve serve $(MODEL) $(if $(SERVER),--server "$(SERVER)")
+serve: $(VENV)/.demo $(NEEDED) $(if $(FRONT),$(VENV)/.page)
+	@$(BIN)/fluxserve serve $(MODEL) $(if $(SERVER),--server "$(SERVER)") $(FRONT)
 
 export: $(ARTIFACT).made
 
@@ -64,9 +70,14 @@ $(VENV)/.demo: $(INPUTS) | $(VENV)/bin/python
 	@$(PIP) --editable '.[server,onnxruntime,export]' --editable ./client
 	@touch $@
 
+$(VENV)/.page: $(VENV)/.demo
+	@echo "installing the gateway and its page into $(VENV)"
+	@$(PIP) --editable './gateway[page]'
+	@touch $@
+
 $(VENV)/.test: $(VENV)/.demo
 	@scripts/system-packages.sh $(PYTHON) test
-	@$(PIP) --editable '.[server,onnxruntime,export,provenance,tensorrt-rtx,test]' --editable ./client --editable "./gateway[jobs,postgresql]"
+	@$(PIP) --editable '.[server,onnxruntime,export,provenance,tensorrt-rtx,test]' --editable ./client --editable './gateway[jobs,page,postgresql]'
 	@touch $@
 
 clean:

@@ -5,7 +5,7 @@
 set -eu
 python=$1
 programs=
-[ "${2:-}" = test ] && programs="nginx curl jq openssl"
+[ "${2:-}" = test ] && programs="nginx curl jq openssl chromium"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 case $version in
     3.11 | 3.12) ;;

@@ -197,11 +197,22 @@ def _lay_out(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     if "://" in options.server:
         return _attach(options.server)
+    model = _served_name(options) if options.page else ""
     installation, notices = _installation(options.server), console.Notices(sys.stdout)
     try:
-        return serve(options, installation, _chosen(options), notices)
+        return serve(options, installation, _chosen(options), notices, model)
     finally:
         notices.close()
+
+
+def _served_name(options: argparse.Namespace) -> str:
+    """Return the name of the model that will be served; "flux" for a repository that says so itself."""
+    from fluxserve import source
+
+    if options.repository != _REPOSITORY:
+        return "flux"
+    config = settings.load({name: {"string_value": value} for name, value in _chosen(options).items()})
+    return source.find(config).spec.name
 
 
 def _say(line: str) -> None:

@@ -1,9 +1,11 @@
 """fluxserve serve: its options, and the life of a server under its watch. The command line (cli.py) prints."""
 
 import argparse
+import contextlib
 import signal
 from collections.abc import Callable, Mapping
 
+from fluxserve.cli.front import PORT, Front
 from fluxserve.supervisor import DRAIN_TIMEOUT_S, LOOPBACK, Ports, TritonServer, Watch, memory
 from fluxserve.supervisor.arguments import TRACE_RATE, tracing
 from fluxserve.supervisor.installation import Installation
@@ -28,6 +30,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         f"default: {memory.CGROUP_SHARE:.0%}".replace("%", "%%")
         + " of the control group's limit, if it has one",
     )
+    parser.add_argument(
+        "--page", action="store_true", help="serve OpenAI's images API and a web page, too, on loopback"
+    )
+    parser.add_argument("--page-port", type=_port, default=PORT, help="default: %(default)s")
     parser.add_argument("--trace", metavar="URL", help="an OpenTelemetry collector, OTLP over HTTP; default: no traces")
     parser.add_argument(
         "--trace-rate", type=int, default=TRACE_RATE, metavar="N", help="trace one request of N; default: %(default)s"
@@ -55,9 +61,20 @@ def _port(text: str) -> int:
 
 
 def serve(
-    options: argparse.Namespace, installation: Installation, settings: Mapping[str, str], say: Callable[[str], None]
+    options: argparse.Namespace,
+    installation: Installation,
+    settings: Mapping[str, str],
+    say: Callable[[str], None],
+    model: str = "",
 ) -> int:
     """Run a server until SIGINT, SIGTERM, or the end of its terminal (SIGHUP, unless ignored); returns the status.
+
+    Args:
+        options: of the command line.
+        installation: which Triton.
+        settings: of the models.
+        say: takes a line for the terminal.
+        model: the name for the gateway and its page beside the server; "" starts none.
 
     Raises:
         ServerError: it did not start, or died too often.
@@ -75,14 +92,29 @@ def serve(
     ) as server:
         server.start()
         spent = server.wait_ready(stopping=lambda: bool(signals))
-        if signals:
-            return 128 + signals[0]
-        say(f"ready after {spent:.1f} s; Ctrl-C stops")
-        say(f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}\n  metrics  {server.metrics_url}")
-        if exposed := server.exposed():
-            say(f"warning: other users of this machine can read prompts and pictures: {exposed[0]} and its like")
-        Watch(server, lambda: bool(signals), say, limit, options.drain_timeout).run()
-        say("stopping: admitted requests are finished, new ones refused; once more ends the waiting")
-        server.stop(options.drain_timeout, hurry=lambda: len(signals) > 1)
+        beside = Front(model, server.grpc_url, options.page_port) if model else None
+        with beside or contextlib.nullcontext():
+            if beside and not signals:
+                beside.start(lambda: bool(signals))
+            if signals:
+                return 128 + signals[0]
+            _announce(server, beside, spent, say)
+            stopping = (lambda: bool(signals) or beside.ended) if beside else (lambda: bool(signals))
+            Watch(server, stopping, say, limit, options.drain_timeout).run()
+            if not signals:
+                say("the gateway has ended by itself; its message is above")
+            say("stopping: admitted requests are finished, new ones refused; once more ends the waiting")
+            if beside:
+                beside.stop(hurry=lambda: len(signals) > 1)
+            server.stop(options.drain_timeout, hurry=lambda: len(signals) > 1)
     say("stopped")
-    return 0
+    return 0 if signals else 1
+
+
+def _announce(server: TritonServer, beside: Front | None, spent: float, say: Callable[[str], None]) -> None:
+    say(f"ready after {spent:.1f} s; Ctrl-C stops")
+    say(f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}\n  metrics  {server.metrics_url}")
+    if beside:
+        say(f"  API      {beside.url}/v1\n  page     {beside.url}/")
+    if exposed := server.exposed():
+        say(f"warning: other users of this machine can read prompts and pictures: {exposed[0]} and its like")

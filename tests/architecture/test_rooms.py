@@ -73,6 +73,7 @@ IMPORTS = {
     "sqlalchemy": ("gateway/src/fluxserve_gateway/jobs/",),
     "obstore": ("gateway/src/fluxserve_gateway/jobs/",),
     "fluxserve_gateway": ("gateway/",),
+    "gradio": ("gateway/src/fluxserve_gateway/page/",),
     "pickle": (),
 }
 CLIENT_CLI = ("client/src/fluxserve_client/cli.py", "client/src/fluxserve_client/show.py")
@@ -81,7 +82,12 @@ CALLS = {
     "print": ("fluxserve/cli/main.py", *CLIENT_CLI, GATEWAY_CLI, "benchmarks/", "training/", "testing/", "export/"),
 }
 ATTRIBUTES = {
-    "environ": ("fluxserve/settings.py", "benchmarks/", "client/src/fluxserve_client/cli.py"),
+    "environ": (
+        "fluxserve/settings.py",
+        "benchmarks/",
+        "client/src/fluxserve_client/cli.py",
+        "gateway/src/fluxserve_gateway/page/__init__.py",
+    ),
     "getenv": ("fluxserve/settings.py",),
     "CUDAGraph": ("fluxserve/engines/", "benchmarks/"),
 }

@@ -56,10 +56,11 @@ class Gateway:
         config: Config | None = None,
         keys: Keys | None = None,
         jobs: JobSettings | None = None,
+        page: bool = False,
     ) -> None:
         self.fleet = fleet
         config = config or Config()
-        app = create_app(fleet, config=config, keys=keys, jobs=jobs)
+        app = create_app(fleet, config=config, keys=keys, jobs=jobs, page=page)
         self._server = http_server(app, Listening(port=0), config.send_timeout, drain_s=5)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -1,6 +1,7 @@
 """Servers with a supervisor, in this process or as a user starts them, and what lives and dies around them."""
 
 import contextlib
+import socket
 import subprocess
 import sys
 import tempfile
@@ -140,6 +141,11 @@ def _arguments(pid: int) -> list[str]:
 
 def alive(pids: set[int]) -> set[int]:
     return {pid for pid in pids if process_of.started(pid)}
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
 
 
 def shared_memory(supervisor: int) -> list[str]:

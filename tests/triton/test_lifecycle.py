@@ -22,14 +22,9 @@ from fluxserve.settings import default_checkpoint
 from fluxserve.supervisor import EXIT_TIMEOUT_S, Ports, TritonServer
 from fluxserve.supervisor.installation import bundled
 from tests.triton.conftest import READY_S, REPOSITORY, ROOT, status_of, wait_for
-from tests.triton.supervised import SMALL, alive, grpc, serve, shared_memory, tree
+from tests.triton.supervised import SMALL, alive, grpc, listening, serve, shared_memory, tree
 
 pytestmark = pytest.mark.xdist_group("lifecycle")
-
-
-def listening(port: int) -> bool:
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_taken_port_is_refused() -> None:
@@ -101,7 +96,7 @@ def test_a_signal_drains_and_leaves_nothing(number: int) -> None:
 
 
 def test_a_killed_supervisor_takes_its_server_along() -> None:
-    with serve() as served:
+    with serve("--page", f"--page-port={Ports.free().http}") as served:
         process = served.process
         pids = tree(process.pid)
         process.kill()

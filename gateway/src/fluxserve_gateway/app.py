@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 
 
 def create_app(
-    fleet: Fleet, *, config: Config | None = None, keys: Keys | None = None, jobs: JobSettings | None = None
+    fleet: Fleet,
+    *,
+    config: Config | None = None,
+    keys: Keys | None = None,
+    jobs: JobSettings | None = None,
+    page: bool = False,
 ) -> FastAPI:
     """Make the gateway.
 
@@ -38,9 +43,10 @@ def create_app(
         config: its bounds.
         keys: who may call; None lets this machine's own programs, by a loopback name, and no web pages.
         jobs: where jobs are kept; None takes none.
+        page: whether there is a web page at `/`.
 
     Raises:
-        ValueError, OSError, DatabaseError: the place for jobs cannot be used.
+        ValueError, OSError, DatabaseError: the place for jobs cannot be used, or a page without Gradio.
     """
     config = config or Config()
     metrics = Metrics(fleet)
@@ -54,7 +60,7 @@ def create_app(
         await fleet.probe()
         watching = asyncio.create_task(fleet.watch(config.probe_interval))
         try:
-            async with service.running() if service else nullcontext():
+            async with open_page(), service.running() if service else nullcontext():
                 yield
         finally:
             watching.cancel()
@@ -88,6 +94,13 @@ def create_app(
     if service:
         service.add_routes(app, access)
     _add_operations(app, fleet, metrics, access)
+    open_page: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+    if page:
+        from fluxserve_gateway.page import add_page
+
+        open_page = add_page(
+            app, fleet=fleet, config=config, access=access, images=images, ended=ended, keyed=keys is not None
+        )
     return app
 
 

@@ -133,23 +133,24 @@ class Border:
         finally:
             seconds = time.monotonic() - begun
             self._ended(record, seconds)
-            self._log(scope, record, status, seconds)
+            caller, _ = scope.get("client") or ("", 0)
+            log_request(record, scope["method"], scope["path"], status, seconds, caller)
 
-    @staticmethod
-    def _log(scope: Scope, record: Record, status: int, seconds: float) -> None:
-        client = scope.get("client") or ("", 0)
-        line = {
-            "request_id": record.request_id,
-            "method": scope["method"],
-            "path": scope["path"],
-            "status": status,
-            "outcome": record.outcome,
-            "seconds": round(seconds, 4),
-            "caller": client[0],
-            **({"model": record.model} if record.model else {}),
-            **record.fields,
-        }
-        access.info("%(method)s %(path)s %(status)d", line, extra={"fields": line})
+
+def log_request(record: Record, method: str, path: str, status: int, seconds: float, caller: str) -> None:
+    """Write a request's line; the page's drawings, which are no requests of their own, have status 0."""
+    line = {
+        "request_id": record.request_id,
+        "method": method,
+        "path": path,
+        "status": status,
+        "outcome": record.outcome,
+        "seconds": round(seconds, 4),
+        "caller": caller,
+        **({"model": record.model} if record.model else {}),
+        **record.fields,
+    }
+    access.info("%(method)s %(path)s %(status)d", line, extra={"fields": line})
 
 
 def _parts(message: Message) -> Iterator[Message]:

@@ -65,6 +65,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--tls-key", type=Path, metavar="PEM", help="the certificate's key")
     add("--proxy", action="append", default=[], metavar="ADDRESS", help="believe its X-Forwarded headers; repeatable")
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="let its pages call; repeatable")
+    add("--page", action="store_true", help="serve a web page at / (pip install 'fluxserve-gateway[page]')")
+    add("--quiet", action="store_true", help="log warnings and errors alone")
     add("--log-prompts", action="store_true", help="log prompts; without, none are")
     add("--max-requests", type=_count, default=defaults.max_requests, help="at a time (default: %(default)s)")
     add("--max-body-mib", type=_count, default=defaults.max_body // MIB, help="of one request (default: %(default)s)")
@@ -109,7 +111,15 @@ def _serve(given: argparse.Namespace) -> None:
     )
     listening = Listening(given.host, given.port, given.tls_cert, given.tls_key, tuple(given.proxy))
     fleet = fleet_of(given.server, given.server_ca)
-    run(fleet, config, None if given.no_auth else Keys(given.keys.expanduser()), listening, job_settings(given))
+    run(
+        fleet,
+        config,
+        None if given.no_auth else Keys(given.keys.expanduser()),
+        listening,
+        jobs=job_settings(given),
+        page=given.page,
+        quiet=given.quiet,
+    )
 
 
 def _create(given: argparse.Namespace) -> None:

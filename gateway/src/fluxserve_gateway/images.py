@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -101,17 +101,45 @@ class Images:
         given, files = await self.bodies.form(request, record.at_end, self._config.max_images)
         return fields.parse(fields.Edit, given, text=True), inputs.uploaded(files), "image"
 
+    async def follow(
+        self, record: Record, key: Key, body: fields.Generation, files: Sequence[bytes]
+    ) -> AsyncGenerator[Event, None]:
+        """Draw for a caller within this process, the page: yield its progress, and its result last.
+
+        Closing the generator stops the request on the server.
+
+        Args:
+            record: what is known of the request; the caller closes it.
+            key: whose request it is.
+            body: an `Edit` if there are files.
+            files: input images.
+
+        Raises:
+            GatewayError: as the routes answer.
+        """
+        record.operation = "image_edit" if files else "image_generation"
+        self._enter(record, key)
+        pictures = inputs.pictures(files, "image", self._config) if files else ()
+        drawing = self.drawing(record, body, record.operation, pictures)
+        charge = self.admit(key, drawing, record)
+        async with aclosing(_follow(lambda progress: self._draw(drawing, record, charge, progress))) as events:
+            async for event in events:
+                yield event
+
     def begin(self, request: Request, operation: str) -> tuple[Record, Key]:
         """Let a request in, before a byte of its body is read. `operation` is for the metrics."""
         record = record_of(request)
         record.operation = operation
         key = self._access.key_of(request)
+        self._enter(record, key)
+        return record, key
+
+    def _enter(self, record: Record, key: Key) -> None:
         if self._running >= self._config.max_requests:
             raise Overloaded(f"the gateway has {self._running} requests, as many as it may; try again later")
         record.at_end(self._usage.enter(key))
         self._running += 1
         record.at_end(self._end)
-        return record, key
 
     def _end(self) -> None:
         self._running -= 1

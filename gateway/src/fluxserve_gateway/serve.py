@@ -88,19 +88,28 @@ def fleet_of(named: Sequence[str], ca: Path | None = None) -> Fleet:
     return Fleet(models)
 
 
-def run(fleet: Fleet, config: Config, keys: Keys | None, listening: Listening, jobs: JobSettings | None = None) -> None:
+def run(
+    fleet: Fleet,
+    config: Config,
+    keys: Keys | None,
+    listening: Listening,
+    *,
+    jobs: JobSettings | None = None,
+    page: bool = False,
+    quiet: bool = False,
+) -> None:
     """Serve until SIGTERM or Ctrl-C; what runs then is finished, within two minutes.
 
     Raises:
-        ValueError: no keys on an address that other machines reach.
+        ValueError: no keys on an address that other machines reach; a page without Gradio.
         OSError: the address is in use, or is not this machine's.
     """
     if keys is None and not listening.is_loopback:
         raise ValueError(f"no-auth: got host {listening.host}, expected a loopback address, e.g. 127.0.0.1")
     config = replace(config, https=listening.certificate is not None)
-    app = create_app(fleet, config=config, keys=keys, jobs=jobs)
+    app = create_app(fleet, config=config, keys=keys, jobs=jobs, page=page)
     lines = Lines(sys.stdout.fileno())
-    logging.basicConfig(level=logging.INFO, handlers=[lines], force=True)
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, handlers=[lines], force=True)
     server = http_server(app, listening, config.send_timeout)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has drained
         signal.signal(number, lambda *_: None)
