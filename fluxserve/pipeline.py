@@ -294,7 +294,8 @@ class Pipeline:
     def _projection(self) -> Tensor:
         """The VAE's latents to RGB; costs one pass of its encoder, at the default size."""
         image = glimpses.colours(self.spec.defaults.side)
-        return glimpses.fit(self._encode_pixels(image)[0], image)
+        with torch.inference_mode():
+            return glimpses.fit(self._encode_pixels(image)[0], image)
 
     def _bind(self, engine: Engine, shapes: Shapes) -> Bound:
         """An engine bound to shapes, from the few that were used last."""

@@ -83,16 +83,15 @@ class FakeFlux:
             raise self.control_error
         slot = self.table.get(name)
         if slot is None:
-            return _progress("unknown", 0, 0)
+            return {**_progress("unknown", 0, 0), **_preview(b"", 0)}
         slot.cancelling |= action == "cancel"
-        said = _progress("cancelling" if slot.cancelling else "running", slot.step, self.steps)
-        if action != "preview":
-            return said
-        kind, after = inputs["kind"][0].decode(), int(inputs["after"][0])
-        self.previews.append((kind, after))
-        there = slot.step > after
-        picture = preview_file(8 if kind == "glimpse" else 64, slot.step) if there else b""
-        return {**said, "preview": strings(picture), "preview_step": np.array([slot.step if there else 0], np.int32)}
+        said, shown = _progress("cancelling" if slot.cancelling else "running", slot.step, self.steps), _preview(b"", 0)
+        if action == "preview":
+            kind, after = inputs["kind"][0].decode(), int(inputs["after"][0])
+            self.previews.append((kind, after))
+            if slot.step > after:
+                shown = _preview(preview_file(8 if kind == "glimpse" else 64, slot.step), slot.step)
+        return {**said, **shown}
 
     async def flux(self, inputs: Tensors, request_id: str) -> Tensors:
         self.requests.append((request_id, dict(inputs)))
@@ -133,6 +132,10 @@ def _progress(state: str, step: int, steps: int) -> Tensors:
         "step": np.array([step], dtype=np.int32),
         "steps": np.array([steps], dtype=np.int32),
     }
+
+
+def _preview(image: bytes, step: int) -> Tensors:
+    return {"preview": strings(image), "preview_step": np.array([step], dtype=np.int32)}
 
 
 # Triton's HTTP front end has no code of its own for CANCELLED and ALREADY_EXISTS

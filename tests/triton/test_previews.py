@@ -109,11 +109,9 @@ def test_the_client(client: PlainClient) -> None:
     """Both kinds of preview, the second request on top of the first; and the picture is the same as without."""
     seen: list[Preview] = []
     with Client(f"{client.protocol}://{client.url}", poll_interval=0.02) as ours:
-        options = {"seed": 5, **MIDDLING}
+        options, full = {"seed": 5, **MIDDLING}, {"partial_images": 2, "output_format": "jpeg"}
         glimpsed = ours.generate("a red apple", on_preview=seen.append, **options)
-        partial = ours.generate(
-            "a red apple", on_preview=seen.append, partial_images=2, output_format="jpeg", **options
-        )
+        partial = ours.generate("a red apple", on_preview=seen.append, **full, **options)
         assert glimpsed.image == ours.generate("a red apple", **options).image
     assert partial.format == "jpeg"
     small = [one for one in seen if (one.width, one.height) == (24, 32)]

@@ -1,6 +1,5 @@
 """Previews in one process: the files, and what the loop does for them, and does not do when nobody asks."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from PIL import Image
 from fluxserve import settings, source
 from fluxserve.errors import ServerError
 from fluxserve.families import registry
-from fluxserve.inflight import InflightTable
+from fluxserve.inflight import CAPACITY, InflightTable
 from fluxserve.pipeline import Pipeline, View
 from fluxserve.previews import Previews
 from fluxserve.sampling import glimpses
@@ -46,7 +45,7 @@ def test_the_newest_is_kept_and_is_private(table: InflightTable, previews: Previ
     assert previews.get(ticket, "glimpse", 3) == (0, b""), "nothing later"
     assert previews.get(ticket, "partial", 0) == (0, b"")
     (left,) = files(table)
-    assert os.stat(table.path.with_name(left)).st_mode & 0o777 == 0o600
+    assert table.path.with_name(left).stat().st_mode & 0o777 == 0o600
     table.release(ticket)
     previews.drop(ticket)
     assert files(table) == []
@@ -63,7 +62,7 @@ def test_another_request_of_the_same_slot_does_not_see_it(table: InflightTable, 
     """As after a process that was killed between the two."""
     table.start(ticket := admitted(table, "a"), 9)
     previews.put(ticket, "partial", 2, b"mine", 4)
-    assert previews.get(ticket + 256, "partial", 0) == (0, b"")
+    assert previews.get(ticket + CAPACITY, "partial", 0) == (0, b"")
 
 
 def test_a_file_is_no_larger_than_its_pixels(table: InflightTable, previews: Previews) -> None:
@@ -81,11 +80,16 @@ def test_a_wish_ends_with_its_request(table: InflightTable) -> None:
     assert table.wanted(ticket).tolist() == [0, 5], "who wants a later one gets it; that serves the other as well"
     table.release(ticket)
     assert table.want("a", "partial", 4)[1] == 0
-    tickets = [admitted(table) for _ in range(256 // 4)]
-    assert not any(table.wanted(other).any() for other in tickets if other % 256 != ticket % 256)
+    slots = set()
+    for _ in range(CAPACITY):
+        table.start(other := admitted(table), 9)
+        slots.add(other % CAPACITY)
+        assert not table.wanted(other).any()
+        table.release(other)
+    assert ticket % CAPACITY in slots
 
 
-# --- the loop ----------------------------------------------------------------------------------------------------------
+# --- the loop ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +131,8 @@ def test_previews_do_not_change_the_picture(tiny: Pipeline) -> None:
     assert np.array_equal(pictures, drawn(tiny, seeds=2))
     downscale = 128 // seen[0][0].shape[0]
     assert {tuple(small.shape) for small, _ in seen} == {(128 // downscale, 96 // downscale, 3)}
-    assert [np.array_equal(partial.numpy(), pictures[0]) for _, partial in seen[:STEPS]] == [False] * (STEPS - 1) + [
-        True
-    ]
+    same = [np.array_equal(partial.numpy(), pictures[0]) for _, partial in seen[:STEPS]]
+    assert same == [False] * (STEPS - 1) + [True]
     assert np.array_equal(seen[-1][1].numpy(), pictures[1]), "the second picture, while it is drawn"
 
 
