@@ -44,5 +44,5 @@ def fit(latents: Tensor, image: npt.NDArray[np.uint8]) -> Tensor:
 
 def project(latents: Tensor, projection: Tensor) -> Tensor:
     """Return latents [C, h, w] as pixels, uint8 [h, w, 3]."""
-    rgb = torch.addmm(projection[-1], latents.flatten(1).T.float(), projection[:-1])
+    rgb = torch.addmm(projection[-1], latents.flatten(1).T.to(projection.dtype), projection[:-1])
     return (rgb.clamp_(0, 1) * 255).round_().to(torch.uint8).view(*latents.shape[1:], 3)

@@ -12,7 +12,8 @@ from fluxserve import settings, source
 from fluxserve.errors import ServerError
 from fluxserve.families import registry
 from fluxserve.inflight import CAPACITY, InflightTable
-from fluxserve.pipeline import Pipeline, View
+from fluxserve.job import Job
+from fluxserve.pipeline import Pipeline, Show, View
 from fluxserve.previews import Previews
 from fluxserve.sampling import glimpses
 from fluxserve.sampling.loop import Loop
@@ -104,12 +105,15 @@ def tiny() -> Iterator[Pipeline]:
 STEPS = 6
 
 
-def drawn(tiny: Pipeline, show: object = None, seeds: int = 1) -> np.ndarray:
+def job(seeds: int = 1, seed: int = 3) -> Job:
     found = source.find(settings.load({}))
-    fields = {"prompt": b"a red apple on a blue table", "height": 128, "width": 96, "seed": 3}
+    fields = {"prompt": b"a red apple on a blue table", "height": 128, "width": 96, "seed": seed}
     fields |= {"num_inference_steps": STEPS, "num_images": seeds}
-    job = registry.plan(fields, found.spec, Tokenizers(found.checkpoint))
-    (drawing,) = tiny.draw([job], **({"show": show} if show else {}))  # type: ignore[arg-type]
+    return registry.plan(fields, found.spec, Tokenizers(found.checkpoint))
+
+
+def drawn(tiny: Pipeline, show: Show = lambda *_: None, seeds: int = 1) -> np.ndarray:
+    (drawing,) = tiny.draw([job(seeds)], show=show)
     assert drawing is not None
     return drawing.images
 
@@ -134,6 +138,21 @@ def test_previews_do_not_change_the_picture(tiny: Pipeline) -> None:
     same = [np.array_equal(partial.numpy(), pictures[0]) for _, partial in seen[:STEPS]]
     assert same == [False] * (STEPS - 1) + [True]
     assert np.array_equal(seen[-1][1].numpy(), pictures[1]), "the second picture, while it is drawn"
+
+
+def test_each_job_of_a_batch_is_shown_its_own(tiny: Pipeline) -> None:
+    together = Pipeline(tiny.spec, tiny._engines, max_rows=3)
+    seen: dict[int, np.ndarray] = {}
+
+    def show(index: int, view: View) -> None:
+        seen[index] = view.partial().numpy()
+
+    off = iter([True] * 5 + [False] * 99)
+    drawings = together.draw([job(seed=1), job(seed=2), job(seed=8)], lambda index: index != 2 or next(off), show)
+    for index, drawing in enumerate(drawings[:2]):
+        assert drawing is not None
+        assert np.abs(seen[index].astype(int) - drawing.images[0]).max() <= 2, "another height rounds differently"
+    assert drawings[2] is None, "called off at its last step, and not shown that"
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
