@@ -175,7 +175,7 @@ class Pipeline:
             return None
         with clock.stage("encode"):
             steps = self._loop([(batch.jobs[row.job], row.seed, batch.encoded[row.job]) for row in rows])
-        views = {job: View(self, steps, members.index(job), batch.jobs[job]) for job in members}
+        views = {job: View(self, steps, batch.jobs[job], members.index(job), rows) for job in members}
         with clock.stage("denoise"):
             for _ in steps:
                 batch.tell(members)
@@ -321,10 +321,20 @@ def _are_finite(values: Tensor) -> Tensor:
 
 
 class View:
-    """One picture of a loop that runs; of several of one job, the first. Each method is work for the device."""
+    """One picture of a loop that runs; of several of one job, the first. Each method is work for the device.
 
-    def __init__(self, pipeline: Pipeline, steps: loop.Loop, row: int, job: Job) -> None:
-        self._pipeline, self._steps, self._row, self._job = pipeline, steps, row, job
+    Attributes:
+        seed: of the picture.
+    """
+
+    def __init__(self, pipeline: Pipeline, steps: loop.Loop, job: Job, row: int, rows: Sequence["_Row"]) -> None:
+        self._pipeline, self._steps, self._job, self._row = pipeline, steps, job, row
+        self.seed = rows[row].seed
+
+    @property
+    def done(self) -> int:
+        """Steps of this picture so far."""
+        return self._steps.done
 
     def glimpse(self) -> Tensor:
         """Return the estimated picture at the latents' resolution, uint8 [h, w, 3]."""

@@ -14,6 +14,7 @@ class Loop:
 
     Attributes:
         latents: float32 [B, …], updated in place.
+        done: steps so far.
     """
 
     def __init__(
@@ -36,19 +37,19 @@ class Loop:
         self.latents = latents
         self._denoiser, self._window, self._prediction = denoiser, window, prediction
         self._solver, self._guidance, self._paced = solver, guidance, paced
-        self._step = 0
+        self.done = 0
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the latents after each step."""
         self._denoiser.begin(self._solver.timesteps)
         for step in range(len(self._solver.timesteps)):
-            self._step = step
             self._guidance.write(self._window, self._solver.model_input(self.latents, step))
             self._denoiser.run_step(step)
             self._solver.step_(self.latents, self._guidance.join(self._prediction), step)
+            self.done = step + 1
             self._paced()
             yield self.latents
 
     def clean(self) -> Tensor:
         """Estimate the clean latents from the step that was yielded last."""
-        return self._solver.clean(self.latents, self._guidance.join(self._prediction), self._step)
+        return self._solver.clean(self.latents, self._guidance.join(self._prediction), self.done - 1)

@@ -79,7 +79,7 @@ class GenerateModel(ServedModel):
         system = System(found.spec.name, found.engine, found.precision(name, config.dtype))
         self._files = Files(device if found.compiles else None, found.spec, system, signer)
         self._metrics = DrawingMetrics()
-        self._previewer = Previewer(config.inflight_path)
+        self._previewer = Previewer(config.inflight_path, self._files)
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="answer")
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -171,7 +171,7 @@ class GenerateModel(ServedModel):
         return done
 
     def _look(self, asked: _Asked, view: View) -> None:
-        self._previewer.look(asked.delivery, len(asked.job.seeds), view)
+        self._previewer.look(asked.job, asked.delivery, view)
 
     def _stepped(self, asked: _Asked) -> bool:
         """Note a step; False once the request was cancelled, through `control` or (called directly) through gRPC."""

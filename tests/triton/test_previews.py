@@ -52,6 +52,7 @@ def test_a_look_at_a_running_request(client: PlainClient, server: TritonServer) 
         wait_for(lambda: look(client, name, kind="partial")[2] != b"")
         _, _, image = look(client, name, kind="partial")
         assert pixels(image).shape == (512, 512, 3)
+        assert all(b"trainedAlgorithmicMedia" in file for file in (image, seen[0][1])), "each says what drew it"
         assert {file.stat().st_mode & 0o777 for file in files(server)} == {0o600}
         assert look(client, "somebody else") == ("unknown", 0, b"")
         client.control(name, "cancel")
