@@ -113,12 +113,17 @@ CONTROL = ModelContract(
     "control",
     (
         _tensor("request_id", "BYTES", [1], "the id a request to `flux` was sent with"),
-        _tensor("action", "BYTES", [1], "status or cancel"),
+        _tensor("action", "BYTES", [1], "status, cancel or preview"),
+        _tensor("kind", "BYTES", [1], "of a preview: glimpse (small; the default) or partial", optional=True),
+        _tensor("after", "INT32", [1], "of a preview: the step that it must be later than; 0", optional=True),
+        _tensor("encoding", "BYTES", [1], "of a preview: binary, or base64 for JSON", optional=True),
     ),
     (
         _tensor("state", "BYTES", [1], "unknown, queued, running or cancelling"),
         _tensor("step", "INT32", [1], "steps done"),
         _tensor("steps", "INT32", [1], "steps in all; 0 when unknown"),
+        _tensor("preview", "BYTES", [1], "a file, empty if there is none yet: PNG; partial in the request's format"),
+        _tensor("preview_step", "INT32", [1], "the step that it shows; 0 if there is none"),
     ),
 )
 

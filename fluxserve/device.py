@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,25 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     and the GPU then for the host's next launches.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def received(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy a tensor to the host.
+
+    Returns:
+        A function that waits for the copy and returns it, for another thread than the one that launches.
+    """
+    if not tensor.is_cuda:
+        return lambda: tensor
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    copied = _event()
+    copied.record()
+
+    def wait() -> torch.Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
 
 
 class DeviceClock:

@@ -20,15 +20,16 @@ drop a request between two steps of an ensemble without notice, and a client can
 A lapsed slot counts no longer, and may be claimed again when no unused one is left. Until then it keeps its ticket:
 a request that arrives late after all is drawn, or answered as cancelled.
 
-Claims, starts, cancels and releases hold an exclusive lock on the file; the two things that happen at every step,
-noting the step and looking at the cancel flag, are single aligned words and take none.
+Claims, starts, cancels and releases hold an exclusive lock on the file. What happens at every step takes none: noting
+the step, and looking at the cancel flag and at the steps that somebody wants to see. All are single aligned words.
 """
 
 import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,9 @@ from fluxserve import process
 from fluxserve.contract import MAX_WAITING, QUEUE_TIMEOUT_S
 from fluxserve.errors import Cancelled, Draining, InvalidRequest, QueueFull, RequestIdInUse
 from fluxserve.shared_file import SharedFile
+
+PREVIEWS = ("glimpse", "partial")
+"""Kinds of previews."""
 
 FREE, CLAIMED, QUEUED, RUNNING = 0, 1, 2, 3
 CAPACITY = 256
@@ -59,7 +63,7 @@ LEASE_S = QUEUE_TIMEOUT_S + _GRACE_S
 HANDOVER_S = 1.0
 """Longer than the way from `prepare` to `generate` takes when no other request is in front."""
 
-_VERSION = 3
+_VERSION = 4
 _HEADER = np.dtype(
     [
         ("version", "<u4"),
@@ -81,6 +85,7 @@ _SLOT = np.dtype(
         ("cancel", "<u4"),
         ("step", "<u4"),
         ("steps", "<u4"),
+        ("previews", "<u4", len(PREVIEWS)),  # of each kind the first step that somebody wants to see; 0: nobody does
         ("id", f"S{MAX_ID_BYTES}"),
     ],
     align=True,
@@ -157,7 +162,7 @@ class InflightTable:
             index = self._longest_unused(free)
             slot = self._slots[index]
             slot["ticket"] = (1 + secrets.randbelow(2**_RANDOM_BITS - 1)) * CAPACITY + index
-            slot["state"], slot["cancel"], slot["step"], slot["steps"] = CLAIMED, 0, 0, 0
+            slot["state"], slot["cancel"], slot["step"], slot["steps"], slot["previews"] = CLAIMED, 0, 0, 0, 0
             slot["owner_pid"], slot["owner_started"] = os.getpid(), self._started
             slot["claimed_ns"], slot["id"] = self._clock_ns(), request_id.encode()
             return int(slot["ticket"])
@@ -207,6 +212,18 @@ class InflightTable:
         slot["step"] += 1
         return not slot["cancel"]
 
+    def wanted(self, ticket: int) -> npt.NDArray[np.uint32]:
+        """Return, for each kind of preview, the first step that somebody wants to see; 0: nobody does. No lock."""
+        wanted: npt.NDArray[np.uint32] = self._slots["previews"][ticket % CAPACITY]
+        return wanted
+
+    @contextmanager
+    def running(self, ticket: int) -> Iterator[bool]:
+        """Hold the lock: whether this request still runs does not change meanwhile. One thread of a view at a time."""
+        with self._locked():
+            slot = self._slots[ticket % CAPACITY]
+            yield bool(slot["state"] == RUNNING and int(slot["ticket"]) == ticket)
+
     def progress(self, ticket: int) -> Status:
         """How far a request came that this process runs."""
         return self._status(ticket % CAPACITY)
@@ -224,6 +241,16 @@ class InflightTable:
         with self._locked():
             self._sweep(cancelled_waits=False)
             return self._status(self._find(request_id, lapsed=True))
+
+    def want(self, request_id: str, kind: str, after: int) -> tuple[Status, int]:
+        """Note that a preview later than step `after` is wanted; return the request's status and ticket, or 0."""
+        with self._locked():
+            self._sweep(cancelled_waits=False)
+            if (index := self._find(request_id)) is None:
+                return self._status(self._find(request_id, lapsed=True)), 0
+            wanted = self._slots["previews"][index]
+            wanted[PREVIEWS.index(kind)] = max(int(wanted[PREVIEWS.index(kind)]), after + 1)
+            return self._status(index), int(self._slots["ticket"][index])
 
     def cancel(self, request_id: str) -> Status:
         """Mark a request as unwanted; returns its status afterwards. Twice is the same as once."""

@@ -22,11 +22,14 @@ from fluxserve.errors import NotFinite, SettingsError
 from fluxserve.families import registry
 from fluxserve.families.base import Draw, Inputs
 from fluxserve.job import Array, Arrays, Job
-from fluxserve.sampling import loop
+from fluxserve.sampling import glimpses, loop
 from fluxserve.spec import ModelSpec
 
 Watch = Callable[[int], bool]
 """Called with a job's index after each of its steps; False says that nobody wants the job any more."""
+
+Show = Callable[[int, "View"], None]
+"""Called with a job's index and its view after each of its steps, as long as it is wanted; may take a preview."""
 
 _BOUNDS_KEPT = 24
 
@@ -108,6 +111,7 @@ class Pipeline:
             (drawing,) = self.draw([self._family.nothing(self.spec, size, given)])
             assert drawing is not None, "nobody can cancel it"
             drawing.require_finite()
+        _ = self._projection
         return self._seconds_a_picture()
 
     def _seconds_a_picture(self) -> float:
@@ -132,15 +136,19 @@ class Pipeline:
         self._engines.close()
 
     @torch.inference_mode()
-    def draw(self, jobs: Sequence[Job], watch: Watch = lambda _: True) -> list[Drawing | None]:
+    def draw(
+        self, jobs: Sequence[Job], watch: Watch = lambda _: True, show: Show = lambda *_: None
+    ) -> list[Drawing | None]:
         """Draw jobs of one likeness. None stands for a job that `watch` called off.
 
-        The timings of every drawing are those of the whole batch: that is how long each of them took.
+        The timings of every drawing are those of the whole batch: that is how long each of them took. The host never
+        waits for the device in the loop, not for previews either. A preview that `show` takes is work of the device
+        between two steps; nothing is computed or allocated for one that nobody takes.
         """
         assert len({job.likeness for job in jobs}) == 1, "jobs of a batch must be alike"
         clock = DeviceClock(self.device)
         with clock.stage("encode"):
-            batch = _Batch(jobs, watch, [self.encode(job) for job in jobs])
+            batch = _Batch(jobs, watch, show, [self.encode(job) for job in jobs])
         height, width = jobs[0].height, jobs[0].width
         canvas = torch.empty(len(batch.rows), height, width, 3, dtype=torch.uint8, device=self.device)
         finite = torch.ones(len(batch.rows), dtype=torch.bool, device=self.device)
@@ -171,14 +179,15 @@ class Pipeline:
         if not batch.any_wanted(members):
             return None
         with clock.stage("encode"):
-            steps = self.denoise([(batch.jobs[row.job], row.seed, batch.encoded[row.job]) for row in rows])
-            latents = next(steps)
+            steps = self._loop([(batch.jobs[row.job], row.seed, batch.encoded[row.job]) for row in rows])
+        views = {job: View(self, steps, batch.jobs[job], members.index(job), rows) for job in members}
         with clock.stage("denoise"):
             for _ in steps:
                 batch.tell(members)
                 if not batch.any_wanted(members):
                     return None
-        return latents
+                batch.show(views)
+        return steps.latents
 
     def encode(self, job: Job) -> Encoded:
         """Run the text encoders, and the VAE on the job's images."""
@@ -223,6 +232,11 @@ class Pipeline:
         Args:
             rows: for each picture its job, seed and what was encoded; jobs of one likeness.
         """
+        steps = self._loop(rows)
+        yield steps.latents
+        yield from steps
+
+    def _loop(self, rows: Sequence[tuple[Job, int, Encoded]]) -> loop.Loop:
         job, recipe = rows[0][0], self._recipe
         draws = [self._noise(seed) for _, seed, _ in rows]
         starts = [
@@ -232,7 +246,6 @@ class Pipeline:
         latents = torch.cat(starts)
         guidance = recipe.guidance([own for own, _, _ in rows], self._send)
         bound = self._bind_network(latents, self._inputs(rows, guidance.passes))
-        yield latents
         own = latents.shape[1]
         window, prediction = bound.inputs[recipe.latents][:, :own], bound.outputs[recipe.prediction][:, :own]
 
@@ -241,7 +254,7 @@ class Pipeline:
 
         solver = recipe.solver(job, self.spec, bound.inputs["timestep"].dtype, self._send, noise)
         paced = Pacer(self.device).step
-        yield from loop.denoise(denoiser(bound), window, prediction, latents, solver, guidance, paced)
+        return loop.Loop(denoiser(bound), window, prediction, latents, solver, guidance, paced)
 
     def _inputs(self, rows: Sequence[tuple[Job, int, Encoded]], passes: int) -> list[Inputs]:
         """Return the network's inputs for each of its rows: all rows of the first pass, then those of the second."""
@@ -282,6 +295,13 @@ class Pipeline:
         bound.run()
         return bound.outputs["pixels"]
 
+    @cached_property
+    def _projection(self) -> Tensor:
+        """The VAE's latents to RGB; costs one pass of its encoder, at the default size."""
+        image = glimpses.colours(self.spec.defaults.side)
+        with torch.inference_mode():
+            return glimpses.fit(self._encode_pixels(image)[0], image)
+
     def _bind(self, engine: Engine, shapes: Shapes) -> Bound:
         """An engine bound to shapes, from the few that were used last."""
         key = (id(engine), *sorted(shapes.items()))
@@ -305,6 +325,35 @@ def _are_finite(values: Tensor) -> Tensor:
     return values.flatten(1).sum(dim=1, dtype=torch.float32).isfinite()
 
 
+class View:
+    """One picture of a loop that runs; of several of one job, the first. Each method is work for the device.
+
+    Attributes:
+        seed: of the picture.
+    """
+
+    def __init__(self, pipeline: Pipeline, steps: loop.Loop, job: Job, row: int, rows: Sequence["_Row"]) -> None:
+        self._pipeline, self._steps, self._job, self._row = pipeline, steps, job, row
+        self.seed = rows[row].seed
+
+    @property
+    def done(self) -> int:
+        """Steps of this picture so far."""
+        return self._steps.done
+
+    def glimpse(self) -> Tensor:
+        """Return the estimated picture at the latents' resolution, uint8 [h, w, 3]."""
+        z = self._pipeline._recipe.decoded(self._clean(), self._job, self._pipeline.spec)
+        return glimpses.project(z[0], self._pipeline._projection)
+
+    def partial(self) -> Tensor:
+        """Return the estimated picture through the VAE, uint8 [height, width, 3]."""
+        return self._pipeline.decode(self._clean(), self._job)[0]
+
+    def _clean(self) -> Tensor:
+        return self._steps.clean()[self._row : self._row + 1]
+
+
 @dataclass(frozen=True)
 class _Row:
     """One image of one job."""
@@ -316,8 +365,8 @@ class _Row:
 class _Batch:
     """The jobs of one call: their rows, and which of them are still wanted."""
 
-    def __init__(self, jobs: Sequence[Job], watch: Watch, encoded: Sequence[Encoded]) -> None:
-        self.jobs, self.encoded, self._watch = jobs, encoded, watch
+    def __init__(self, jobs: Sequence[Job], watch: Watch, show: Show, encoded: Sequence[Encoded]) -> None:
+        self.jobs, self.encoded, self._watch, self._show = jobs, encoded, watch, show
         self.rows = [_Row(index, seed) for index, job in enumerate(jobs) for seed in job.seeds]
         self._wanted = [True] * len(jobs)
 
@@ -330,6 +379,11 @@ class _Batch:
         """One more step for each row; who was called off is not asked again."""
         for member in members:
             self._wanted[member] = self._wanted[member] and self._watch(member)
+
+    def show(self, views: Mapping[int, View]) -> None:
+        for member, view in views.items():
+            if self._wanted[member]:
+                self._show(member, view)
 
     def any_wanted(self, members: Sequence[int]) -> bool:
         return any(self._wanted[member] for member in members)

@@ -35,6 +35,14 @@ class Solver(Protocol):
             prediction: the network's output at this step, any float dtype, of the latents' shape.
         """
 
+    def clean(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
+        """Estimate the clean latents that the loop tends to, for a preview; changes nothing.
+
+        Args:
+            latents: as `step_` left them.
+            prediction: the one that `step_` was given.
+        """
+
 
 class Euler:
     """Euler steps along a velocity: x += (σ' − σ) · v (FlowMatchEulerDiscreteScheduler.step)."""
@@ -45,13 +53,17 @@ class Euler:
             sigmas: noise levels, float32 [steps + 1] on the device, falling to 0.
             timesteps: [steps] on the device.
         """
-        self.timesteps, self._differences = timesteps, sigmas.diff()
+        self.timesteps, self._sigmas, self._differences = timesteps, sigmas, sigmas.diff()
 
     def model_input(self, latents: Tensor, step: int) -> Tensor:  # noqa: ARG002 (the network reads latents as they are)
         return latents
 
     def step_(self, latents: Tensor, prediction: Tensor, step: int) -> None:
         latents.addcmul_(prediction, self._differences[step])
+
+    def clean(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
+        """Return x' − σ'·v, which is x − σ·v: an Euler step stays on the line to the estimate."""
+        return torch.addcmul(latents, prediction, self._sigmas[step + 1], value=-1)
 
 
 class DPMSolverMultistep:
@@ -104,6 +116,11 @@ class DPMSolverMultistep:
         latents.mul_(self._decay[step]).addcmul_(clean, self._first[step]).addcmul_(before, self._second[step])
         self._clean, self._before = before, clean
 
+    def clean(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:  # noqa: ARG002 (`step_` kept it)
+        """Return x₀ of the last step."""
+        assert self._before is not None, "a step was taken"
+        return self._before.clone()
+
 
 class EulerAncestral:
     """Euler steps for a network that predicts the noise ε, with noise added anew (EulerAncestralDiscreteScheduler).
@@ -124,6 +141,7 @@ class EulerAncestral:
         up = (then**2 * (now**2 - then**2) / now**2) ** 0.5
         down = (then**2 - up**2) ** 0.5
         self._differences, self._up = (down - now).to(device), up.to(device)
+        self._down = down.to(device)
         self._inputs = (1 / (now**2 + 1) ** 0.5).to(device)
         self._noise: Sequence[Tensor] = [draw().to(device) for _ in range(len(now))]
 
@@ -132,3 +150,8 @@ class EulerAncestral:
 
     def step_(self, latents: Tensor, prediction: Tensor, step: int) -> None:
         latents.addcmul_(prediction, self._differences[step]).addcmul_(self._noise[step], self._up[step])
+
+    def clean(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
+        """Return x' − σ_up·noise − σ_down·ε, which is x − σ·ε."""
+        without_noise = torch.addcmul(latents, self._noise[step], self._up[step], value=-1)
+        return without_noise.addcmul_(prediction, self._down[step], value=-1)

@@ -1,15 +1,19 @@
-"""The `control` model: status and cancel by request id, over the in-flight table. CPU, answers in well under 1 ms.
+"""The `control` model: status, cancel and previews by request id, over the in-flight table.
+
+On the CPU; status and cancel are answered in well under 1 ms.
 
 It exists because an ensemble can't cancel a step that runs, and HTTP can't cancel at all.
 """
 
+import base64
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from fluxserve import contract
 from fluxserve.errors import InvalidRequest
-from fluxserve.inflight import Status, checked_id
+from fluxserve.inflight import PREVIEWS, Status, checked_id
+from fluxserve.previews import Previews
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving import tensors
 from fluxserve.serving.lifecycle import ServedModel
@@ -26,6 +30,7 @@ class ControlModel(ServedModel):
     name = "control"
 
     def load(self, config: Settings, args: dict[str, str]) -> None:  # noqa: ARG002 (Triton's; not needed here)
+        self._previews = Previews(self._table)
         self._metrics, self._ended = QueueMetrics(), threading.Event()
         self._gauges = threading.Thread(target=self._watch, name="gauges", daemon=True)
         self._gauges.start()
@@ -47,19 +52,41 @@ class ControlModel(ServedModel):
 
     def _answer(self, request: Any) -> Any:
         try:
-            status = self._act(tensors.read_scalars(request, contract.CONTROL))
+            status, step, image = self._act(tensors.read_scalars(request, contract.CONTROL))
+            said = {"state": [status.state.encode()], "step": [status.step], "steps": [status.steps]}
+            return tensors.response(contract.CONTROL, {**said, "preview": [image], "preview_step": [step]})
         except Exception as error:  # noqa: BLE001 (the border: one request's error must not take its neighbours along)
             return triton_errors.response(error)
-        return tensors.response(
-            contract.CONTROL, {"state": [status.state.encode()], "step": [status.step], "steps": [status.steps]}
-        )
 
-    def _act(self, fields: dict[str, Any]) -> Status:
-        actions = {"status": self._table.status, "cancel": self._table.cancel}
-        action = fields["action"].decode("utf-8", errors="replace")
-        if action not in actions:
-            raise InvalidRequest("action", repr(action[:40]), ", ".join(actions))
-        return actions[action](_request_id(fields["request_id"]))
+    def _act(self, fields: dict[str, Any]) -> tuple[Status, int, bytes]:
+        """Return the status, and the step and file of a preview where one is asked for."""
+        actions = {"status": self._status, "cancel": self._cancel, "preview": self._preview}
+        action = _word("action", fields, tuple(actions))
+        return actions[action](_request_id(fields["request_id"]), fields)
+
+    def _status(self, request_id: str, _: dict[str, Any]) -> tuple[Status, int, bytes]:
+        return self._table.status(request_id), 0, b""
+
+    def _cancel(self, request_id: str, _: dict[str, Any]) -> tuple[Status, int, bytes]:
+        return self._table.cancel(request_id), 0, b""
+
+    def _preview(self, request_id: str, fields: dict[str, Any]) -> tuple[Status, int, bytes]:
+        """Answer with a picture that is there, and have the next one drawn: later than `after` in either case."""
+        kind = _word("kind", {"kind": PREVIEWS[0].encode(), **fields}, PREVIEWS)
+        encoding = _word("encoding", {"encoding": contract.ENCODINGS[0].encode(), **fields}, contract.ENCODINGS)
+        after = int(fields.get("after", 0))
+        if after < 0:
+            raise InvalidRequest("after", str(after), "0 or more")
+        status, ticket = self._table.want(request_id, kind, after)
+        step, image = self._previews.get(ticket, kind, after) if ticket else (0, b"")
+        return status, step, base64.b64encode(image) if encoding == "base64" else image
+
+
+def _word(name: str, fields: dict[str, Any], allowed: tuple[str, ...]) -> str:
+    word: str = fields[name].decode("utf-8", errors="replace")
+    if word not in allowed:
+        raise InvalidRequest(name, repr(word[:40]), ", ".join(allowed))
+    return word
 
 
 def _request_id(raw: bytes) -> str:

@@ -3,7 +3,7 @@
 Every file carries its provenance, and is signed where the operator has a certificate.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import torch
 from fluxserve.errors import SettingsError
 from fluxserve.families import registry
 from fluxserve.job import Job
-from fluxserve.media.images import write_image
+from fluxserve.media.images import Pixels, write_image
 from fluxserve.media.provenance import Provenance, System
 from fluxserve.pipeline import Drawing
 from fluxserve.settings import Settings
@@ -79,7 +79,7 @@ class Files:
             NotFinite: there is no picture to write.
         """
         drawing.require_finite()
-        provenances = self._provenances(job, prompt)
+        provenances = [self._provenance(job, seed, job.steps, prompt) for seed in job.seeds]
         if self._encode is not None and output_format == "png":
             pairs = zip(drawing.pixels, provenances, strict=True)
             written = [self._encode(pixels, each.png_chunks()) for pixels, each in pairs]
@@ -100,7 +100,15 @@ class Files:
             return files
         return [self._signer.sign(file, output_format) for file in files]
 
-    def _provenances(self, job: Job, prompt: str) -> Sequence[Provenance]:
-        """Describe each image. Image k of several gets the same description as the same image alone."""
+    def preview(self, pixels: Pixels, job: Job, seed: int, steps: int, output_format: str, quality: int) -> bytes:
+        """Write a preview on the host: with its provenance, without a signature or the prompt.
+
+        Args:
+            seed, steps: of the picture that it shows, so far.
+        """
+        return write_image(pixels, output_format, quality, self._provenance(job, seed, steps, ""))
+
+    def _provenance(self, job: Job, seed: int, steps: int, prompt: str) -> Provenance:
+        """Describe one image. Image k of several gets the same description as the same image alone."""
         own = registry.of(self._spec).parameters(job, self._spec)
-        return [Provenance(self._system, seed, job.steps, job.height, job.width, own, prompt) for seed in job.seeds]
+        return Provenance(self._system, seed, steps, job.height, job.width, own, prompt)

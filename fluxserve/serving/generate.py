@@ -22,13 +22,14 @@ from fluxserve.errors import Cancelled, FluxserveError, NotFinite, SettingsError
 from fluxserve.families import registry
 from fluxserve.job import Job
 from fluxserve.media.provenance import System
-from fluxserve.pipeline import Drawing, Pipeline
+from fluxserve.pipeline import Drawing, Pipeline, View
 from fluxserve.serving import envelope, shared_memory, tensors
 from fluxserve.serving import errors as triton_errors
 from fluxserve.serving.envelope import Delivery
 from fluxserve.serving.files import Files, Finish, open_signer
 from fluxserve.serving.lifecycle import ServedModel
 from fluxserve.serving.metrics import DrawingMetrics
+from fluxserve.serving.previews import Previewer
 from fluxserve.serving.processes import Pace
 from fluxserve.settings import Settings
 
@@ -78,6 +79,7 @@ class GenerateModel(ServedModel):
         system = System(found.spec.name, found.engine, found.precision(name, config.dtype))
         self._files = Files(device if found.compiles else None, found.spec, system, signer)
         self._metrics = DrawingMetrics()
+        self._previewer = Previewer(config.inflight_path, self._files)
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="answer")
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -105,6 +107,7 @@ class GenerateModel(ServedModel):
 
     def unload(self) -> None:
         self._writers.shutdown()
+        self._previewer.close()
         self._pipeline.close()
 
     def _read(self, request: Any) -> _Asked:
@@ -137,7 +140,11 @@ class GenerateModel(ServedModel):
             return
         self._pace.draw()
         try:
-            drawings = self._pipeline.draw([a.job for a in started], lambda index: self._stepped(started[index]))
+            drawings = self._pipeline.draw(
+                [a.job for a in started],
+                lambda index: self._stepped(started[index]),
+                lambda index, view: self._look(started[index], view),
+            )
         except Exception as error:  # noqa: BLE001 (the border: Triton would answer a raise with a bare traceback)
             drawings = []
             for asked in started:
@@ -160,7 +167,11 @@ class GenerateModel(ServedModel):
         done = [self._table.progress(asked.delivery.ticket).step for asked in started]
         for asked in started:
             self._table.release(asked.delivery.ticket)
+            self._previewer.end(asked.delivery.ticket)
         return done
+
+    def _look(self, asked: _Asked, view: View) -> None:
+        self._previewer.look(asked.job, asked.delivery, view)
 
     def _stepped(self, asked: _Asked) -> bool:
         """Note a step; False once the request was cancelled, through `control` or (called directly) through gRPC."""

@@ -114,7 +114,7 @@ LAYERS = (
     ("folders.checkpoint",),
     ("families",),
     ("request",),
-    ("media", "sampling"),
+    ("media", "sampling", "previews"),
     ("folders",),
     ("engine", "inflight", "job"),
     ("spec", "contract", "shared_file"),
@@ -237,9 +237,10 @@ def test_every_module_says_what_it_is(file: Path) -> None:
 def test_the_loop_never_waits_for_the_host() -> None:
     """No .item(), .tolist(), .cpu() or .numpy() between the first launch of a step and the next."""
     called = {
-        "pipeline.py": ("tell", "any_wanted"),
-        "sampling/loop.py": ("denoise",),
-        "sampling/solvers.py": ("model_input", "step_"),
+        "pipeline.py": ("tell", "any_wanted", "show", "glimpse", "partial", "_clean"),
+        "sampling/loop.py": ("__iter__", "clean"),
+        "sampling/glimpses.py": ("project",),
+        "sampling/solvers.py": ("model_input", "step_", "clean"),
         "sampling/guidance.py": ("write", "join"),
         "engine.py": ("run_step",),
         "engines/fused/transformer.py": ("run_step", "_modulated", "_fill"),

@@ -7,6 +7,7 @@ choosing, with Triton's prefixes, statuses and habits: hanging up does not stop 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import ssl
 import threading
@@ -20,6 +21,7 @@ import numpy as np
 from aiohttp import web
 from fluxserve_client.contract import Tensors
 from fluxserve_client.errors import Cancelled, FluxserveError, RequestIdInUse
+from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, serialize_byte_tensor, triton_to_np_dtype
 
@@ -28,6 +30,12 @@ TIMINGS = {"queue": 1.5, "encode": 2, "denoise": 30, "decode": 4, "total": 36, "
 
 def strings(*values: bytes) -> np.ndarray[Any, Any]:
     return np.array(values, dtype=np.object_)
+
+
+def preview_file(side: int, step: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side // 2), (step % 256, 0, 0)).save(file, "PNG")
+    return file.getvalue()
 
 
 @dataclass
@@ -48,6 +56,7 @@ class FakeFlux:
         requests: (id, inputs) of every call of `flux`.
         headers: of every call over a wire, keys in lower case.
         actions: (id, action) of every call of `control`.
+        previews: (kind, after) of every preview that was asked for.
         ended: id and outcome of every call of `flux`: "done" or "cancelled".
     """
 
@@ -60,6 +69,7 @@ class FakeFlux:
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     actions: list[tuple[str, str]] = field(default_factory=list)
+    previews: list[tuple[str, int]] = field(default_factory=list)
     ended: list[tuple[str, str]] = field(default_factory=list)
     table: dict[str, Slot] = field(default_factory=dict)
 
@@ -73,9 +83,15 @@ class FakeFlux:
             raise self.control_error
         slot = self.table.get(name)
         if slot is None:
-            return _progress("unknown", 0, 0)
+            return {**_progress("unknown", 0, 0), **_preview(b"", 0)}
         slot.cancelling |= action == "cancel"
-        return _progress("cancelling" if slot.cancelling else "running", slot.step, self.steps)
+        said, shown = _progress("cancelling" if slot.cancelling else "running", slot.step, self.steps), _preview(b"", 0)
+        if action == "preview":
+            kind, after = inputs["kind"][0].decode(), int(inputs["after"][0])
+            self.previews.append((kind, after))
+            if slot.step > after:
+                shown = _preview(preview_file(8 if kind == "glimpse" else 64, slot.step), slot.step)
+        return {**said, **shown}
 
     async def flux(self, inputs: Tensors, request_id: str) -> Tensors:
         self.requests.append((request_id, dict(inputs)))
@@ -116,6 +132,10 @@ def _progress(state: str, step: int, steps: int) -> Tensors:
         "step": np.array([step], dtype=np.int32),
         "steps": np.array([steps], dtype=np.int32),
     }
+
+
+def _preview(image: bytes, step: int) -> Tensors:
+    return {"preview": strings(image), "preview_step": np.array([step], dtype=np.int32)}
 
 
 # Triton's HTTP front end has no code of its own for CANCELLED and ALREADY_EXISTS

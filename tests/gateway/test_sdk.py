@@ -13,6 +13,7 @@ import pytest
 from fluxserve_client.errors import Cancelled, FluxserveError, from_status
 from fluxserve_gateway.fields import Edit, Generation
 from openai.types import image_edit_params, image_generate_params
+from PIL import Image
 
 from tests.client.fakes import FakeFlux
 from tests.gateway.serving import Gateway, png
@@ -86,6 +87,36 @@ def test_a_stream(gateway: Gateway, fake: FakeFlux) -> None:
         assert (event.size, event.output_format, event.background, event.quality) == ("32x16", "png", "opaque", "auto")
         assert event.usage.total_tokens == 2
         assert event.created_at > 1_700_000_000
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_partial_images(gateway: Gateway, fake: FakeFlux, count: int) -> None:
+    fake.steps, fake.step_s = 8, 0.06
+    events = list(gateway.sdk().images.generate(prompt="a", stream=True, partial_images=count))
+    kinds = [event.type.removeprefix("image_generation.") for event in events]
+    assert kinds == ["partial_image"] * count + ["completed"]
+    for index, event in enumerate(events[:-1]):
+        assert isinstance(event, openai.types.ImageGenPartialImageEvent)
+        assert event.partial_image_index == index
+        assert Image.open(io.BytesIO(base64.b64decode(event.b64_json))).size == (64, 32)
+        assert (event.size, event.output_format, event.background, event.quality) == ("64x32", "png", "opaque", "auto")
+    assert {kind for kind, _ in fake.previews} == {"partial"}
+
+
+def test_partial_images_of_an_edit(gateway: Gateway, fake: FakeFlux) -> None:
+    fake.steps, fake.step_s = 8, 0.06
+    stream = gateway.sdk().images.edit(image=("a.png", png(), "image/png"), prompt="b", stream=True, partial_images=2)
+    kinds = [event.type for event in stream]
+    assert kinds == ["image_edit.partial_image"] * 2 + ["image_edit.completed"]
+
+
+@pytest.mark.parametrize("asked", [{}, {"partial_images": 0}, {"partial_images": 3, "n": 2}])
+def test_nobody_asks_for_a_preview(gateway: Gateway, fake: FakeFlux, asked: dict[str, int]) -> None:
+    """No event says which of several pictures a partial image is of: none is drawn."""
+    fake.steps, fake.step_s = 5, 0.03
+    events = list(gateway.sdk().images.generate(prompt="a", stream=True, **asked))  # type: ignore[call-overload]
+    assert {event.type for event in events} == {"image_generation.completed"}
+    assert fake.previews == [] and fake.actions
 
 
 def test_an_edit(gateway: Gateway, fake: FakeFlux) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 import fluxserve.serving
 
-MODULES = ("shared_memory", "tensors", "errors", "metrics", "lifecycle", "prepare", "generate", "control")
+MODULES = ("shared_memory", "tensors", "errors", "metrics", "lifecycle", "prepare", "previews", "generate", "control")
 
 
 class Tensor:

@@ -328,7 +328,7 @@ def test_control(control: Any, table: InflightTable) -> None:
 @pytest.mark.parametrize(
     ("request_id", "action", "field"),
     [
-        (b"r", b"kill", "action: got 'kill'; allowed: status, cancel"),
+        (b"r", b"kill", "action: got 'kill'; allowed: status, cancel, preview"),
         (b"r", b"", "action: got ''"),
         (b"r", b"\xff" * 1000, "action: got "),
         (b"", b"status", "request_id: got 0 bytes"),

@@ -337,10 +337,10 @@ def test_one_groups_exception_leaves_the_others(
 ) -> None:
     draw: Callable[..., Any] = generate._pipeline.draw
 
-    def fail_for_two_steps(jobs: Any, watch: Any) -> Any:
+    def fail_for_two_steps(jobs: Any, *callbacks: Any) -> Any:
         if jobs[0].steps == 2:
             raise RuntimeError("a bad schedule")
-        return draw(jobs, watch)
+        return draw(jobs, *callbacks)
 
     monkeypatch.setattr(generate._pipeline, "draw", fail_for_two_steps)
     bad, good = answers(generate, [job(admitted(table, "a"), steps=2), job(admitted(table, "b"))])

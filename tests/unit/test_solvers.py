@@ -9,7 +9,7 @@ from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteSchedul
 from torch import Tensor
 
 from fluxserve.sampling.guidance import ClassifierFree, OnePass
-from fluxserve.sampling.loop import denoise
+from fluxserve.sampling.loop import Loop
 from fluxserve.sampling.solvers import DPMSolverMultistep, Euler, EulerAncestral, Solver
 
 SHAPE = (2, 4, 6, 5)
@@ -43,8 +43,12 @@ def latents() -> Tensor:
 def ours(solver: Solver, x: Tensor) -> list[Tensor]:
     window, prediction = torch.empty(SHAPE), torch.empty(SHAPE)
     denoiser, paced = Counted(window, prediction), list[None]()
-    seen = denoise(denoiser, window, prediction, x, solver, OnePass(), lambda: paced.append(None))
-    steps = [x.clone() for x in seen]
+    loop = Loop(denoiser, window, prediction, x, solver, OnePass(), lambda: paced.append(None))
+    steps = []
+    for x in loop:
+        steps.append(x.clone())
+        loop.clean()
+        assert torch.equal(x, steps[-1]), "a look changes nothing"
     assert denoiser.steps == list(range(len(solver.timesteps)))
     assert len(paced) == len(steps)
     return steps
@@ -96,6 +100,30 @@ def test_euler_ancestral(steps: int) -> None:
 
 def drawing(generator: torch.Generator) -> Callable[[], Tensor]:
     return lambda: torch.randn(SHAPE, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["euler", "dpm", "ancestral"])
+def test_the_clean_latents_are_found_from_each_step(kind: str) -> None:
+    """A network that is right about the noise: the estimate is the clean latents, whatever the step."""
+    levels, timesteps = torch.tensor([9.0, 3.0, 1.0, 0.2, 0.0]), torch.arange(4.0)
+    clean, noise = latents(), torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
+    generator, prediction = torch.Generator().manual_seed(6), torch.empty(SHAPE)
+    solver: Solver
+    if kind == "euler":
+        levels = levels / 9
+        solver, x = Euler(levels, timesteps), noise.clone()
+        right = lambda x, sigma: (x - clean) / sigma  # noqa: E731
+    elif kind == "dpm":
+        solver = DPMSolverMultistep(levels, timesteps)
+        x = (clean + 9 * noise) / 82**0.5
+        right = lambda x, sigma: (x * (sigma**2 + 1) ** 0.5 - clean) / sigma  # noqa: E731
+    else:
+        solver, x = EulerAncestral(levels, timesteps, drawing(generator)), clean + 9 * noise
+        right = lambda x, sigma: (x - clean) / sigma  # noqa: E731
+    for step in range(4):
+        prediction.copy_(right(x, levels[step]))
+        solver.step_(x, prediction, step)
+        assert torch.allclose(solver.clean(x, prediction, step), clean, atol=2e-4), f"step {step}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

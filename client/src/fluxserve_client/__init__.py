@@ -21,7 +21,7 @@ from fluxserve_client.errors import (
     ServerError,
     Unavailable,
 )
-from fluxserve_client.result import Progress, Result, State, Timings
+from fluxserve_client.result import Preview, Progress, Result, State, Timings
 from fluxserve_client.retry import Retry
 from fluxserve_client.sync import Client
 from fluxserve_client.transports import Transport
@@ -40,6 +40,7 @@ __all__ = [
     "FluxserveError",
     "InvalidRequest",
     "MockTransport",
+    "Preview",
     "Progress",
     "QueueFull",
     "RequestIdInUse",

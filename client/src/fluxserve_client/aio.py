@@ -9,12 +9,11 @@ client first asks `control` to cancel that request, and only then hangs up.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import math
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +28,7 @@ from fluxserve_client.contract import (
     parse_result,
 )
 from fluxserve_client.errors import DeadlineExceeded, FluxserveError
+from fluxserve_client.follow import Callbacks, Follower, PreviewCallback, ProgressCallback
 from fluxserve_client.forks import begin_anew_in_children
 from fluxserve_client.images import ImageInput
 from fluxserve_client.result import ImageFormat, Progress, Result, State
@@ -41,8 +41,6 @@ log = logging.getLogger("fluxserve_client")
 
 _MAX_ID_BYTES = 128
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-ProgressCallback = Callable[[Progress], Awaitable[None] | None]
-
 _RETRY_S = 0.05  # between two tries to cancel a request that has not reached the server's table yet
 
 
@@ -157,6 +155,8 @@ class AsyncClient:
         request_id: str | None = None,
         timeout: float | None = None,
         progress: ProgressCallback | None = None,
+        on_preview: PreviewCallback | None = None,
+        partial_images: int = 0,
     ) -> Result:
         """Draw what `prompt` says. Everything else is optional; what isn't given, the server's model decides.
 
@@ -185,6 +185,9 @@ class AsyncClient:
                 that is seen. What it raises leaves this call, after the request is cancelled: raise from it to
                 stop. If the *server* can't tell the progress, that is logged as a warning and the call goes on
                 without.
+            on_preview: called likewise with a `Preview`, a glimpse of the picture, whenever a newer one is seen.
+            partial_images: 1 to 3: `on_preview` gets that many previews of full size in place of glimpses, spread over
+                the steps; fewer if the steps are few or quick. Each costs the server a pass of the VAE's decoder.
 
         Raises:
             TypeError, ValueError, OSError: an argument that cannot be sent; nothing was sent.
@@ -215,10 +218,11 @@ class AsyncClient:
             embed_prompt=embed_prompt,
         )
         self._check(timeout)
+        callbacks = Callbacks(progress, on_preview, partial_images)
         inputs = request.tensors()
         name = uuid.uuid4().hex if request_id is None else _checked(request_id)
         async with self._in_flight(name, inputs) as answer, self._within(timeout, name):
-            outputs = await self._attend(answer, name, progress)
+            outputs = await self._attend(answer, name, callbacks)
         return parse_result(outputs, name, output_format)
 
     async def status(self, request_id: str, *, timeout: float | None = None) -> Progress:
@@ -328,17 +332,15 @@ class AsyncClient:
             _ = answer.cancelled() or answer.exception()  # nobody is left to hear it
         return problem
 
-    async def _attend(
-        self, answer: asyncio.Task[Tensors], request_id: str, progress: ProgressCallback | None
-    ) -> Tensors:
+    async def _attend(self, answer: asyncio.Task[Tensors], request_id: str, callbacks: Callbacks) -> Tensors:
         """Wait for the answer, following the progress meanwhile.
 
         Never awaits `answer` itself: cancelling the awaiting task would hang up before the server is told.
         """
-        if progress is None:
+        if not callbacks.wanted:
             await asyncio.wait({answer})
             return answer.result()
-        follower = asyncio.create_task(self._follow(request_id, progress))
+        follower = asyncio.create_task(Follower(self._transport, request_id, callbacks, self._poll_interval).run())
         try:
             await asyncio.wait({answer, follower}, return_when=asyncio.FIRST_COMPLETED)
             if follower.done() and (error := follower.result()):
@@ -348,26 +350,6 @@ class AsyncClient:
         finally:
             follower.cancel()
             await asyncio.wait({follower}, timeout=self._cancel_timeout)
-
-    async def _follow(self, request_id: str, progress: ProgressCallback) -> BaseException | None:
-        """Report every change; return what the callback raised, because SystemExit would end the event loop here."""
-        last = None
-        while True:
-            await asyncio.sleep(self._poll_interval)
-            try:
-                now = await self._ask(request_id, "status")
-            except FluxserveError as error:
-                log.warning("the progress of request %s is not followed any more: %s", request_id, error)
-                return None
-            if now != last and now.state is not State.UNKNOWN:
-                last = now
-                try:
-                    if inspect.isawaitable(reporting := progress(now)):
-                        await reporting
-                except GeneratorExit:  # means, in the caller's coroutine, that nothing can be awaited any more
-                    return RuntimeError("the progress callback raised GeneratorExit")
-                except BaseException as error:  # noqa: BLE001 (raised again where the caller waits)
-                    return error
 
 
 async def _infer(transport: Transport, inputs: Tensors, request_id: str) -> Tensors:

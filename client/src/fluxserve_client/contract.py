@@ -8,6 +8,7 @@ called like an input would be answered with the input.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import operator
@@ -18,10 +19,11 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from fluxserve_client.errors import ServerError
 from fluxserve_client.images import ImageInput, file_of
-from fluxserve_client.result import ImageFormat, Progress, Result, State, Timings, format_named
+from fluxserve_client.result import ImageFormat, Preview, Progress, Result, State, Timings, format_named
 
 FLUX = "flux"
 CONTROL = "control"
@@ -63,6 +65,25 @@ class Request:
 def control_tensors(request_id: str, action: str) -> dict[str, Tensor]:
     """The inputs of `control`; `action` is "status" or "cancel"."""
     return {"request_id": _text("request_id", request_id), "action": _text("action", action)}
+
+
+def preview_tensors(request_id: str, kind: str, after: int) -> dict[str, Tensor]:
+    """The inputs of `control` for a picture later than step `after`; `kind` is "glimpse" or "partial"."""
+    more = {"kind": _text("kind", kind), "after": np.array([after], dtype=np.int32)}
+    return {**control_tensors(request_id, "preview"), **more}
+
+
+def parse_preview(outputs: Tensors, index: int) -> Preview | None:
+    """The picture in the answer of `control`, if there is one. Raises `ServerError` if it breaks the contract."""
+    image, step = _strings(outputs, "preview")[0], int(_output(outputs, "preview_step", count=1)[0])
+    if not image:
+        return None
+    kind = _format_of(image)
+    try:
+        width, height = Image.open(io.BytesIO(image), formats=[kind]).size
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ServerError(f"preview: got {len(image)} bytes that are no {kind} file") from error
+    return Preview(image, kind, width, height, step, index)
 
 
 def parse_progress(outputs: Tensors) -> Progress:

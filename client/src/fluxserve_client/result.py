@@ -51,6 +51,30 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """A picture on its way: what the model would draw by its estimate at `step` of the request's steps.
+
+    Attributes:
+        image: an encoded file, small for a glimpse, of the picture's own size for a partial image.
+        width, height: of `image`, pixels.
+        index: 0, 1, … in the order of arrival.
+    """
+
+    image: bytes
+    format: ImageFormat
+    width: int
+    height: int
+    step: int
+    index: int
+
+    def pil(self) -> Image.Image:
+        """Return the picture as a loaded Pillow image."""
+        picture = Image.open(io.BytesIO(self.image))
+        picture.load()
+        return picture
+
+
+@dataclass(frozen=True)
 class Timings:
     """How long each stage took, in milliseconds, as the server measured it.
 

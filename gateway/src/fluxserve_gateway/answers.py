@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fluxserve_client import Progress, Result
+from fluxserve_client import Preview, Progress, Result
 
 from fluxserve_gateway.errors import GatewayError
 
@@ -54,6 +54,32 @@ def response(result: Result, echo: Echo) -> bytes:
     """Write the body that answers a request without `stream`, with its pictures."""
     answer = {**description(result, echo), "data": [{"b64_json": "", "seed": seed} for seed in result.seeds]}
     return _with_pictures(answer, result.images)
+
+
+def events(event: Progress | Preview | Result, echo: Echo) -> Iterator[bytes]:
+    """Write what happened to a request as events of its stream."""
+    if isinstance(event, Progress):
+        yield progressed(event)
+    elif isinstance(event, Preview):
+        yield partial(event, echo)
+    else:
+        yield from completed(event, echo)
+
+
+def partial(preview: Preview, echo: Echo) -> bytes:
+    """Write the event of a picture that is not finished."""
+    name = f"{echo.operation}.partial_image"
+    event = {
+        "type": name,
+        "b64_json": "",
+        "partial_image_index": preview.index,
+        "created_at": int(time.time()),
+        "size": f"{preview.width}x{preview.height}",
+        "quality": "auto",
+        "background": "opaque",
+        "output_format": preview.format,
+    }
+    return _event(name, _with_pictures(event, (preview.image,)))
 
 
 def completed(result: Result, echo: Echo) -> Iterator[bytes]:

@@ -113,6 +113,11 @@ class Generation(BaseModel):
         return self.n or 1
 
     @property
+    def previews(self) -> int:
+        """Return the number of partial images: of one picture only, because no event says which one it is of."""
+        return (self.partial_images or 0) if self.count == 1 else 0
+
+    @property
     def height_width(self) -> tuple[int, int] | None:
         """Return the size in pixels; None where the model decides."""
         if self.size in (None, "auto"):

@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Any
 
 from fluxserve_client import AsyncClient, ConnectionFailed, FluxserveError, Result, Unavailable
-from fluxserve_client.aio import ProgressCallback
 
 from fluxserve_gateway.errors import InvalidField, ModelNotFound, Overloaded, surely_not_begun
 
@@ -116,7 +115,7 @@ class Fleet:
         *,
         request_id: str,
         timeout: float,
-        progress: ProgressCallback | None = None,
+        **callbacks: Any,
     ) -> Result:
         """Draw on one server; on another one only if the first has surely not begun.
 
@@ -125,7 +124,7 @@ class Fleet:
             arguments: of `AsyncClient.generate`.
             request_id: the request's id on the server.
             timeout: seconds for all attempts together.
-            progress: see `AsyncClient.generate`.
+            callbacks: `progress`, `on_preview` and `partial_images` of `AsyncClient.generate`.
 
         Raises:
             Overloaded: no server of the model is ready.
@@ -139,7 +138,7 @@ class Fleet:
             left = max(deadline - asyncio.get_running_loop().time(), 0.0)
             server.in_flight += 1
             try:
-                return await server.client.generate(**arguments, request_id=request_id, timeout=left, progress=progress)
+                return await server.client.generate(**arguments, request_id=request_id, timeout=left, **callbacks)
             except (Unavailable, ConnectionFailed) as error:
                 if isinstance(error, ConnectionFailed):
                     server.ready = False  # until a probe says otherwise

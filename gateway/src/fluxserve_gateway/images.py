@@ -8,8 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from fluxserve_client import Cancelled, DeadlineExceeded, FluxserveError, Progress, Result
-from fluxserve_client.aio import ProgressCallback
+from fluxserve_client import Cancelled, DeadlineExceeded, FluxserveError, Preview, Progress, Result
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -31,7 +30,7 @@ _FORM = "multipart/form-data"
 
 _GUESSED_PIXELS = 1 << 20  # of a picture whose size the model decides, until it is drawn
 
-Event = Progress | Result
+Event = Progress | Preview | Result
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Images:
     async def follow(
         self, record: Record, key: Key, body: fields.Generation, files: Sequence[bytes]
     ) -> AsyncGenerator[Event, None]:
-        """Draw for a caller within this process, the page: yield its progress, and its result last.
+        """Draw for a caller within this process, the page: yield its progress and glimpses, and its result last.
 
         Closing the generator stops the request on the server.
 
@@ -122,7 +121,11 @@ class Images:
         pictures = inputs.pictures(files, "image", self._config) if files else ()
         drawing = self.drawing(record, body, record.operation, pictures)
         charge = self.admit(key, drawing, record)
-        async with aclosing(_follow(lambda progress: self._draw(drawing, record, charge, progress))) as events:
+
+        async def draw(**callbacks: Any) -> Result:
+            return await self._draw(drawing, record, charge, callbacks)
+
+        async with aclosing(_follow(draw, glimpses=True)) as events:
             async for event in events:
                 yield event
 
@@ -164,8 +167,8 @@ class Images:
         keep = self._keeper(drawing.body)
         charge = self.admit(key, drawing, record)
 
-        async def draw(progress: ProgressCallback | None = None) -> Result:
-            return await self._draw(drawing, record, charge, progress)
+        async def draw(**callbacks: Any) -> Result:
+            return await self._draw(drawing, record, charge, callbacks)
 
         if not drawing.body.stream:
             result = await unless_gone(request.receive, draw())
@@ -173,7 +176,7 @@ class Images:
                 return Response(answers.response(result, drawing.echo), media_type=_JSON)
             urls = [f"{request.base_url}{path}" for path in await keep(key, drawing, result)]
             return Response(answers.linked(result, drawing.echo, urls), media_type=_JSON)
-        events = _follow(draw)
+        events = _follow(draw, drawing.body.previews)
         # an answer's status is its first line: it waits for a sign that the request was admitted, or for an error
         first = await unless_gone(request.receive, _first(events))
         return EventStream(first, events, drawing.echo, record)
@@ -196,16 +199,14 @@ class Images:
         record.at_end(lambda: end(charge.pixels))
         return charge
 
-    async def _draw(
-        self, drawing: Drawing, record: Record, charge: Charge, progress: ProgressCallback | None
-    ) -> Result:
+    async def _draw(self, drawing: Drawing, record: Record, charge: Charge, callbacks: dict[str, Any]) -> Result:
         try:
             result = await self._fleet.draw(
                 drawing.model,
                 drawing.arguments,
                 request_id=record.request_id,
                 timeout=self._config.request_timeout,
-                progress=progress,
+                **callbacks,
             )
         except FluxserveError as error:
             if not isinstance(error, Cancelled | DeadlineExceeded):
@@ -218,10 +219,14 @@ class Images:
         return result
 
 
-async def _follow(draw: Callable[[ProgressCallback], Awaitable[Result]]) -> AsyncGenerator[Event, None]:
-    """Yield a request's progress as it happens, then its result. Closing this ends the request."""
-    queue: asyncio.Queue[Progress | None] = asyncio.Queue()
-    task = asyncio.ensure_future(draw(queue.put_nowait))
+async def _follow(
+    draw: Callable[..., Awaitable[Result]], partial_images: int = 0, glimpses: bool = False
+) -> AsyncGenerator[Event, None]:
+    """Yield a request's progress and previews as they happen, then its result. Closing this ends the request."""
+    queue: asyncio.Queue[Progress | Preview | None] = asyncio.Queue()
+    previews: dict[str, Any] = {"on_preview": queue.put_nowait} if partial_images or glimpses else {}
+    previews |= {"partial_images": partial_images} if partial_images else {}
+    task = asyncio.ensure_future(draw(progress=queue.put_nowait, **previews))
     task.add_done_callback(lambda _: queue.put_nowait(None))
     try:
         while (event := await queue.get()) is not None:
@@ -265,8 +270,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, event: Event, send: Send) -> None:
-        chunks = (answers.progressed(event),) if isinstance(event, Progress) else answers.completed(event, self._echo)
-        for chunk in chunks:
+        for chunk in answers.events(event, self._echo):
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def _fail(self, error: GatewayError, send: Send) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import re
 from collections.abc import Sequence
@@ -23,13 +24,18 @@ def escaped(text: str) -> str:
     return html.escape(text)
 
 
+def inline(file: bytes, kind: str) -> str:
+    """Return the URL of a small picture that holds the picture itself."""
+    return f"data:image/{kind};base64,{base64.b64encode(file).decode()}"
+
+
 def waiting(progress: Progress | None, ahead: int, preview: str | None = None) -> str:
     """Show how far a picture is.
 
     Args:
         progress: None until the server has said something.
         ahead: the most requests that can be before it in the queue, as far as this gateway knows.
-        preview: the URL of an unfinished picture; nothing sends one yet.
+        preview: the URL of an unfinished picture.
     """
     step, steps = (progress.step, progress.steps) if progress else (0, 0)
     running = progress is not None and progress.state is State.RUNNING and steps

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from fluxserve_client import Progress, Result
+from fluxserve_client import Preview, Progress, Result
 
 from fluxserve_gateway.errors import GatewayError, InvalidField
 from fluxserve_gateway.fields import Generation
@@ -141,13 +141,18 @@ class View:
         }
         ahead = min(self._in_flight(body))  # it goes to the server with the fewest
         result: Result | None = None
+        progress: Progress | None = None
+        preview: str | None = None
         try:
             async for event in self._drawings.draw(_caller(request), body, files):
-                if isinstance(event, Progress):
-                    ahead = min(ahead, max(self._in_flight(body)) - 1)
-                    yield {self._stage: fragments.waiting(event, max(ahead, 0))}
-                else:
+                if isinstance(event, Result):
                     result = event
+                    continue
+                if isinstance(event, Preview):
+                    preview = fragments.inline(event.image, event.format)
+                else:
+                    progress, ahead = event, min(ahead, max(self._in_flight(body)) - 1)
+                yield {self._stage: fragments.waiting(progress, max(ahead, 0), preview)}
         except GatewayError as error:
             yield {**ready, self._stage: fragments.NOTHING_YET, **self._form.refused(error)}
             return
