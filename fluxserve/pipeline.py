@@ -77,8 +77,9 @@ class Pipeline:
     """One model on one device. Not thread-safe: one GPU worker owns it.
 
     Args:
-        max_rows: images that go through the transformer together. With 1, an image has the same bytes alone and in a
-            batch; with more, matrix products of another height may round differently in the last place.
+        max_rows: rows that go through the network together: one for each image, or two where it has a negative prompt.
+            With 1, an image has the same bytes alone and in a batch; with more, matrix products of another height may
+            round differently in the last place.
 
     Raises:
         SettingsError: the engine takes fewer rows than max_rows.
@@ -144,8 +145,9 @@ class Pipeline:
         height, width = jobs[0].height, jobs[0].width
         canvas = torch.empty(len(batch.rows), height, width, 3, dtype=torch.uint8, device=self.device)
         finite = torch.ones(len(batch.rows), dtype=torch.bool, device=self.device)
-        for first in range(0, len(batch.rows), self._max_rows):
-            rows = batch.rows[first : first + self._max_rows]
+        together = max(1, self._max_rows // len(batch.encoded[0].states))
+        for first in range(0, len(batch.rows), together):
+            rows = batch.rows[first : first + together]
             latents = self._denoise_watched(batch, rows, clock)
             if latents is not None:
                 with clock.stage("decode"):
@@ -225,7 +227,7 @@ class Pipeline:
             for (own, _, encoded), draw in zip(rows, draws, strict=True)
         ]
         latents = torch.cat(starts)
-        guidance = recipe.guidance(job)
+        guidance = recipe.guidance([own for own, _, _ in rows], self._send)
         bound = self._bind_network(latents, self._inputs(rows, guidance.passes))
         yield latents
         own = latents.shape[1]
@@ -241,7 +243,7 @@ class Pipeline:
     def _inputs(self, rows: Sequence[tuple[Job, int, Encoded]], passes: int) -> list[Inputs]:
         """Return the network's inputs for each of its rows: all rows of the first pass, then those of the second."""
         return [
-            self._recipe.inputs(job, self.spec, encoded.states[which], encoded.images, self._send)
+            self._recipe.inputs(job, self.spec, encoded.states[which], encoded.images, self._send, which)
             for which in range(passes)
             for job, _, encoded in rows
         ]

@@ -134,11 +134,13 @@ class Recipe(Protocol[SpecOf]):
         states: Mapping[str, "Tensor"],
         images: Sequence[tuple["Tensor", "Tensor"]],
         send: Send,
+        which: int,
     ) -> Inputs:
         """Return what the network is given for one pass.
 
         Args:
             states: outputs of all text encoders, by name, of one row.
+            which: the pass, an index of `prompts`.
         """
 
     def solver(self, job: Job, spec: SpecOf, dtype: "dtype", send: Send, draw: Callable[[], "Tensor"]) -> "Solver":
@@ -149,8 +151,12 @@ class Recipe(Protocol[SpecOf]):
             draw: noise of the latents' shape, for all rows.
         """
 
-    def guidance(self, job: Job) -> "Guidance":
-        """Return how the passes of a step are joined."""
+    def guidance(self, jobs: Sequence[Job], send: Send) -> "Guidance":
+        """Return how the passes of a step are joined.
+
+        Args:
+            jobs: one for each row, alike but for what their arrays hold: each row has a scale of its own.
+        """
 
     def decoded(self, latents: "Tensor", job: Job, spec: SpecOf) -> "Tensor":
         """Return what the VAE decodes, [rows, C, h, w], of the loop's latents."""

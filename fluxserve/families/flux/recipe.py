@@ -55,6 +55,7 @@ class FluxRecipe:
         states: Mapping[str, Tensor],
         images: Sequence[tuple[Tensor, Tensor]],
         send: Send,
+        which: int,  # noqa: ARG002 (there is one)
     ) -> Inputs:
         axes, size = len(spec.transformer.axes_dims_rope), spec.latent_size(job.height, job.width)
         references = job.numbered(layout.REFERENCES)
@@ -76,7 +77,7 @@ class FluxRecipe:
         levels = send(job.sigmas)
         return Euler(levels, tokens.timesteps(levels[:-1], spec.schedule, dtype))
 
-    def guidance(self, job: Job) -> Guidance:  # noqa: ARG002 (it is one of the network's inputs)
+    def guidance(self, jobs: Sequence[Job], send: Send) -> Guidance:  # noqa: ARG002 (it is one of the network's inputs)
         return OnePass()
 
     def decoded(self, latents: Tensor, job: Job, spec: FluxSpec) -> Tensor:
