@@ -80,8 +80,9 @@ class Pipeline:
     """One model on one device. Not thread-safe: one GPU worker owns it.
 
     Args:
-        max_rows: images that go through the transformer together. With 1, an image has the same bytes alone and in a
-            batch; with more, matrix products of another height may round differently in the last place.
+        max_rows: rows that go through the network together: one for each image, or two where it has a negative prompt.
+            With 1, an image has the same bytes alone and in a batch; with more, matrix products of another height may
+            round differently in the last place.
 
     Raises:
         SettingsError: the engine takes fewer rows than max_rows.
@@ -259,7 +260,7 @@ class Pipeline:
     def _inputs(self, rows: Sequence[tuple[Job, int, Encoded]], passes: int) -> list[Inputs]:
         """Return the network's inputs for each of its rows: all rows of the first pass, then those of the second."""
         return [
-            self._recipe.inputs(job, self.spec, encoded.states[which], encoded.images, self._send)
+            self._recipe.inputs(job, self.spec, encoded.states[which], encoded.images, self._send, which)
             for which in range(passes)
             for job, _, encoded in rows
         ]

@@ -134,11 +134,13 @@ class Recipe(Protocol[SpecOf]):
         states: Mapping[str, "Tensor"],
         images: Sequence[tuple["Tensor", "Tensor"]],
         send: Send,
+        which: int,
     ) -> Inputs:
         """Return what the network is given for one pass.
 
         Args:
             states: outputs of all text encoders, by name, of one row.
+            which: the pass, an index of `prompts`.
         """
 
     def solver(self, job: Job, spec: SpecOf, dtype: "dtype", send: Send, draw: Callable[[], "Tensor"]) -> "Solver":
@@ -153,7 +155,7 @@ class Recipe(Protocol[SpecOf]):
         """Return how the passes of a step are joined.
 
         Args:
-            jobs: of one likeness, one for each row of latents.
+            jobs: one for each row, alike but for what their arrays hold: each row has a scale of its own.
         """
 
     def decoded(self, latents: "Tensor", job: Job, spec: SpecOf) -> "Tensor":

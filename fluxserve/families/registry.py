@@ -14,7 +14,7 @@ from fluxserve.spec import ModelSpec
 if TYPE_CHECKING:
     from fluxserve.families.base import Architecture, Recipe
 
-NAMES = ("flux",)
+NAMES = ("flux", "pixart")
 
 
 @cache

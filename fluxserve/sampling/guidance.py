@@ -38,15 +38,17 @@ class ClassifierFree:
     """Classifier-free guidance (arXiv 2207.12598): rows of the prompts first, then rows of the negative prompts.
 
     The joined prediction is negative + scale · (prompt − negative), in float32. A scale of 1 is the prompt alone.
-
-    Args:
-        scale: float32 [B], on the device: one for each row of latents.
+    Rows of a batch may have different scales.
     """
 
     passes = 2
 
-    def __init__(self, scale: Tensor) -> None:
-        self._scale = scale
+    def __init__(self, scales: Tensor) -> None:
+        """
+        Args:
+            scales: float32 [B] on the device.
+        """
+        self._scales, self._rest = scales, 1 - scales
         self._joined: Tensor | None = None
 
     def write(self, window: Tensor, x: Tensor) -> None:
@@ -56,5 +58,5 @@ class ClassifierFree:
         prompt, negative = prediction.chunk(self.passes)
         if self._joined is None:
             self._joined = torch.empty_like(prompt, dtype=torch.float32, memory_format=torch.contiguous_format)
-        scale = self._scale.view(-1, *(1,) * (prompt.ndim - 1))
-        return self._joined.copy_(prompt).sub_(negative).mul_(scale).add_(negative)
+        shape = (-1, *(1,) * (prompt.ndim - 1))
+        return self._joined.copy_(negative).mul_(self._rest.view(shape)).addcmul_(prompt, self._scales.view(shape))

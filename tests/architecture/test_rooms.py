@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fluxserve.families import registry
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fluxserve"
 CODE = sorted(
@@ -54,11 +56,6 @@ IMPORTS = {
         "testing/",
     ),
     "fluxserve_client": ("fluxserve/cli/", "client/", "gateway/", "benchmarks/"),
-    # A family is known to its own folder, to the engines and tools written for it, and to the registry by its name.
-    "fluxserve.families.flux": (
-        *("fluxserve/families/flux/", "fluxserve/engines/fused/"),
-        *("export/", "benchmarks/", "testing/"),
-    ),
     "fluxserve_export": ("export/", "benchmarks/", "training/"),
     "tests": (),
     "benchmarks": ("benchmarks/",),
@@ -76,6 +73,8 @@ IMPORTS = {
     "gradio": ("gateway/src/fluxserve_gateway/page/",),
     "pickle": (),
 }
+# Engines and tools that are written for a family; every other module knows it through families/base.py.
+WRITTEN_FOR = {"flux": ("fluxserve/engines/fused/", "export/", "benchmarks/", "testing/")}
 CLIENT_CLI = ("client/src/fluxserve_client/cli.py", "client/src/fluxserve_client/show.py")
 GATEWAY_CLI = "gateway/src/fluxserve_gateway/cli.py"
 CALLS = {
@@ -95,7 +94,7 @@ ATTRIBUTES = {
 CONSTANTS = {0.3611, 0.1159, 1.15, 3072, 4096, 768, 15360, 12288, 7680}
 
 MODEL_TABLES = (
-    *("fluxserve/families/flux/models.py", "fluxserve/families/flux/parts.py"),
+    *(f"fluxserve/families/{name}/{part}.py" for name in registry.NAMES for part in ("models", "parts")),
     *("fluxserve/sampling/schedule.py", "fluxserve/spec.py"),  # defaults of diffusers' scheduler, and of limits
 )
 
@@ -149,6 +148,19 @@ def offenders(rooms: tuple[str, ...], found: Iterator[Path]) -> list[str]:
 def test_imports_live_in_their_room(module: str) -> None:
     found = (f for f in CODE for name in imported(f) if name == module or name.startswith(f"{module}."))
     assert offenders(IMPORTS[module], found) == []
+
+
+@pytest.mark.parametrize("name", registry.NAMES)
+def test_a_family_is_known_to_its_own_folder(name: str) -> None:
+    """And to engines and tools written for it; to other families it is not, and to the registry by its name alone."""
+    found = (f for f in CODE for module in imported(f) if f"{module}.".startswith(f"fluxserve.families.{name}."))
+    assert offenders((f"fluxserve/families/{name}/", *WRITTEN_FOR.get(name, ())), found) == []
+
+
+def test_what_families_share_knows_none() -> None:
+    shared = (f for f in CODE if name_of(f).startswith(("fluxserve/families/shared/", "fluxserve/families/base.py")))
+    known = tuple(f"fluxserve.families.{name}" for name in registry.NAMES)
+    assert [name_of(f) for f in shared for module in imported(f) if module.startswith(known)] == []
 
 
 @pytest.mark.parametrize("function", CALLS)

@@ -13,7 +13,7 @@ from fluxserve.engines.fused.clip import FusedClip
 from fluxserve.engines.fused.t5 import FusedT5
 from fluxserve.engines.torch_eager import TorchEngine, load_module
 from fluxserve.families.flux import signatures
-from fluxserve.families.flux.reference import T5, Clip
+from fluxserve.families.shared.modules import T5, Clip
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.kernels.operations import LAUNCHED, PLAIN, Operations
 from tests.support import random_flux

@@ -136,9 +136,11 @@ def test_the_state_is_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [0.0, 1.0, 4.5])
-def test_classifier_free_guidance(scale: float, dtype: torch.dtype) -> None:
-    guidance, x = ClassifierFree(torch.full(SHAPE[:1], scale)), latents()
+@pytest.mark.parametrize("scales", [(0.0, 1.0), (1.0, 4.5)])
+def test_classifier_free_guidance(scales: tuple[float, float], dtype: torch.dtype) -> None:
+    """Each row has a scale of its own; one of 1 is the prompt alone."""
+    guidance, x = ClassifierFree(torch.tensor(scales)), latents()
+    scale = torch.tensor(scales, dtype=torch.float64)[:, None, None, None]
     window = torch.empty(2 * SHAPE[0], *SHAPE[1:], dtype=dtype)
     guidance.write(window, x)
     assert torch.equal(window, torch.cat([x, x]).to(dtype))
@@ -148,3 +150,4 @@ def test_classifier_free_guidance(scale: float, dtype: torch.dtype) -> None:
         joined = guidance.join(prediction)
         assert joined.dtype == torch.float32
         assert torch.allclose(joined.double(), negative + scale * (prompt - negative), atol=2e-6)
+        assert torch.equal(joined[scales.index(1.0)].double(), prompt[scales.index(1.0)])

@@ -8,7 +8,7 @@ import torch
 from fluxserve.errors import ExportError
 from fluxserve.families.flux import signatures
 from fluxserve.families.flux.parts import PATCH, FluxSpec
-from fluxserve.families.flux.signatures import MAX_ROWS
+from fluxserve.families.shared.signatures import MAX_ROWS
 from fluxserve.folders.artifact import Extent
 from fluxserve_export.fp8 import ATTENTION, KEPT
 

@@ -1,7 +1,7 @@
 """The numbers in a diffusers folder → a FluxSpec: which member of the family it is, or what it is nearest to."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from typing import Any
 
 from fluxserve.families.flux.models import (
@@ -12,7 +12,8 @@ from fluxserve.families.flux.models import (
     FLUX2_KLEIN_BASE_4B,
     MEMBERS,
 )
-from fluxserve.families.flux.parts import FluxSpec, TransformerSpec, VaeSpec
+from fluxserve.families.flux.parts import FluxSpec, TransformerSpec
+from fluxserve.families.shared.parts import VaeSpec, downscale, pick, refuse_options
 from fluxserve.sampling.schedule import ScheduleSpec
 
 
@@ -27,9 +28,7 @@ def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], schedul
         ValueError: the numbers contradict each other, or a component is another model's.
         KeyError: a number is missing.
     """
-    for name, neutral in _NOT_IMPLEMENTED.items():
-        if scheduler.get(name, neutral) != neutral:
-            raise ValueError(f"scheduler {name}: got {scheduler[name]!r}; expected {neutral!r}")
+    refuse_options("scheduler", scheduler, _NOT_IMPLEMENTED)
     shape = _transformer(transformer)
     base = next((m for m in MEMBERS if m.transformer == shape), None)
     published = base
@@ -37,12 +36,11 @@ def from_configs(transformer: Mapping[str, Any], vae: Mapping[str, Any], schedul
         guided, unguided = (FLUX2_DEV, FLUX2_KLEIN_4B) if shape.generation == 2 else (FLUX1_DEV, FLUX1_SCHNELL)
         base = replace(guided if shape.guidance_embeds else unguided, name="custom")
     factors = (1.0, 0.0) if shape.generation == 2 else (vae["scaling_factor"], vae["shift_factor"])
-    downscale = 2 ** (len(vae["block_out_channels"]) - 1)
-    schedule = ScheduleSpec(**_pick(ScheduleSpec, scheduler))
+    schedule = ScheduleSpec(**pick(ScheduleSpec, scheduler))
     found = replace(
         base,
         transformer=shape,
-        vae=VaeSpec(vae["latent_channels"], downscale, *factors),
+        vae=VaeSpec(vae["latent_channels"], downscale(vae), *factors),
         schedule=replace(schedule, empirical_shift=shape.generation == 2, base_sigmas=base.schedule.base_sigmas),
     )
     if published is not None:
@@ -97,7 +95,7 @@ def _transformer(config: Mapping[str, Any]) -> TransformerSpec:
         raise KeyError(needed)
     klein = FLUX2_KLEIN_4B.transformer
     usual = {name: getattr(klein, name) for name in ("rope_theta", "mlp_ratio")} if generation == 2 else {}
-    return replace(TransformerSpec(**_pick(TransformerSpec, {**usual, **config})), generation=generation)
+    return replace(TransformerSpec(**pick(TransformerSpec, {**usual, **config})), generation=generation)
 
 
 # Options of FlowMatchEulerDiscreteScheduler that FLUX does not use and sampling/schedule.py lacks: neutral values.
@@ -110,12 +108,3 @@ _NOT_IMPLEMENTED = {
     "shift_terminal": None,
     "time_shift_type": "exponential",
 }
-
-
-def _pick(spec: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `config` that `spec` has fields for; lists become tuples so that specs compare and hash."""
-    for field in fields(spec):
-        if field.default is MISSING and field.name not in config:
-            raise KeyError(field.name)
-    named = {f.name: config[f.name] for f in fields(spec) if config.get(f.name) is not None}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in named.items()}

@@ -16,6 +16,7 @@ import numpy as np
 from fluxserve.errors import InvalidRequest
 from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.families.flux.request import FluxRequest
+from fluxserve.families.shared.layout import check_arrays, check_ids, check_mask, check_picture
 from fluxserve.job import Array, Job
 from fluxserve.media.images import Pixels
 from fluxserve.request import Decode, Tokenize, Tokens, numbered
@@ -26,6 +27,9 @@ IMAGE, REFERENCES, GUIDANCE, CFG_SCALE = "image", "references", "guidance", "cfg
 PROMPT, NEGATIVE = "", "negative."
 """What the names of a pass's tokens begin with."""
 _RGB = 3
+
+Kinds = dict[str, tuple[type, int]]
+"""dtype and rank by the name of an array."""
 
 
 def ids(encoder: EncoderSpec, which: str = PROMPT) -> str:
@@ -112,11 +116,16 @@ def check(job: Job, spec: FluxSpec) -> None:
     Raises:
         InvalidRequest: names the array, what came and what is allowed.
     """
-    _check_picture(job, spec)
-    _check_arrays(job, spec)
+    check_picture(job, spec)
+    _check_sigmas(job, spec)
+    needed, optional = _kinds(job, spec)
+    check_arrays(job, spec, needed, optional)
     for which in passes(job):
         for encoder in spec.text.encoders:
-            _check_tokens(job, encoder, which)
+            tokens = job[ids(encoder, which)]
+            check_ids(ids(encoder, which), tokens, encoder)
+            if encoder.layers:
+                check_mask(mask(encoder, which), job[mask(encoder, which)], tokens)
     _check_images(job, spec)
     for name, least in ((GUIDANCE, 0), (CFG_SCALE, 1)):
         array, most = job.get(name), spec.limits.max_guidance_scale
@@ -124,56 +133,26 @@ def check(job: Job, spec: FluxSpec) -> None:
             raise InvalidRequest(name, ", ".join(map(str, array[:4])), f"one number from {least} to {most:g}")
 
 
-def _check_picture(job: Job, spec: FluxSpec) -> None:
-    limits, multiple = spec.limits, spec.size_multiple
-    for side in (job.height, job.width):
-        if not limits.min_side <= side <= limits.max_side or side % multiple:
-            allowed = f"sides that are multiples of {multiple} from {limits.min_side} to {limits.max_side}"
-            raise InvalidRequest("size", f"{job.height} x {job.width}", allowed)
-    if job.height * job.width > limits.max_pixels:
-        raise InvalidRequest("size", f"{job.height} x {job.width}", f"at most {limits.max_pixels} pixels")
-    if not 0 < job.steps <= limits.max_inference_steps or not ((job.sigmas >= 0) & (job.sigmas <= 1)).all():
-        allowed = f"2 to {limits.max_inference_steps + 1} numbers from 0 to 1"
-        raise InvalidRequest("sigmas", f"{len(job.sigmas)} numbers", allowed)
-    if not 0 < len(job.seeds) <= limits.max_images or min(job.seeds) < 0:
-        raise InvalidRequest("seeds", f"{len(job.seeds)} seeds", f"1 to {limits.max_images}, none negative")
+def _check_sigmas(job: Job, spec: FluxSpec) -> None:
+    most = spec.limits.max_inference_steps
+    if not 0 < job.steps <= most or not ((job.sigmas >= 0) & (job.sigmas <= 1)).all():
+        raise InvalidRequest("sigmas", f"{len(job.sigmas)} numbers", f"2 to {most + 1} numbers from 0 to 1")
 
 
-def _check_arrays(job: Job, spec: FluxSpec) -> None:
-    """All that are needed are there, nothing else is, and each has its dtype and rank."""
+def _kinds(job: Job, spec: FluxSpec) -> tuple[Kinds, Kinds]:
+    """Arrays that a job must have, and those that it may have: dtype and rank by name."""
     if CFG_SCALE in job.arrays and not (spec.limits.max_passes > 1 and (spec.takes_true_cfg or spec.classifier_free)):
         raise InvalidRequest(CFG_SCALE, "an array", f"nothing: {spec.name} is drawn in one pass a step here")
-    kinds: dict[str, tuple[type, int]] = {GUIDANCE: (np.float32, 1)}
-    kinds |= {CFG_SCALE: (np.float32, 1)} if CFG_SCALE in job.arrays else {}
+    needed: Kinds = {GUIDANCE: (np.float32, 1)}
+    needed |= {CFG_SCALE: (np.float32, 1)} if CFG_SCALE in job.arrays else {}
     for which in passes(job):
         for encoder in spec.text.encoders:
-            kinds[ids(encoder, which)] = (np.int64, 1)
+            needed[ids(encoder, which)] = (np.int64, 1)
             if encoder.layers:
-                kinds[mask(encoder, which)] = (np.int64, 1)
-    if absent := sorted(set(kinds) - set(job.arrays)):
-        raise InvalidRequest("job", f"no {', '.join(absent)}", f"{', '.join(sorted(kinds))} for {spec.name}")
-    kinds |= {IMAGE: (np.uint8, 3)} if not spec.takes_references else {}
-    kinds |= {f"{REFERENCES}.{index}": (np.uint8, 3) for index in range(spec.limits.max_references)}
-    for name, array in job.arrays.items():
-        if name not in kinds:
-            raise InvalidRequest("job", f"an array {name!r}", f"{', '.join(sorted(kinds))} for {spec.name}")
-        dtype, rank = kinds[name]
-        if array.dtype != dtype or array.ndim != rank or not array.size:
-            got = f"{array.dtype} {list(array.shape)}"
-            raise InvalidRequest(name, got, f"{np.dtype(dtype)} of {rank} dimensions, not empty")
-
-
-def _check_tokens(job: Job, encoder: EncoderSpec, which: str) -> None:
-    known, tokens, name = encoder.vocabulary, job[ids(encoder, which)], mask(encoder, which)
-    if len(tokens) > encoder.tokens or tokens.min() < 0 or tokens.max() >= known:
-        allowed = f"1 to {encoder.tokens} ids from 0 to {known - 1}"
-        raise InvalidRequest(ids(encoder, which), f"{len(tokens)} ids", allowed)
-    if not encoder.layers:
-        return
-    told = job[name]
-    if len(told) != len(tokens) or not told.any() or not np.isin(told, (0, 1)).all():
-        allowed = f"{len(tokens)} numbers, 0 or 1, not all of them 0"
-        raise InvalidRequest(name, f"{len(told)} numbers", allowed)
+                needed[mask(encoder, which)] = (np.int64, 1)
+    optional: Kinds = {} if spec.takes_references else {IMAGE: (np.uint8, 3)}
+    optional |= {f"{REFERENCES}.{index}": (np.uint8, 3) for index in range(spec.limits.max_references)}
+    return needed, optional
 
 
 def _check_images(job: Job, spec: FluxSpec) -> None:

@@ -6,7 +6,8 @@ scheduler/scheduler_config.json of FLUX.1-dev and -schnell, FLUX.2-klein and -de
 
 from dataclasses import replace
 
-from fluxserve.families.flux.parts import FluxSpec, TransformerSpec, VaeSpec
+from fluxserve.families.flux.parts import FluxSpec, TransformerSpec
+from fluxserve.families.shared.parts import VaeSpec
 from fluxserve.sampling.schedule import ScheduleSpec
 from fluxserve.spec import Defaults, EncoderSpec, Limits, TextSpec
 

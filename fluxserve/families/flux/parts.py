@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fluxserve.errors import UnsupportedArchitecture
+from fluxserve.families.shared.parts import VaeSpec
 from fluxserve.sampling.schedule import ScheduleSpec
 from fluxserve.spec import ModelSpec, Numbers
 
@@ -49,19 +50,6 @@ class TransformerSpec(Numbers):
     def mlp_width(self) -> int:
         """Features between an MLP's layers; of SwiGLU, which multiplies two of them, after it."""
         return int(self.hidden_size * self.mlp_ratio)
-
-
-@dataclass(frozen=True)
-class VaeSpec(Numbers):
-    """AutoencoderKL: `downscale` pixels to a latent pixel; latents are (z - shift) * scaling.
-
-    AutoencoderKLFlux2 scales by statistics that are among its weights: its factors are 1 and 0 here.
-    """
-
-    latent_channels: int
-    downscale: int
-    scaling_factor: float
-    shift_factor: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,28 +21,7 @@ from transformers.models.t5.modeling_t5 import T5EncoderModel
 
 from fluxserve.families.base import Architecture
 from fluxserve.families.flux.parts import PATCH, FluxSpec
-
-
-class _Wrapper(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-
-class Clip(_Wrapper):
-    """signatures.clip of a CLIPTextModel."""
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        pooled: Tensor = self.module(input_ids).pooler_output
-        return pooled
-
-
-class T5(_Wrapper):
-    """signatures.t5 of a T5EncoderModel."""
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        sequence: Tensor = self.module(input_ids).last_hidden_state
-        return sequence
+from fluxserve.families.shared.modules import T5, Clip, VaeDecoder, VaeEncoder, Wrapper
 
 
 class Qwen3Layers(Qwen3Model):  # type: ignore[misc]
@@ -73,7 +52,7 @@ class Mistral3Layers(Mistral3ForConditionalGeneration):  # type: ignore[misc]
         self.model.vision_tower = self.model.multi_modal_projector = self.lm_head = nn.Identity()
 
 
-class LanguageModel(_Wrapper):
+class LanguageModel(Wrapper):
     """signatures.language_model of a model of transformers."""
 
     def __init__(self, module: nn.Module, layers: tuple[int, ...]) -> None:
@@ -86,7 +65,7 @@ class LanguageModel(_Wrapper):
         return torch.cat([states[layer] for layer in self.layers], dim=-1)
 
 
-class Transformer(_Wrapper):
+class Transformer(Wrapper):
     """signatures.transformer of a FluxTransformer2DModel; one without guidance ignores it."""
 
     def forward(
@@ -113,7 +92,7 @@ class Transformer(_Wrapper):
         return velocity
 
 
-class Transformer2(_Wrapper):
+class Transformer2(Wrapper):
     """signatures.transformer of a Flux2Transformer2DModel."""
 
     def forward(
@@ -135,22 +114,6 @@ class Transformer2(_Wrapper):
             return_dict=False,
         )[0]
         return velocity
-
-
-class VaeEncoder(_Wrapper):
-    """signatures.vae_encoder of an AutoencoderKL."""
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        distribution = self.module.encode(pixels).latent_dist  # type: ignore[operator]
-        return distribution.mean, distribution.std
-
-
-class VaeDecoder(_Wrapper):
-    """signatures.vae_decoder of an AutoencoderKL."""
-
-    def forward(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.module.decode(latents, return_dict=False)[0]  # type: ignore[operator]
-        return pixels
 
 
 class Vae2Encoder(VaeEncoder):

@@ -5,13 +5,8 @@ from math import isqrt
 
 from fluxserve.engine import FLOATING, Dim, Signature, TensorSpec
 from fluxserve.families.flux.parts import PATCH, FluxSpec
-
-MAX_ROWS = 64
-_RGB = 3
-
-
-def _rows(most: int = MAX_ROWS) -> Dim:
-    return Dim("rows", 1, most)
+from fluxserve.families.shared import signatures as shared
+from fluxserve.families.shared.signatures import rows
 
 
 def clip(spec: FluxSpec) -> Signature:
@@ -19,8 +14,8 @@ def clip(spec: FluxSpec) -> Signature:
     tokens, width = Dim("tokens", 1, spec.text.named("clip").tokens), spec.transformer.pooled_projection_dim
     assert width is not None, "a transformer beside CLIP has a pooled projection"
     return Signature(
-        inputs=(TensorSpec("input_ids", "int64", (_rows(), tokens)),),
-        outputs=(TensorSpec("pooled", FLOATING, (_rows(), width)),),
+        inputs=(TensorSpec("input_ids", "int64", (rows(), tokens)),),
+        outputs=(TensorSpec("pooled", FLOATING, (rows(), width)),),
     )
 
 
@@ -28,8 +23,8 @@ def t5(spec: FluxSpec) -> Signature:
     """Token ids → the last hidden state of every token."""
     tokens = Dim("tokens", 1, spec.text.named("t5").tokens)
     return Signature(
-        inputs=(TensorSpec("input_ids", "int64", (_rows(), tokens)),),
-        outputs=(TensorSpec("sequence", FLOATING, (_rows(), tokens, spec.transformer.joint_attention_dim)),),
+        inputs=(TensorSpec("input_ids", "int64", (rows(), tokens)),),
+        outputs=(TensorSpec("sequence", FLOATING, (rows(), tokens, spec.transformer.joint_attention_dim)),),
     )
 
 
@@ -41,10 +36,10 @@ def language_model(spec: FluxSpec) -> Signature:
     tokens = Dim("tokens", 1, spec.text.sequence.tokens)
     return Signature(
         inputs=(
-            TensorSpec("input_ids", "int64", (_rows(), tokens)),
-            TensorSpec("attention_mask", "int64", (_rows(), tokens)),
+            TensorSpec("input_ids", "int64", (rows(), tokens)),
+            TensorSpec("attention_mask", "int64", (rows(), tokens)),
         ),
-        outputs=(TensorSpec("sequence", FLOATING, (_rows(), tokens, spec.transformer.joint_attention_dim)),),
+        outputs=(TensorSpec("sequence", FLOATING, (rows(), tokens, spec.transformer.joint_attention_dim)),),
     )
 
 
@@ -53,53 +48,45 @@ def transformer(spec: FluxSpec) -> Signature:
 
     FLUX.1 always takes `guidance`, and ignores it if it has no embedding for it; it alone takes a pooled embedding.
     """
-    shape, rows, axes = spec.transformer, _rows(), len(spec.transformer.axes_dims_rope)
+    shape, axes = spec.transformer, len(spec.transformer.axes_dims_rope)
     limits = spec.limits
     most = (limits.max_pixels + limits.max_references * limits.max_reference_pixels) // spec.size_multiple**2
     image, text = Dim("image_tokens", 1, most), Dim("text_tokens", 1, spec.text.sequence.tokens)
     pooled, guidance = [], []
     if shape.pooled_projection_dim is not None:
-        pooled = [TensorSpec("pooled_projections", FLOATING, (rows, shape.pooled_projection_dim))]
+        pooled = [TensorSpec("pooled_projections", FLOATING, (rows(), shape.pooled_projection_dim))]
     if shape.generation == 1 or shape.guidance_embeds:
-        guidance = [TensorSpec("guidance", "float32", (rows,))]
+        guidance = [TensorSpec("guidance", "float32", (rows(),))]
     return Signature(
         inputs=(
-            TensorSpec("hidden_states", FLOATING, (rows, image, shape.in_channels)),
-            TensorSpec("encoder_hidden_states", FLOATING, (rows, text, shape.joint_attention_dim)),
+            TensorSpec("hidden_states", FLOATING, (rows(), image, shape.in_channels)),
+            TensorSpec("encoder_hidden_states", FLOATING, (rows(), text, shape.joint_attention_dim)),
             *pooled,
-            TensorSpec("timestep", FLOATING, (rows,)),
+            TensorSpec("timestep", FLOATING, (rows(),)),
             *guidance,
             TensorSpec("img_ids", "float32", (image, axes)),
             TensorSpec("txt_ids", "float32", (text, axes)),
         ),
-        outputs=(TensorSpec("velocity", FLOATING, (rows, image, shape.in_channels)),),
+        outputs=(TensorSpec("velocity", FLOATING, (rows(), image, shape.in_channels)),),
     )
 
 
-def _sides(spec: FluxSpec, scale: int) -> tuple[Dim, Dim]:
-    """Height and width in units of a latent pixel; a long reference may be longer than any picture."""
+def _sides(spec: FluxSpec) -> tuple[int, int]:
+    """Least and most of a side in latent pixels; a long reference may be longer than any picture."""
     limits, longest = spec.limits, spec.limits.max_side
     if spec.takes_references:
         longest = max(longest, isqrt(limits.max_reference_pixels * limits.max_reference_aspect))
-    most = longest // spec.vae.downscale
-    return Dim("latent_height", PATCH, most, scale), Dim("latent_width", PATCH, most, scale)
+    return PATCH, longest // spec.vae.downscale
 
 
 def vae_decoder(spec: FluxSpec) -> Signature:
-    """Latents as the VAE has them (already unscaled) → pixels in −1..1."""
-    return Signature(
-        inputs=(TensorSpec("latents", FLOATING, (_rows(), spec.vae.latent_channels, *_sides(spec, 1))),),
-        outputs=(TensorSpec("pixels", FLOATING, (_rows(), _RGB, *_sides(spec, spec.vae.downscale))),),
-    )
+    """See shared.signatures.vae_decoder."""
+    return shared.vae_decoder(spec.vae, *_sides(spec))
 
 
 def vae_encoder(spec: FluxSpec) -> Signature:
-    """Pixels in −1..1 → mean and standard deviation of the latents, as the VAE has them."""
-    latents = (_rows(), spec.vae.latent_channels, *_sides(spec, 1))
-    return Signature(
-        inputs=(TensorSpec("pixels", FLOATING, (_rows(), _RGB, *_sides(spec, spec.vae.downscale))),),
-        outputs=(TensorSpec("mean", FLOATING, latents), TensorSpec("std", FLOATING, latents)),
-    )
+    """See shared.signatures.vae_encoder."""
+    return shared.vae_encoder(spec.vae, *_sides(spec))
 
 
 BY_COMPONENT = {

@@ -1,0 +1,1 @@
+"""Parts that several families have: text encoders, VAEs, and the checks of a job. It knows no family."""
