@@ -117,7 +117,7 @@ def test_requests_of_a_batch_keep_their_own_scale(
         assert np.abs(alone.images.astype(int) - drawn.images).max() <= 1
 
 
-def test_no_more_rows_go_together_than_the_setting_says(
+def test_max_rows_counts_pictures_and_not_their_passes(
     folder: Checkpoint, components: Components, job_of: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, bind = list[int](), torch_eager.TorchEngine.bind
