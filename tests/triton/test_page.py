@@ -34,9 +34,12 @@ expect.set_options(timeout=PATIENCE_MS)
 
 _BARS = """() => {
   window.bars = [];
+  window.previews = new Set();
   new MutationObserver(() => {
     const bar = document.querySelector('#stage progress[max]');
     if (bar && window.bars.at(-1) !== bar.value) window.bars.push(bar.value);
+    const unfinished = document.querySelector('#stage img[alt="The unfinished picture"]');
+    if (unfinished) window.previews.add(unfinished.src);
   }).observe(document.querySelector('#stage'), {subtree: true, childList: true, attributes: true});
 }"""
 
@@ -154,6 +157,9 @@ def test_a_picture_is_drawn_while_the_bar_moves(page: Page, gateway: Gateway, al
     expect(page.locator("#gallery button")).to_have_count(1)
     bars = page.evaluate("window.bars")
     assert len(bars) >= 2 and bars == sorted(bars) and bars[-1] <= 20, bars
+    previews = page.evaluate("[...window.previews]")
+    assert len(previews) >= 2, "glimpses change while it is drawn"
+    assert all(preview.startswith("data:image/png;base64,") for preview in previews)
     expected = alone.generate(
         "a red apple on a white background",
         width=256,
