@@ -77,7 +77,7 @@ $(VENV)/.page: $(VENV)/.demo
 
 $(VENV)/.test: $(VENV)/.demo
 	@scripts/system-packages.sh $(PYTHON) test
-	@$(PIP) --editable '.[server,onnxruntime,export,provenance,tensorrt-rtx,test]' --editable ./client --editable './gateway[jobs,page,postgresql]'
+	@$(PIP) --editable '.[server,onnxruntime,export,provenance,tensorrt-rtx,test]' --editable ./client --editable './gateway[jobs,page,postgresql,tracing]'
 	@touch $@
 
 clean:

@@ -70,6 +70,7 @@ IMPORTS = {
     "sqlalchemy": ("gateway/src/fluxserve_gateway/jobs/",),
     "obstore": ("gateway/src/fluxserve_gateway/jobs/",),
     "fluxserve_gateway": ("gateway/",),
+    "opentelemetry": ("gateway/src/fluxserve_gateway/tracing.py",),
     "gradio": ("gateway/src/fluxserve_gateway/page/",),
     "pickle": (),
 }

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from fluxserve_client import AsyncClient, ConnectionFailed, MockTransport, Result, ServerError, Tls
+from fluxserve_client import AsyncClient, Client, ConnectionFailed, MockTransport, Result, Retry, ServerError, Tls
 from fluxserve_client.transports.endpoint import Endpoint
 
 from tests.client.fakes import FakeFlux, Wire
@@ -111,6 +111,25 @@ async def test_headers_travel_with_every_call(fake: FakeFlux, wire: Wire, protoc
         await client.generate("a fox")
         await client.status("x")
     assert [headers["authorization"] for headers in fake.headers] == ["Bearer t"] * 2
+
+
+@PROTOCOLS
+async def test_headers_of_one_request(fake: FakeFlux, wire: Wire, protocol: str) -> None:
+    async with AsyncClient(wire.url(protocol), headers={"X-Team": "foxes", "x-b": "all"}, poll_interval=0.01) as client:
+        await client.generate("a fox", headers={"Traceparent": "00-1", "X-B": "one"}, progress=lambda _: None)
+        await client.generate("a fox")
+        with pytest.raises(ValueError, match="headers: got 'a b'"):
+            await client.generate("a fox", headers={"a b": "c"})
+    seen = [(sent.get("traceparent"), sent["x-b"], sent["x-team"]) for sent in fake.headers]
+    assert seen.count(("00-1", "one", "foxes")) == 1
+    assert set(seen) == {("00-1", "one", "foxes"), (None, "all", "foxes")}
+    assert len(fake.requests) == 2
+
+
+def test_headers_of_one_request_without_asyncio(fake: FakeFlux, wire: Wire) -> None:
+    with Client(wire.url("grpc"), retry=Retry(attempts=2)) as client:
+        client.generate("a fox", headers={"traceparent": "00-1"})
+    assert [sent["traceparent"] for sent in fake.headers] == ["00-1"]
 
 
 @pytest.mark.parametrize(("headers", "expected"), [({}, "identity"), ({"Accept-Encoding": "gzip"}, "gzip")])

@@ -143,6 +143,11 @@ def test_a_proxy_that_was_not_named_is_not_believed(fake: FakeFlux) -> None:
         (["--no-auth", "--server", "m=a", "--proxy", "*"], 2, "IPv4 or IPv6"),
         (["--server", "m=a", "--keys", "/nonexistent/keys"], 1, "keys create"),
         (["--no-auth", "--server", "m=a", "--timeout", "0"], 2, "1 or more"),
+        (
+            ["--no-auth", "--server", "m=a", "--trace", "localhost:4318"],
+            2,
+            "trace: got 'localhost:4318'; expected an OTLP",
+        ),
         (["--no-auth", "--server", "m=a", "--port", "65536"], 2, "port: got 65536; allowed: 0 to 65535"),
         (["--no-auth", "--server", "m=a", "--port", "-1"], 2, "port: got -1"),
         (["--server", "m=a", "--keys", "/\x1b/狐"], 1, "keys: /\\x1b/狐"),

@@ -33,7 +33,7 @@ from fluxserve_client.forks import begin_anew_in_children
 from fluxserve_client.images import ImageInput
 from fluxserve_client.result import ImageFormat, Progress, Result, State
 from fluxserve_client.retry import Retry, RetryingTransport
-from fluxserve_client.transports import Transport, opener
+from fluxserve_client.transports import Transport, checked_headers, opener
 from fluxserve_client.transports.endpoint import Endpoint, Tls
 from fluxserve_client.transports.per_loop import PerLoop
 
@@ -153,6 +153,7 @@ class AsyncClient:
         quality: int | None = None,
         embed_prompt: bool | None = None,
         request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
         progress: ProgressCallback | None = None,
         on_preview: PreviewCallback | None = None,
@@ -180,6 +181,7 @@ class AsyncClient:
             embed_prompt: write the prompt into the files, beside the parameters that they have anyway.
             request_id: the name of this request for `status` and `cancel`, 1 to 128 bytes of UTF-8 without control
                 characters, unique among the requests in flight; a random one if not given.
+            headers: sent with this request alone, beside the client's own, e.g. a `traceparent`.
             timeout: seconds for the whole call; None waits for ever.
             progress: called, and awaited if it is asynchronous, on the event loop with a `Progress` at every change
                 that is seen. What it raises leaves this call, after the request is cancelled: raise from it to
@@ -221,7 +223,8 @@ class AsyncClient:
         callbacks = Callbacks(progress, on_preview, partial_images)
         inputs = request.tensors()
         name = uuid.uuid4().hex if request_id is None else _checked(request_id)
-        async with self._in_flight(name, inputs) as answer, self._within(timeout, name):
+        sent = checked_headers(headers or {})
+        async with self._in_flight(name, inputs, sent) as answer, self._within(timeout, name):
             outputs = await self._attend(answer, name, callbacks)
         return parse_result(outputs, name, output_format)
 
@@ -286,9 +289,11 @@ class AsyncClient:
             raise DeadlineExceeded(message, status="DEADLINE_EXCEEDED", request_id=request_id) from error
 
     @asynccontextmanager
-    async def _in_flight(self, request_id: str, inputs: Tensors) -> AsyncIterator[asyncio.Task[Tensors]]:
+    async def _in_flight(
+        self, request_id: str, inputs: Tensors, headers: Mapping[str, str]
+    ) -> AsyncIterator[asyncio.Task[Tensors]]:
         """Send the request; if the block is left before the answer is here, stop it on the server."""
-        answer = asyncio.create_task(_infer(self._transport, inputs, request_id))
+        answer = asyncio.create_task(_infer(self._transport, inputs, request_id, headers))
         left = asyncio.get_running_loop().create_future()
         self._requests.add(left)
         try:
@@ -352,8 +357,8 @@ class AsyncClient:
             await asyncio.wait({follower}, timeout=self._cancel_timeout)
 
 
-async def _infer(transport: Transport, inputs: Tensors, request_id: str) -> Tensors:
-    return await transport.infer(FLUX, inputs, request_id)
+async def _infer(transport: Transport, inputs: Tensors, request_id: str, headers: Mapping[str, str]) -> Tensors:
+    return await transport.infer(FLUX, inputs, request_id, headers)
 
 
 def _checked(request_id: str) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from fluxserve_client.contract import Tensors
 from fluxserve_client.errors import ConnectionFailed, FluxserveError, RequestIdInUse, Unavailable
-from fluxserve_client.transports import Transport
+from fluxserve_client.transports import NO_HEADERS, Transport
 
 log = logging.getLogger("fluxserve_client")
 
@@ -52,17 +52,19 @@ class RetryingTransport:
     def __init__(self, transport: Transport, retry: Retry) -> None:
         self._transport, self._retry = transport, retry
 
-    async def infer(self, model: str, inputs: Tensors, request_id: str) -> Tensors:
+    async def infer(
+        self, model: str, inputs: Tensors, request_id: str, headers: Mapping[str, str] = NO_HEADERS
+    ) -> Tensors:
         broken = False
         for attempt in range(1, self._retry.attempts):
             try:
-                return await self._transport.infer(model, inputs, request_id)
+                return await self._transport.infer(model, inputs, request_id, headers)
             except (Unavailable, ConnectionFailed, RequestIdInUse) as error:
                 if isinstance(error, RequestIdInUse) and not broken:
                     raise  # somebody else's
                 broken = broken or isinstance(error, ConnectionFailed)
                 await self._pause(attempt, model, error)
-        return await self._transport.infer(model, inputs, request_id)
+        return await self._transport.infer(model, inputs, request_id, headers)
 
     async def _pause(self, attempt: int, model: str, error: FluxserveError) -> None:
         seconds = self._retry.wait(attempt)

@@ -66,6 +66,7 @@ def create_app(
             watching.cancel()
             await asyncio.wait({watching})
             await fleet.close()
+            await asyncio.to_thread(fleet.tracer.close)
 
     app = FastAPI(
         title="fluxserve gateway",
@@ -73,6 +74,8 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
+        # our tracer makes the spans; FastAPI's telemetry has the messages of errors, which may quote prompts
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     if config.cors_origins:
         app.add_middleware(
@@ -87,7 +90,7 @@ def create_app(
         if record.operation:
             metrics.ended(record.model, record.operation, record.outcome, seconds)
 
-    app.add_middleware(Border, ended=ended, send_timeout=config.send_timeout, https=config.https)
+    app.add_middleware(Border, ended=ended, tracer=fleet.tracer, send_timeout=config.send_timeout, https=config.https)
     app.add_exception_handler(HTTPException, _no_such_route)
     _add_routes(app, images)
     _add_models(app, fleet, access)

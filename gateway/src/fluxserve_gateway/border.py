@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluxserve_gateway.errors import CallerGone, GatewayError
+from fluxserve_gateway.spans import Span, Tracer
 
 log = logging.getLogger("fluxserve_gateway")
 access = logging.getLogger("fluxserve_gateway.access")
@@ -43,6 +44,7 @@ class Record:
         fields: for the log, beside those that every line has.
         model, operation: of a request for pictures, "" until they are known.
         outcome: "ok", or an error's code.
+        span: of its trace; None if it has none.
         ends: closed once the answer is sent, or nobody is left to send it to.
     """
 
@@ -51,6 +53,7 @@ class Record:
     model: str = ""
     operation: str = ""
     outcome: str = "ok"
+    span: Span = None
     ends: ExitStack = field(default_factory=ExitStack)
 
     def at_end(self, do: Callable[[], None]) -> None:
@@ -79,19 +82,27 @@ class Border:
     """Wraps everything else, as ASGI middleware."""
 
     def __init__(
-        self, app: ASGIApp, *, ended: Callable[[Record, float], None], send_timeout: float, https: bool
+        self,
+        app: ASGIApp,
+        *,
+        ended: Callable[[Record, float], None],
+        tracer: Tracer,
+        send_timeout: float,
+        https: bool,
     ) -> None:
         """Wrap `app`.
 
         Args:
             app: the application.
             ended: called with each record and the seconds it took.
+            tracer: makes the requests' spans.
             send_timeout: seconds for which a caller may leave a part of the answer unread.
             https: whether answers require TLS of browsers from now on (HSTS).
         """
         self._app = app
         self._send_timeout = send_timeout
         self._ended = ended
+        self._tracer = tracer
         self._headers = dict(_SECURITY)
         if https:
             self._headers["strict-transport-security"] = "max-age=31536000"
@@ -100,7 +111,7 @@ class Border:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = scope["fluxserve.record"] = Record()
+        record = scope["fluxserve.record"] = Record(span=self._tracer.begin(scope))
         begun = time.monotonic()
         status = 0
 
@@ -133,6 +144,7 @@ class Border:
         finally:
             seconds = time.monotonic() - begun
             self._ended(record, seconds)
+            self._tracer.end(record.span, scope, record, status)
             caller, _ = scope.get("client") or ("", 0)
             log_request(record, scope["method"], scope["path"], status, seconds, caller)
 

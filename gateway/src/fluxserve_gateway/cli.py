@@ -16,6 +16,7 @@ from fluxserve_gateway.config import MIB, Config
 from fluxserve_gateway.jobs.options import add_job_options, job_settings
 from fluxserve_gateway.keys import Keys, KeysError, Limits
 from fluxserve_gateway.serve import Listening, fleet_of, run
+from fluxserve_gateway.spans import tracer_to
 
 _KEYS = Path("~/.config/fluxserve/gateway-keys.sqlite")
 
@@ -66,6 +67,9 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     add("--proxy", action="append", default=[], metavar="ADDRESS", help="believe its X-Forwarded headers; repeatable")
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="let its pages call; repeatable")
     add("--page", action="store_true", help="serve a web page at / (pip install 'fluxserve-gateway[page]')")
+    add(
+        "--trace", metavar="URL", help="send spans to an OTLP/HTTP collector (pip install 'fluxserve-gateway[tracing]')"
+    )
     add("--quiet", action="store_true", help="log warnings and errors alone")
     add("--log-prompts", action="store_true", help="log prompts; without, none are")
     add("--max-requests", type=_count, default=defaults.max_requests, help="at a time (default: %(default)s)")
@@ -110,7 +114,7 @@ def _serve(given: argparse.Namespace) -> None:
         cors_origins=tuple(given.cors_origin),
     )
     listening = Listening(given.host, given.port, given.tls_cert, given.tls_key, tuple(given.proxy))
-    fleet = fleet_of(given.server, given.server_ca)
+    fleet = fleet_of(given.server, given.server_ca, tracer_to(given.trace) if given.trace is not None else None)
     run(
         fleet,
         config,

@@ -11,6 +11,7 @@ from typing import Any
 from fluxserve_client import AsyncClient, ConnectionFailed, FluxserveError, Result, Unavailable
 
 from fluxserve_gateway.errors import InvalidField, ModelNotFound, Overloaded, surely_not_begun
+from fluxserve_gateway.spans import NoTracer, Span, Tracer
 
 log = logging.getLogger("fluxserve_gateway")
 
@@ -65,12 +66,16 @@ class Server:
 class Fleet:
     """Sends each request to the ready server of its model that has the fewest in flight."""
 
-    def __init__(self, models: Mapping[str, Sequence[Server]]) -> None:
-        """Serve `models`: each name that callers may use, and its servers. A server may have several names."""
+    def __init__(self, models: Mapping[str, Sequence[Server]], tracer: Tracer | None = None) -> None:
+        """Serve `models`: each name that callers may use, and its servers. A server may have several names.
+
+        `tracer` makes the spans of the gateway; None makes none.
+        """
         if not models:
             raise ValueError("server: got none; expected one or more of MODEL=URL")
         self.models = {name: tuple(servers) for name, servers in models.items()}
         self.servers: tuple[Server, ...] = tuple({id(s): s for each in self.models.values() for s in each}.values())
+        self.tracer: Tracer = tracer or NoTracer()
         self._turn = 0
 
     @property
@@ -115,6 +120,7 @@ class Fleet:
         *,
         request_id: str,
         timeout: float,
+        span: Span = None,
         **callbacks: Any,
     ) -> Result:
         """Draw on one server; on another one only if the first has surely not begun.
@@ -124,6 +130,7 @@ class Fleet:
             arguments: of `AsyncClient.generate`.
             request_id: the request's id on the server.
             timeout: seconds for all attempts together.
+            span: of the request, the parent of the calls' spans.
             callbacks: `progress`, `on_preview` and `partial_images` of `AsyncClient.generate`.
 
         Raises:
@@ -138,7 +145,10 @@ class Fleet:
             left = max(deadline - asyncio.get_running_loop().time(), 0.0)
             server.in_flight += 1
             try:
-                return await server.client.generate(**arguments, request_id=request_id, timeout=left, **callbacks)
+                with self.tracer.call(span, server.url, model, request_id) as headers:
+                    return await server.client.generate(
+                        **arguments, request_id=request_id, headers=headers, timeout=left, **callbacks
+                    )
             except (Unavailable, ConnectionFailed) as error:
                 if isinstance(error, ConnectionFailed):
                     server.ready = False  # until a probe says otherwise

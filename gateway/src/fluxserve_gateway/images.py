@@ -206,6 +206,7 @@ class Images:
                 drawing.arguments,
                 request_id=record.request_id,
                 timeout=self._config.request_timeout,
+                span=record.span,
                 **callbacks,
             )
         except FluxserveError as error:

@@ -21,6 +21,7 @@ from fluxserve_gateway.fleet import Fleet, Server
 from fluxserve_gateway.jobs.settings import JobSettings
 from fluxserve_gateway.keys import Keys
 from fluxserve_gateway.log import Lines
+from fluxserve_gateway.spans import Tracer
 
 _DRAIN_S = 120
 _MAX_PORT = 65535
@@ -59,12 +60,13 @@ class Listening:
             return self.host == "localhost"
 
 
-def fleet_of(named: Sequence[str], ca: Path | None = None) -> Fleet:
+def fleet_of(named: Sequence[str], ca: Path | None = None, tracer: Tracer | None = None) -> Fleet:
     """Make the fleet of "MODEL=URL" pairs; a URL that is there twice is one server.
 
     Args:
         named: the pairs.
         ca: a PEM file of the authorities to trust; a bare HOST[:PORT] is then reached over TLS.
+        tracer: makes the gateway's spans; None makes none.
 
     Raises:
         ValueError: a pair, or an address, that cannot be read; a `ca` that no server needs.
@@ -85,7 +87,7 @@ def fleet_of(named: Sequence[str], ca: Path | None = None) -> Fleet:
             models[model].append(servers[url])
     if ca and servers and not secured:
         raise ValueError(f"server-ca: got {ca} and no server behind TLS, expected HOST[:PORT], grpcs:// or https://")
-    return Fleet(models)
+    return Fleet(models, tracer)
 
 
 def run(

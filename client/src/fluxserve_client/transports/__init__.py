@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +14,8 @@ from fluxserve_client.transports.endpoint import Endpoint
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9._-]+")  # what both HTTP and gRPC take
 _HEADER_VALUE = re.compile(r"[ -~]*")
+
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 _LARGE = 31 << 20
 """glibc's malloc learns from freed blocks of up to 32 MiB what sizes come and go."""
@@ -25,8 +28,10 @@ class Transport(Protocol):
     cancelled task hangs up; telling the server to stop working is the client's business, not the transport's.
     """
 
-    async def infer(self, model: str, inputs: Tensors, request_id: str) -> Tensors:
-        """Run `model` once; an empty `request_id` sends none."""
+    async def infer(
+        self, model: str, inputs: Tensors, request_id: str, headers: Mapping[str, str] = NO_HEADERS
+    ) -> Tensors:
+        """Run `model` once; an empty `request_id` sends none. `headers` go before those of every call."""
 
     async def ready(self, model: str) -> bool:
         """Whether the server and `model` are ready; raises `ConnectionFailed` if nothing answers."""
@@ -45,10 +50,7 @@ def opener(endpoint: Endpoint, headers: Mapping[str, str], keepalive: float | No
     """
     if keepalive is not None and (endpoint.protocol != "grpc" or not 0 < keepalive < 86_400):
         raise ValueError(f"keepalive: got {keepalive} over {endpoint.protocol}, expected seconds, over gRPC only")
-    for name, value in headers.items():
-        if not (_HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value)):
-            # without the value, which may be a secret
-            raise ValueError(f"headers: got {name!r}, expected a name of A-Z a-z 0-9 . _ - with a value in ASCII")
+    checked_headers(headers)
     if endpoint.tls is not None:
         endpoint.tls.context()
     _keep_freed_memory()
@@ -60,6 +62,15 @@ def opener(endpoint: Endpoint, headers: Mapping[str, str], keepalive: float | No
     from fluxserve_client.transports.http import HttpTransport
 
     return lambda: HttpTransport(endpoint, headers)
+
+
+def checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers with names in lower case. Raise `ValueError` for one that HTTP or gRPC cannot carry."""
+    for name, value in headers.items():
+        if not (_HEADER_NAME.fullmatch(name) and _HEADER_VALUE.fullmatch(value)):
+            # without the value, which may be a secret
+            raise ValueError(f"headers: got {name!r}, expected a name of A-Z a-z 0-9 . _ - with a value in ASCII")
+    return {name.lower(): value for name, value in headers.items()}
 
 
 def _keep_freed_memory() -> None:

@@ -13,6 +13,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from fluxserve_client.contract import Tensors
 from fluxserve_client.errors import from_status
+from fluxserve_client.transports import NO_HEADERS
 from fluxserve_client.transports.endpoint import Endpoint
 
 # Eight raw pictures of 16 megapixels are 400 MB; gRPC's own default is 4 MB.
@@ -66,13 +67,15 @@ class GrpcTransport:
             channel_args=self._options,
         )
 
-    async def infer(self, model: str, inputs: Tensors, request_id: str) -> Tensors:
+    async def infer(
+        self, model: str, inputs: Tensors, request_id: str, headers: Mapping[str, str] = NO_HEADERS
+    ) -> Tensors:
         with _border(self._endpoint, request_id):
             answer = await self._client.infer(
                 model,
                 [_input(name, tensor) for name, tensor in inputs.items()],
                 request_id=request_id,
-                headers=dict(self._headers),
+                headers={**self._headers, **headers},
             )
             return {output.name: answer.as_numpy(output.name) for output in answer.get_response().outputs}
 

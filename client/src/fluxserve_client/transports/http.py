@@ -13,6 +13,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from fluxserve_client.contract import Tensors
 from fluxserve_client.errors import ConnectionFailed, FluxserveError, from_status
+from fluxserve_client.transports import NO_HEADERS
 from fluxserve_client.transports.endpoint import Endpoint
 
 # aiohttp would accept gzip, and Triton then compress files that are compressed: 30 ms for a picture of 1024 × 1024.
@@ -38,13 +39,15 @@ class HttpTransport:
             conn_timeout=None,  # tritonclient gives it to the whole request, and 60 s by default; ours is `timeout`
         )
 
-    async def infer(self, model: str, inputs: Tensors, request_id: str) -> Tensors:
+    async def infer(
+        self, model: str, inputs: Tensors, request_id: str, headers: Mapping[str, str] = NO_HEADERS
+    ) -> Tensors:
         with _border(self._endpoint, request_id):
             answer = await self._client.infer(
                 model,
                 [_input(name, tensor) for name, tensor in inputs.items()],
                 request_id=request_id,
-                headers=dict(self._headers),  # a copy: tritonclient writes into it
+                headers={**self._headers, **headers},  # a copy: tritonclient writes into it
             )
             names = [output["name"] for output in answer.get_response()["outputs"]]
             return {name: answer.as_numpy(name) for name in names}

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import AbstractEventLoop
-from collections.abc import AsyncGenerator, Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 
 from fluxserve_client.contract import Tensors
 from fluxserve_client.forks import begin_anew_in_children
-
-if TYPE_CHECKING:
-    from fluxserve_client.transports import Transport
+from fluxserve_client.transports import NO_HEADERS, Transport
 
 
 class PerLoop:
@@ -26,8 +23,10 @@ class PerLoop:
         self._opened: dict[AbstractEventLoop, tuple[Transport, AsyncGenerator[None, None]]] = {}
         begin_anew_in_children(self)
 
-    async def infer(self, model: str, inputs: Tensors, request_id: str) -> Tensors:
-        return await (await self._here()).infer(model, inputs, request_id)
+    async def infer(
+        self, model: str, inputs: Tensors, request_id: str, headers: Mapping[str, str] = NO_HEADERS
+    ) -> Tensors:
+        return await (await self._here()).infer(model, inputs, request_id, headers)
 
     async def ready(self, model: str) -> bool:
         return await (await self._here()).ready(model)
