@@ -162,7 +162,8 @@ def test_the_table_of_models_is_the_servers_own(spec: Any) -> None:
     assert has.side == spec.defaults.side
     assert has.steps == (None if spec.only_steps else spec.defaults.num_inference_steps)
     assert has.steps is None or has.max_steps == spec.limits.max_inference_steps
-    assert has.guidance == (spec.defaults.guidance_scale if spec.transformer.guidance_embeds else None)
+    guided = spec.transformer.guidance_embeds or spec.classifier_free
+    assert has.guidance == (spec.defaults.guidance_scale if guided else None)
     assert (has.references, has.strength) == (spec.limits.max_references, redraws)
     for width, height in (map(int, size.split("x")) for size in has.sizes):
         assert width % spec.size_multiple == height % spec.size_multiple == 0

@@ -49,6 +49,7 @@ _TABLE = {
     "flux.1-dev": Takes(1024, 28, guidance=3.5, strength=True),
     "flux.1-schnell": Takes(1024, 4, strength=True),
     "flux.2-klein": Takes(1024, 4, max_steps=8, references=4),
+    "flux.2-klein-base": Takes(1024, 50, guidance=4.0, references=4),
     "flux.2-dev": Takes(1024, 28, guidance=4.0, references=4),
     "flux.2-dev-turbo": Takes(1024, guidance=2.5, references=4),  # its steps are given: they are no field
     "tiny": Takes(128, 20, guidance=3.0, strength=True),
