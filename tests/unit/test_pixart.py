@@ -172,9 +172,9 @@ def test_what_a_request_says_nothing_about(spec: PixArtSpec) -> None:
     assert (job.height, job.width, job.steps, job["guidance"].tolist()) == (64, 64, 20, [4.5])
     assert (job["ids"][0], job["negative_ids"][0]) == (5, 0)
     assert (job["mask"].sum(), job["negative_mask"].sum()) == (6, 1)
-    assert registry.of(spec).parameters(job, spec) == {"task": "text-to-image", "guidance": "4.5"}
+    assert registry.of(spec).parameters(job, spec) == {"task": "text-to-image", "cfg_scale": "4.5"}
     alone = planned({"guidance_scale": 1.0}, spec)
-    assert registry.of(spec).parameters(alone, spec) == {"task": "text-to-image", "guidance": "1"}
+    assert registry.of(spec).parameters(alone, spec) == {"task": "text-to-image"}
     assert planned({"negative_prompt": b" A Dog. "}, spec)["negative_ids"][0] == 6, "without the spaces around it"
 
 

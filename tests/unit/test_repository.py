@@ -37,7 +37,10 @@ def test_settings_are_read_as_they_were_given(tmp_path: Path) -> None:
 def test_the_model_that_was_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["repository", str(tmp_path / "made"), "--checkpoint", str(settings.default_checkpoint())]
     assert main([*command, "--model", "flux.2-dev-turbo"]) == 1
-    assert "model: got 'flux.2-dev-turbo'; expected tiny, by its transformer's shape" in capsys.readouterr().err
+    assert (
+        "model: got 'flux.2-dev-turbo'; expected tiny, by its transformer and whether it is distilled"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "made").exists()
     assert main([*command, "--model", "tiny"]) == 0
     for model in ("prepare", "generate"):

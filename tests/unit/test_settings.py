@@ -8,7 +8,7 @@ import pytest
 
 from fluxserve import process, settings
 from fluxserve.errors import SettingsError
-from fluxserve.families.flux.models import MEMBERS
+from fluxserve.families import registry
 from fluxserve.settings import Settings
 
 NAMES = [f.name for f in fields(Settings)]
@@ -66,7 +66,7 @@ def test_precedence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("dtype", "int8", "auto, float32, bfloat16, float16"),
         ("dtype", "", "auto, float32, bfloat16, float16"),
-        ("model", "flux.2-turbo", f"{', '.join(member.name for member in MEMBERS)}; or nothing"),
+        ("model", "flux.2-turbo", f"{', '.join(member.name for member in registry.members())}; or nothing"),
         ("threads", "many", "an integer"),
         ("threads", "1.5", "an integer"),
         ("threads", "", "an integer"),

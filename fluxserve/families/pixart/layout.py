@@ -50,7 +50,7 @@ def _as_trained(prompt: str) -> str:
 def parameters(job: Job) -> dict[str, str]:
     """Return what files say about a job; see families.base. Guidance is as it was typed: a float32 has seven digits."""
     scale = job.get(GUIDANCE)
-    return {"task": "text-to-image", "guidance": f"{NO_GUIDANCE if scale is None else scale[0]:.7g}"}
+    return {"task": "text-to-image", **({} if scale is None else {"cfg_scale": f"{scale[0]:.7g}"})}
 
 
 def check(job: Job, spec: PixArtSpec) -> None:
