@@ -72,6 +72,7 @@ def ready(started: Started) -> None:
 
     wait_for(lambda: started.process.poll() is not None or is_ready(), READY_S)
     assert started.process.poll() is None, started.errors.read_text(errors="replace")
+    time.sleep(2)  # the supervisor looks after it has answered us; a signal before that ends a start
 
 
 def test_every_path_may_have_any_letters(tmp_path: Path) -> None:
