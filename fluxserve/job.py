@@ -50,10 +50,13 @@ class Job:
     def get(self, name: str) -> Array | None:
         return self.arrays.get(name)
 
+    def count(self, name: str) -> int:
+        """Return how many arrays are called name.SOMETHING."""
+        return sum(other.rpartition(".")[0] == name for other in self.arrays)
+
     def numbered(self, name: str) -> tuple[Array, ...]:
-        """The arrays called name.0, name.1 and so on."""
-        count = sum(other.rpartition(".")[0] == name for other in self.arrays)
-        return tuple(self.arrays[f"{name}.{index}"] for index in range(count))
+        """Return the arrays called name.0, name.1 and so on."""
+        return tuple(self.arrays[f"{name}.{index}"] for index in range(self.count(name)))
 
     @property
     def batch_key(self) -> tuple[int, int, int]:

@@ -155,6 +155,13 @@ def test_references_that_prepare_would_not_send(sizes: list[tuple[int, int]]) ->
     check(klein_job(numbered([(64, 2880)]))[1], spec)
 
 
+@pytest.mark.parametrize("names", [["1"], ["0", "2"], ["0", "x"], ["0", "4"]], ids=str)
+def test_references_are_numbered_without_gaps(names: list[str]) -> None:
+    spec, job = klein_job({f"references.{name}": IMAGE for name in names})
+    with pytest.raises(InvalidRequest, match=rf"an array 'references\.{names[-1]}'"):
+        check(job, spec)
+
+
 def test_flux1_draws_after_no_reference() -> None:
     with pytest.raises(InvalidRequest, match=r"an array 'references\.0'"):
         check(changed(a_job(), {"references.0": IMAGE}), FLUX().spec)
@@ -188,6 +195,7 @@ NEGATIVE = {"negative.ids.clip": np.zeros(77, np.int64), "negative.ids.t5": np.z
         ({"cfg_scale": SCALE}, r"job: got no negative\.ids\.clip, negative\.ids\.t5"),
         ({**NEGATIVE}, "job: got an array 'negative.ids.clip'"),
         ({**NEGATIVE, "cfg_scale": SCALE, "negative.ids.t5": np.full(512, -1)}, r"negative\.ids\.t5: got 512 ids"),
+        ({**NEGATIVE, "cfg_scale": SCALE, "negative.ids.t5": np.zeros(9, np.int64)}, r"negative\.ids\.t5: got 9 ids"),
         ({**NEGATIVE, "cfg_scale": SCALE * 0}, "cfg_scale: got 0.0"),
         ({**NEGATIVE, "cfg_scale": SCALE * np.nan}, "cfg_scale: got nan"),
         ({**NEGATIVE, "cfg_scale": SCALE.repeat(2)}, "cfg_scale: got 4.0, 4.0; allowed: one number"),

@@ -16,7 +16,7 @@ import numpy as np
 from fluxserve.errors import InvalidRequest
 from fluxserve.families.flux.parts import FluxSpec
 from fluxserve.families.flux.request import FluxRequest
-from fluxserve.families.shared.layout import check_arrays, check_ids, check_mask, check_picture
+from fluxserve.families.shared.layout import Kinds, check_arrays, check_ids, check_mask, check_picture
 from fluxserve.job import Array, Job
 from fluxserve.media.images import Pixels
 from fluxserve.request import Decode, Tokenize, Tokens, numbered
@@ -27,9 +27,6 @@ IMAGE, REFERENCES, GUIDANCE, CFG_SCALE = "image", "references", "guidance", "cfg
 PROMPT, NEGATIVE = "", "negative."
 """What the names of a pass's tokens begin with."""
 _RGB = 3
-
-Kinds = dict[str, tuple[type, int]]
-"""dtype and rank by the name of an array."""
 
 
 def ids(encoder: EncoderSpec, which: str = PROMPT) -> str:
@@ -122,8 +119,10 @@ def check(job: Job, spec: FluxSpec) -> None:
     check_arrays(job, spec, needed, optional)
     for which in passes(job):
         for encoder in spec.text.encoders:
-            tokens = job[ids(encoder, which)]
+            tokens, alike = job[ids(encoder, which)], len(job[ids(encoder)])
             check_ids(ids(encoder, which), tokens, encoder)
+            if len(tokens) != alike:  # passes are rows of one batch
+                raise InvalidRequest(ids(encoder, which), f"{len(tokens)} ids", f"{alike}, as many as {ids(encoder)}")
             if encoder.layers:
                 check_mask(mask(encoder, which), job[mask(encoder, which)], tokens)
     _check_images(job, spec)
@@ -143,15 +142,16 @@ def _kinds(job: Job, spec: FluxSpec) -> tuple[Kinds, Kinds]:
     """Arrays that a job must have, and those that it may have: dtype and rank by name."""
     if CFG_SCALE in job.arrays and not (spec.limits.max_passes > 1 and (spec.takes_true_cfg or spec.classifier_free)):
         raise InvalidRequest(CFG_SCALE, "an array", f"nothing: {spec.name} is drawn in one pass a step here")
-    needed: Kinds = {GUIDANCE: (np.float32, 1)}
+    needed: dict[str, tuple[type, int]] = {GUIDANCE: (np.float32, 1)}
     needed |= {CFG_SCALE: (np.float32, 1)} if CFG_SCALE in job.arrays else {}
     for which in passes(job):
         for encoder in spec.text.encoders:
             needed[ids(encoder, which)] = (np.int64, 1)
             if encoder.layers:
                 needed[mask(encoder, which)] = (np.int64, 1)
-    optional: Kinds = {} if spec.takes_references else {IMAGE: (np.uint8, 3)}
-    optional |= {f"{REFERENCES}.{index}": (np.uint8, 3) for index in range(spec.limits.max_references)}
+    optional: dict[str, tuple[type, int]] = {} if spec.takes_references else {IMAGE: (np.uint8, 3)}
+    references = min(job.count(REFERENCES), spec.limits.max_references)  # numbered without gaps
+    optional |= {f"{REFERENCES}.{index}": (np.uint8, 3) for index in range(references)}
     return needed, optional
 
 
