@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from fluxserve import source
-from fluxserve.errors import SettingsError
 from fluxserve.families import registry
 from fluxserve.job import Job
 from fluxserve.media.images import decode
@@ -25,7 +24,7 @@ class Model:
     """A model that was opened, with its weights on a device.
 
         with Model.open(Settings(checkpoint="/models/FLUX.1-dev")) as model:
-            drawing = model.draw(model.request("a fox", seed=3))
+            (drawing,) = model.draw(model.request("a fox", seed=3))
             drawing.images  # uint8 [1, height, width, 3]
 
     Attributes:
@@ -51,17 +50,18 @@ class Model:
             SettingsError, CheckpointError, ArtifactError, EngineError: it can't be served.
         """
         config = config or Settings()
+        return Model.of(source.find(config), config, device, max_rows)
+
+    @staticmethod
+    def of(found: Source, config: Settings, device: str = "", max_rows: int = 0) -> "Model":
+        """Load a model whose folder was looked over already; see `open`."""
         if config.threads:
             torch.set_num_threads(config.threads)
-        found = source.find(config)
         place = found.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+        tokenizers = Tokenizers(found.checkpoint)  # what may be refused early comes before the weights
         components = found.open_components(place, config.dtype)
         rows = min(max_rows, components.network.signature.most("rows")) if max_rows else config.max_rows
-        try:
-            return Model(found, Pipeline(found.spec, components, place, rows), Tokenizers(found.checkpoint))
-        except SettingsError:
-            components.close()
-            raise
+        return Model(found, Pipeline(found.spec, components, place, rows), tokenizers)
 
     def request(self, prompt: str, images: Sequence[bytes] = (), **fields: Any) -> Request:
         """Return a request of this model; see `request`."""

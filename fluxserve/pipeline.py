@@ -80,9 +80,9 @@ class Pipeline:
     """One model on one device. Not thread-safe: one GPU worker owns it.
 
     Args:
-        max_rows: rows that go through the network together: one for each image, or two where it has a negative prompt.
-            With 1, an image has the same bytes alone and in a batch; with more, matrix products of another height may
-            round differently in the last place.
+        max_rows: images that go through the network together, each with a row for each of its passes. With 1, an image
+            has the same bytes alone and in a batch; with more, matrix products of another height may round
+            differently in the last place.
 
     Raises:
         SettingsError: the engine takes fewer rows than max_rows.

@@ -318,10 +318,11 @@ def _generate(options: argparse.Namespace) -> int:
     request = request_of(found.spec, options.prompt, **given)  # this and the signer before weights are loaded
     signer = open_signer(config, found.spec.name)
     ticker, begin = console.Ticker("loading"), time.perf_counter()
-    with Model.open(config) as model:
+    with Model.of(found, config) as model:
         ticker.done(time.perf_counter() - begin)
         job, device = model.job(request), str(model.pipeline.device)
-        (drawing,) = model.draw(request)
+        (drawing,) = model.pipeline.draw([job])
+        assert drawing is not None, "nobody can cancel it"
         system = System(found.spec.name, found.engine, found.precision(device, config.dtype))
         files = Files(None, found.spec, system, signer)
         (file,) = files.begin(drawing, job, request.output_format, request.quality)()

@@ -50,7 +50,7 @@ class FluxRecipe:
         states: Mapping[str, Tensor],
         images: Sequence[tuple[Tensor, Tensor]],
         send: Send,
-        which: int,  # noqa: ARG002 (there is one)
+        which: int,  # noqa: ARG002 (passes differ in their states alone)
     ) -> Inputs:
         axes, size = len(spec.transformer.axes_dims_rope), spec.latent_size(job.height, job.width)
         references = job.numbered(layout.REFERENCES)

@@ -9,9 +9,9 @@ from fluxserve.spec import Numbers
 
 @dataclass(frozen=True)
 class VaeSpec(Numbers):
-    """AutoencoderKL: `downscale` pixels to a latent pixel; latents are (z - shift) * scaling.
+    """A VAE: `downscale` pixels to a latent pixel; the loop's latents are (z - shift) * scaling.
 
-    AutoencoderKLFlux2 scales by statistics that are among its weights: its factors are 1 and 0 here.
+    One that scales by statistics among its weights has the factors 1 and 0.
     """
 
     latent_channels: int
