@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from fluxserve.errors import ShapeError
+from fluxserve.spec import NETWORK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -192,8 +193,7 @@ class Engine(Protocol):
         """Free the weights. Bounds of this engine must not be run afterwards."""
 
 
-_NETWORKS = ("transformer", "unet")
-_VAE = ("vae_encoder", "vae_decoder")
+_NO_TEXT = (NETWORK, "vae_encoder", "vae_decoder")
 
 
 @dataclass(frozen=True)
@@ -205,12 +205,12 @@ class Components:
     @property
     def text(self) -> Mapping[str, Engine]:
         """The text encoders."""
-        return {name: engine for name, engine in self.by_name.items() if name not in (*_NETWORKS, *_VAE)}
+        return {name: engine for name, engine in self.by_name.items() if name not in _NO_TEXT}
 
     @property
     def network(self) -> Engine:
         """What the loop runs."""
-        return next(self.by_name[name] for name in _NETWORKS if name in self.by_name)
+        return self.by_name[NETWORK]
 
     @property
     def vae_encoder(self) -> Engine:

@@ -11,7 +11,7 @@ from fluxserve.folders import checkpoint as checkpoints
 from fluxserve.folders.artifact import Artifact
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.settings import Settings
-from fluxserve.spec import ModelSpec
+from fluxserve.spec import NETWORK, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Source:
     def precision(self, device: str, dtype: str) -> str:
         """The numbers that the network computes with: those of the artifact, or else the dtype on that device."""
         if self.artifact:
-            return self.artifact.component(self.spec.network).precision
+            return self.artifact.component(NETWORK).precision
         return engines.dtype_on(device, dtype)
 
     @property

@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+NETWORK = "transformer"
+"""Name of the component that the loop runs."""
+
 
 class Numbers:
     """What comes out of a config.json must be what the field says: a whole or finite number, a truth value."""
@@ -104,11 +107,9 @@ class ModelSpec:
 
     Attributes:
         family: its name in families.registry.
-        network: name of the component that the loop runs.
     """
 
     family: ClassVar[str]
-    network: ClassVar[str] = "transformer"
 
     name: str
     text: TextSpec
@@ -118,7 +119,7 @@ class ModelSpec:
     @property
     def components(self) -> tuple[str, ...]:
         """The names of what the model is run with, text encoders first."""
-        return (*(encoder.name for encoder in self.text.encoders), self.network, "vae_encoder", "vae_decoder")
+        return (*(encoder.name for encoder in self.text.encoders), NETWORK, "vae_encoder", "vae_decoder")
 
     @property
     def takes_references(self) -> bool:

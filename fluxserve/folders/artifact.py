@@ -31,7 +31,7 @@ from fluxserve.families import registry
 from fluxserve.folders import checkpoint as checkpoints
 from fluxserve.folders.checkpoint import Checkpoint
 from fluxserve.folders.files import expanded, files_below
-from fluxserve.spec import ModelSpec
+from fluxserve.spec import NETWORK, ModelSpec
 
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"
@@ -206,7 +206,7 @@ class Artifact:
     @property
     def _rows(self) -> int:
         """Rows of the network that its engines take; unbounded where they read the checkpoint's weights."""
-        network = self.component(self.checkpoint.spec.network)
+        network = self.component(NETWORK)
         of_weights = all(file.startswith(f"{CHECKPOINT}/") for file in network.engines.values())
         return sys.maxsize if of_weights else network.shapes["rows"][-1]
 
